@@ -1,0 +1,1 @@
+"""What is known from disk: GPUs, models, calibrations, measurements."""

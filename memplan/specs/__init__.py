@@ -1,0 +1,1 @@
+"""What is given: frozen values without I/O and without torch."""
