@@ -1,0 +1,19 @@
+"""Settings shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+# The same examples on every run, and no deadline: a slow machine is not a broken law.
+settings.register_profile("memplan", derandomize=True, deadline=None)
+settings.load_profile("memplan")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
