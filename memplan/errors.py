@@ -6,7 +6,6 @@ command line prints both on stderr and ends with the exit status of the class.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ class UnknownModelError(MemplanError):
 
 def did_you_mean(name: str, known: Iterable[str], *, otherwise: str) -> str:
     """The cure for an unknown name: the nearest known ones, else the sentence `otherwise`."""
+    from difflib import get_close_matches
+
     folded = {candidate.lower(): candidate for candidate in known}
     near = get_close_matches(name.lower(), list(folded), n=3, cutoff=0.6)
     if near:

@@ -1,0 +1,161 @@
+"""A model as three kinds of pieces: the stem (ids to hidden states), the layers, and the head (hidden states to loss).
+
+Layers that are described by the same function are recorded once.  `record` turns an architecture and the choices that
+change what runs (dtypes, attention implementation, windows shorter than the sequence) into tapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.operators.sizes import Size, num_bytes
+from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from memplan.operators.sizes import Shape
+
+    Shared = Mapping[str, Tensor]
+    Stem = Callable[[Tape], tuple[Tensor, dict[str, Tensor]]]
+    LayerKind = Callable[[Tape, Tensor, Shared], Tensor]
+    Head = Callable[[Tape, Tensor, Shared], Tensor]
+
+
+class Buffer(NamedTuple):
+    """A tensor of the model that is not trained."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a model computes in one training step, from token ids to the loss."""
+
+    model_type: str
+    """Hugging Face's name of the family."""
+    task: str
+    """``causal-lm``, ``masked-lm`` or ``features``: which head and loss."""
+    stem: Stem
+    """Records the embedding; gives the hidden states and what all layers share (rotary tables, masks)."""
+    layers: tuple[LayerKind, ...]
+    """One entry a layer; the same object twice is the same computation."""
+    layer_prefix: str
+    """Module path of a layer with ``{}`` for its number."""
+    head: Head
+    """Records everything from the last layer to the loss."""
+    vocab_size: int
+    max_positions: int | None
+    """Longest sequence the model has positions for; None where it has no limit."""
+    hidden_size: int
+    buffers: tuple[Buffer, ...] = ()
+    windows: frozenset[int] = frozenset()
+    """Attention windows in tokens; a sequence longer than one makes its layers need a mask."""
+    attentions: tuple[str, ...] = ("eager", "sdpa", "flash")
+    """Attention implementations that the model has."""
+    unmodelled: tuple[tuple[str, str], ...] = field(default=())
+    """(what, why) of everything that this description leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A recorded part of the model."""
+
+    tape: Tape
+    hidden: Tensor | None
+    """What comes in (None for the stem)."""
+    output: Tensor
+    shared: Mapping[str, Tensor]
+    """Tensors shared by all layers: made here (stem) or used here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """The tapes of a whole model."""
+
+    architecture: Architecture
+    numerics: Numerics
+    stem: Piece
+    kinds: tuple[Piece, ...]
+    """The distinct layers."""
+    order: tuple[int, ...]
+    """For each layer of the model, which of `kinds` it is."""
+    head: Piece
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """All distinct pieces."""
+        return (self.stem, *self.kinds, self.head)
+
+    def parameters(self) -> list[Parameter]:
+        """The table of parameters by full name, in the model's order; a tied weight appears once."""
+        table: dict[str, Parameter] = {row.name: row for row in self.stem.tape.parameters}
+        for number, kind in enumerate(self.order):
+            prefix = self.architecture.layer_prefix.format(number)
+            for row in self.kinds[kind].tape.parameters:
+                full = f"{prefix}.{row.name}"
+                table[full] = row._replace(name=full)
+        for row in self.head.tape.parameters:
+            table.setdefault(row.name, row)
+        return list(table.values())
+
+
+def record(
+    architecture: Architecture,
+    numerics: Numerics,
+    *,
+    attention: str = "sdpa",
+    exceeded: frozenset[int] = frozenset(),
+) -> Recording:
+    """Record every distinct piece of the model once.
+
+    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`).
+    """
+
+    def tape() -> Tape:
+        return Tape(numerics, attention=attention, exceeded=exceeded)
+
+    stem_tape = tape()
+    hidden, shared = architecture.stem(stem_tape)
+    stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
+
+    def follow(part: LayerKind | Head, before: Tensor) -> Piece:
+        t = tape()
+        inside = t.external(
+            "hidden states", before.shape, before.dtype, role="hidden", requires_grad=before.requires_grad
+        )
+        used = {
+            name: t.external(name, x.shape, x.dtype, role="shared", requires_grad=x.requires_grad)
+            for name, x in shared.items()
+        }
+        return Piece(tape=t, hidden=inside, output=part(t, inside, used), shared=used)
+
+    kinds: list[Piece] = []
+    number_of: dict[int, int] = {}
+    order = []
+    for layer in architecture.layers:
+        if id(layer) not in number_of:
+            number_of[id(layer)] = len(kinds)
+            kinds.append(follow(layer, hidden))
+            hidden = kinds[-1].output
+        order.append(number_of[id(layer)])
+    return Recording(
+        architecture=architecture,
+        numerics=numerics,
+        stem=stem,
+        kinds=tuple(kinds),
+        order=tuple(order),
+        head=follow(architecture.head, hidden),
+    )
+
+
+def buffer_bytes(architecture: Architecture) -> Size:
+    """Bytes of all buffers, unrounded."""
+    return Size(sum(num_bytes(buffer.shape, buffer.dtype).factor for buffer in architecture.buffers))
+
+
+def int64(t: Tape, name: str, shape: Shape) -> Tensor:
+    """Token ids or labels of the micro-batch: an input of the step."""
+    return t.external(name, shape, "int64", role="input")

@@ -1,0 +1,113 @@
+"""Parts that many families share, each recorded in the order in which transformers runs it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.operators import losses
+from memplan.operators.attention import rotary
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
+from memplan.operators.layout import cat, take
+from memplan.operators.matrix import linear, project
+from memplan.operators.tape import Tape, Tensor
+
+if TYPE_CHECKING:
+    from memplan.operators.sizes import Shape
+
+Shared = "Mapping[str, Tensor]"
+
+HIDDEN = ("b", "s")
+"""Leading dimensions of hidden states."""
+
+
+def positions(t: Tape) -> Tensor:
+    """``torch.arange(s).unsqueeze(0)``: int64 of shape (1, s)."""
+    arange = t.op("arange", (), ("s",), dtype="int64")
+    return t.view(arange, (1, "s"))
+
+
+def rotary_tables(t: Tape, hidden: Tensor, dim: int, *, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+    """Cos and sin of (1, s, dim) in the dtype of the hidden states, computed in fp32 (``LlamaRotaryEmbedding``)."""
+    if position_ids is None:
+        position_ids = positions(t)
+    as_float = t.cast(position_ids, "fp32")
+    half: Shape = (1, "s", dim // 2)
+    freqs = t.op("mul", (as_float,), half, dtype="fp32", gradients=())
+    both = cat(t, (freqs, freqs), (1, "s", dim))
+    cos = scale(t, t.op("cos", (both,), both.shape))
+    sin = scale(t, t.op("sin", (both,), both.shape))
+    t.keep_alive(freqs, both, cos)
+    cos, sin = t.cast(cos, hidden.dtype), t.cast(sin, hidden.dtype)
+    return {"cos": cos, "sin": sin, "position_ids": position_ids}
+
+
+def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
+    """The additive mask of (b, 1, s, s) that eager attention is given; fused kernels take none."""
+    if t.attention != "eager":
+        return {}
+    return {"mask": additive_mask(t, hidden.dtype)}
+
+
+def additive_mask(t: Tape, dtype: str) -> Tensor:
+    """``eager_mask``: a boolean (b, 1, s, s) turned into 0 and the lowest number of `dtype`."""
+    return t.op("where", (boolean_mask(t),), ("b", 1, "s", "s"), dtype=dtype)
+
+
+def boolean_mask(t: Tape) -> Tensor:
+    """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows)."""
+    return t.op("mask", (), ("b", 1, "s", "s"), dtype="bool")
+
+
+def heads(t: Tape, x: Tensor, num: int, head_dim: int) -> Tensor:
+    """(b, s, num * head_dim) seen as (b, num, s, head_dim)."""
+    return t.view(x, (x.shape[0], num, x.shape[1], head_dim))
+
+
+def merged(t: Tape, x: Tensor) -> Tensor:
+    """(b, s, heads, head_dim) seen as (b, s, heads * head_dim)."""
+    b, s, num, head_dim = x.shape
+    assert isinstance(num, int)
+    assert isinstance(head_dim, int)
+    return t.view(x, (b, s, num * head_dim))
+
+
+def partial_rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """Rotary on the first `dim` of the head's dimensions, the rest passed through."""
+    head_dim = x.shape[-1]
+    assert isinstance(head_dim, int)
+    if dim == head_dim:
+        return rotary(t, x, cos, sin)
+    turning = take(t, x, (*x.shape[:-1], dim))
+    passing = take(t, x, (*x.shape[:-1], head_dim - dim))
+    return cat(t, (rotary(t, turning, cos, sin), passing), x.shape)
+
+
+def gated_mlp(t: Tape, x: Tensor, width: int, activation: str, *, bias: bool = False) -> Tensor:
+    """``down(act(gate(x)) * up(x))``: keeps four tensors of the MLP's width."""
+    hidden = x.shape[-1]
+    assert isinstance(hidden, int)
+    gate = ACTIVATION_BY_NAME[activation](t, linear(t, x, width, "gate_proj", bias=bias))
+    up = linear(t, x, width, "up_proj", bias=bias)
+    return linear(t, mul(t, gate, up), hidden, "down_proj", bias=bias)
+
+
+def lm_head(
+    t: Tape, hidden: Tensor, vocab_size: int, *, tied_to: str | None, name: str = "lm_head", bias: bool = False
+) -> Tensor:
+    """Logits; `tied_to` is the full name of the embedding whose weight it shares."""
+    width = hidden.shape[-1]
+    assert isinstance(width, int)
+    if tied_to is None:
+        return linear(t, hidden, vocab_size, name, bias=bias)
+    weight = t.parameter(tied_to, (vocab_size, width), absolute=True)
+    with t.scope(name):
+        offset = t.parameter("bias", (vocab_size,)) if bias else None
+        return project(t, hidden, weight, offset, vocab_size)
+
+
+def causal_loss(t: Tape, logits: Tensor) -> Tensor:
+    """Hugging Face's causal-LM loss on the labels of the micro-batch."""
+    labels = t.external("labels", HIDDEN, "int64", role="input")
+    num_items = t.external("num_items_in_batch", (), "int64", role="input")
+    with t.scope("loss"):
+        return losses.causal_lm_loss(t, logits, labels, num_items)

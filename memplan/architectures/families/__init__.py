@@ -1,0 +1,1 @@
+"""One file a family: how its config is read, and what its layers compute."""

@@ -1,0 +1,1 @@
+"""How many bytes, and when: allocation events read off the tapes, and what the model states need."""

@@ -1,0 +1,361 @@
+"""When is each tensor of a recorded piece born, and when does it die?
+
+The forward pass allocates what operators produce and frees what nothing needs any more: a tensor lives until its last
+use, or until its backward where an operator keeps it.  The backward pass runs the operators in reverse, as autograd's
+engine does (torch/csrc/autograd/engine.cpp): an operator's gradients are allocated while the incoming one and all it
+kept are still there; then what it kept and the incoming gradient are let go; gradients that meet at a tensor are added
+in place when nothing else holds the first, else into a new tensor (input_buffer.cpp).
+
+Checkpointing replaces what a span of operators keeps by the span's inputs, and runs its forward again at the moment the
+backward first needs something of it, stopping as soon as everything needed is there (early stop in
+torch/utils/checkpoint.py): its last operators are not computed twice.
+
+Left out: Python variables that hold a tensor longer than its last use, unless the description says so (`keep_alive`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from memplan.memory.events import Event, Row, Segment
+from memplan.operators.tape import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from memplan.architectures.architecture import Piece
+    from memplan.operators.sizes import Size
+    from memplan.operators.tape import Gradient, Op, Storage, Tensor
+
+OUTSIDE = frozenset({"parameter", "buffer", "input", "shared"})
+"""Storages that a piece neither allocates nor frees."""
+
+
+class PieceLifetimes:
+    """The lifetimes within one piece under one checkpointing choice."""
+
+    def __init__(self, piece: Piece, *, checkpointing: str = "none", owns_hidden: bool = True) -> None:
+        """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
+
+        `owns_hidden`: whether the incoming hidden states die here (they do unless the piece before keeps its output).
+        """
+        self.piece = piece
+        self.tape = piece.tape
+        self.ends_in_loss = not piece.output.shape
+        self.owns_hidden = owns_hidden
+        self.spans = self._spans(checkpointing)
+        self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
+        self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
+        self.reasons = self._reasons()
+        losses = [op for op in self.tape.ops if op.module.startswith("loss")]
+        self._logits = {x.storage for op in losses for x in op.inputs} if self.ends_in_loss else set()
+
+    def _spans(self, checkpointing: str) -> tuple[Span, ...]:
+        if checkpointing == "full" and self.piece.hidden is not None:
+            return (Span("layer", 0, len(self.tape.ops), (self.piece.hidden,)),)
+        if checkpointing == "selective":
+            return tuple(self.tape.spans)
+        return ()
+
+    def _reasons(self) -> dict[int, str]:
+        reasons: dict[int, str] = {}
+        for op in self.tape.ops:
+            for x in op.keeps:
+                reasons.setdefault(x.storage, f"kept by {op.name}: {op.reason}" if op.reason else f"kept by {op.name}")
+        for span in self.spans:
+            for x in span.inputs:
+                reasons[x.storage] = f"kept to compute the {span.name} again"
+        return reasons
+
+    # -- what is kept ------------------------------------------------------------------------------------------------
+
+    def _is_kept_across(self, storage: Storage) -> bool:
+        """Whether this piece decides about its life at all."""
+        return storage.role not in OUTSIDE and (storage.role != "hidden" or self.owns_hidden)
+
+    def keepers(self) -> Counter[int]:
+        """For each storage, how many operators (and spans) hold it between forward and backward."""
+        held: Counter[int] = Counter()
+        for i, op in enumerate(self.tape.ops):
+            if i not in self._span_of:
+                held.update({x.storage for x in op.keeps})
+        for span in self.spans:
+            held.update({x.storage for x in span.inputs})
+        return held
+
+    def kept_shared(self) -> set[str]:
+        """Names of shared tensors that have to live until the backward of this piece."""
+        names = {self._shared_names[s] for s in self.keepers() if s in self._shared_names}
+        for span in self.spans:
+            if span.stop - span.start == len(self.tape.ops):
+                return set(self.piece.shared)
+            for op in self.tape.ops[span.start : span.stop]:
+                names |= {self._shared_names[x.storage] for x in op.inputs if x.storage in self._shared_names}
+        return names
+
+    def keeps_output(self) -> bool:
+        """Whether the piece itself keeps the tensor it hands on."""
+        return self.piece.output.storage in self.keepers()
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def _row(self, storage: Storage, kind: str | None = None) -> Row:
+        if kind is None:
+            kept = storage.index in self.reasons or storage.cached
+            kind = "temporary" if not kept else "loss" if self._belongs_to_loss(storage) else "activation"
+        reason = "held by autocast's cache until the forward pass ends" if storage.cached else ""
+        reason = self.reasons.get(storage.index, reason)
+        return Row(storage.module, storage.name, kind, storage.shape, storage.dtype, reason)
+
+    def _belongs_to_loss(self, storage: Storage) -> bool:
+        return self.ends_in_loss and (storage.module.startswith("loss") or storage.index in self._logits)
+
+    def _scratch(self, op: Op, where: str, sizes: Sequence[Size], sign: int) -> Iterable[Event]:
+        for n, size in enumerate(sizes):
+            row = Row(op.module, f"scratch of {op.name}{where}", "temporary", None, "", "")
+            yield Event(("scratch", where, n), size, sign, row)
+
+    def _run(
+        self, ops: Sequence[Op], kept: Counter[int], *, tag: str, stay: frozenset[int], skip_last_outputs: bool
+    ) -> list[Event]:
+        """The forward of `ops`; what is in `kept` or `stay` is not freed."""
+        last: dict[int, int] = {}
+        for i, op in enumerate(ops):
+            for x in (*op.inputs, *op.outputs):
+                last[x.storage] = i
+        dies: dict[int, list[int]] = {}
+        for s, i in last.items():
+            dies.setdefault(i, []).append(s)
+        events: list[Event] = []
+        born: set[int] = set()
+        storages = self.tape.storages
+        for i, op in enumerate(ops):
+            stop_here = skip_last_outputs and i == len(ops) - 1
+            if not stop_here:
+                events += self._scratch(op, "", op.scratch, +1)
+                for x in op.outputs:
+                    storage = storages[x.storage]
+                    if (
+                        storage.role == "activation"
+                        and x.storage not in born
+                        and x.storage not in {y.storage for y in op.inputs}
+                    ):
+                        born.add(x.storage)
+                        events.append(Event((tag, x.storage), storage.size, +1, self._row(storage)))
+                events += self._scratch(op, "", op.scratch, -1)
+            for s in dies.get(i, ()):
+                storage = storages[s]
+                dead = s not in kept and s not in stay and not storage.cached
+                if dead and (s in born or (storage.role == "hidden" and self.owns_hidden and tag == "")):
+                    events.append(Event((tag, s) if s in born else ("hidden",), storage.size, -1, self._row(storage)))
+                    born.discard(s)
+        return events
+
+    def forward(self) -> Segment:
+        """The forward pass of the piece, once."""
+        kept = self.keepers()
+        stay = frozenset({self.piece.output.storage} | (self._stays if self.piece.hidden is None else set()))
+        return Segment("forward", tuple(self._run(self.tape.ops, kept, tag="", stay=stay, skip_last_outputs=False)))
+
+    @property
+    def _stays(self) -> set[int]:
+        return {x.storage for x in self.piece.shared.values()}
+
+    def autocast_exit(self) -> Segment:
+        """Autocast lets its cached copies go at the end of the forward pass, except those that a backward needs."""
+        kept = self.keepers()
+        events = [
+            Event(("", s.index), s.size, -1, self._row(s))
+            for s in self.tape.storages
+            if s.cached and s.index not in kept
+        ]
+        return Segment("autocast exit", tuple(events))
+
+    def backward(
+        self, *, waiting: frozenset[str] = frozenset(), joined: frozenset[str] = frozenset(), fresh: bool = True
+    ) -> Segment:
+        """The backward pass of the piece, once.
+
+        `waiting`: parameters whose gradient another piece has still to add to (tied weights); `joined`: those that it
+        now adds to; `fresh`: gradients of parameters are new and stay, else they are added to those that are there.
+        """
+        return Segment("backward", tuple(_Backward(self, waiting, joined, fresh).run()))
+
+
+class _Backward:
+    """One walk of autograd's engine through a piece."""
+
+    def __init__(self, lifetimes: PieceLifetimes, waiting: frozenset[str], joined: frozenset[str], fresh: bool) -> None:
+        self.lifetimes = lifetimes
+        self.tape = lifetimes.tape
+        self.waiting, self.joined, self.fresh = waiting, joined, fresh
+        self.events: list[Event] = []
+        self.blocks: dict[int, tuple[tuple[Any, ...], Size, Row]] = {}
+        self.holders: Counter[int] = Counter()
+        self.pending: dict[int, int] = {}
+        self.parameter_of = {row.tensor: row for row in self.tape.parameters}
+        self.first_use: dict[int, int] = {}
+        for i, op in enumerate(self.tape.ops):
+            for g in op.gradients:
+                self.first_use.setdefault(g.of.index, i)
+
+    def run(self) -> list[Event]:
+        out = self.lifetimes.piece.output
+        if self.lifetimes.ends_in_loss:
+            self.pending[out.index] = self._allocate(
+                out.bytes, Row("loss", "gradient of the loss", "temporary", (), out.dtype)
+            )
+        elif out.requires_grad:
+            self.pending[out.index] = self._adopt(("gradient of output",), out)
+        held = self.lifetimes.keepers()
+        keys = {s: ("hidden",) if self.tape.storages[s].role == "hidden" else ("", s) for s in held}
+        spans = {span.stop - 1: span for span in self.lifetimes.spans}
+        starts = {span.start: span for span in self.lifetimes.spans}
+        inside: tuple[Span, Counter[int], dict[int, tuple[Any, ...]]] | None = None
+        for i in range(len(self.tape.ops) - 1, -1, -1):
+            if i in spans:
+                inside = self._recompute(spans[i])
+            op = self.tape.ops[i]
+            if inside is None:
+                self._step(i, op, [(s, held, keys) for s in {x.storage for x in op.keeps}])
+            else:
+                _, again, again_keys = inside
+                self._step(
+                    i,
+                    op,
+                    [(s, again, again_keys) if s in again else (s, held, keys) for s in {x.storage for x in op.keeps}],
+                )
+            if i in starts:
+                for s in {x.storage for x in starts[i].inputs}:
+                    self._let_go(s, held, keys)
+                inside = None
+        self._hand_on()
+        return self.events
+
+    # -- blocks and their holders ------------------------------------------------------------------------------------
+
+    def _allocate(self, size: Size, row: Row) -> int:
+        number = len(self.blocks)
+        self.blocks[number] = (("grad", number), size, row)
+        self.holders[number] = 1
+        self.events.append(Event(("grad", number), size, +1, row))
+        return number
+
+    def _adopt(self, key: tuple[Any, ...], x: Tensor) -> int:
+        number = len(self.blocks)
+        self.blocks[number] = (key, x.bytes, Row("", "gradient of the hidden states", "temporary", x.shape, x.dtype))
+        self.holders[number] = 1
+        return number
+
+    def _release(self, number: int) -> None:
+        self.holders[number] -= 1
+        if self.holders[number] == 0:
+            key, size, row = self.blocks[number]
+            self.events.append(Event(key, size, -1, row))
+
+    def _let_go(self, s: int, held: Counter[int], keys: dict[int, tuple[Any, ...]]) -> None:
+        """One keeper less of what the forward pass kept."""
+        storage = self.tape.storages[s]
+        held[s] -= 1
+        if held[s] == 0 and self.lifetimes._is_kept_across(storage):
+            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes._row(storage)))
+
+    # -- the walk ----------------------------------------------------------------------------------------------------
+
+    def _recompute(self, span: Span) -> tuple[Span, Counter[int], dict[int, tuple[Any, ...]]]:
+        """Run the forward of the span again, as far as something is still to be kept."""
+        ops = self.tape.ops[span.start : span.stop]
+        while ops and not ops[-1].keeps:
+            ops = ops[:-1]
+        made = {x.storage for op in ops for x in op.outputs if self.tape.storages[x.storage].role == "activation"}
+        made -= {x.storage for x in span.inputs}
+        held: Counter[int] = Counter()
+        for op in ops:
+            held.update({x.storage for x in op.keeps if x.storage in made})
+        tag = f"again {span.name}"
+        stops_before = bool(ops) and not ops[-1].keeps_output
+        events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(), skip_last_outputs=stops_before)
+        alive = {event.key: event for event in events if event.sign > 0}
+        for event in events:
+            if event.sign < 0:
+                alive.pop(event.key, None)
+        self.events += events
+        for key, event in alive.items():
+            if key[-1] not in held or held[key[-1]] == 0:
+                self.events.append(event._replace(sign=-1))
+        return span, held, {s: (tag, s) for s in held}
+
+    def _step(self, i: int, op: Op, kept: list[tuple[int, Counter[int], dict[int, tuple[Any, ...]]]]) -> None:
+        incoming = [self.pending.pop(x.index) for x in op.outputs if x.index in self.pending]
+        results: list[tuple[Gradient, int]] = []
+        if incoming:
+            self.events += self.lifetimes._scratch(op, " backward", op.backward_scratch, +1)
+            for g in op.gradients:
+                if g.alias:
+                    number = incoming[0]
+                    self.holders[number] += 1
+                else:
+                    where = f" gradient of {g.of.index}"
+                    self.events += self.lifetimes._scratch(op, where, g.scratch, +1)
+                    number = self._allocate(g.of.bytes, self._gradient_row(op, g.of))
+                    self.events += self.lifetimes._scratch(op, where, g.scratch, -1)
+                results.append((g, number))
+            self.events += self.lifetimes._scratch(op, " backward", op.backward_scratch, -1)
+        for s, held, keys in kept:
+            self._let_go(s, held, keys)
+        for number in incoming:
+            self._release(number)
+        for g, number in results:
+            self._accumulate(i, g.of, number)
+
+    def _gradient_row(self, op: Op, x: Tensor) -> Row:
+        parameter = self.parameter_of.get(x.index)
+        if parameter is None or not self.fresh:
+            return Row(op.module, f"gradient from {op.name}", "temporary", x.shape, x.dtype)
+        return Row(
+            op.module, f"gradient of {parameter.name}", "gradient", x.shape, x.dtype, "the optimizer step needs it"
+        )
+
+    def _accumulate(self, i: int, x: Tensor, number: int) -> None:
+        old = self.pending.get(x.index)
+        if old is None:
+            self.pending[x.index] = number
+        elif self.holders[old] == 1:
+            self._release(number)
+        else:
+            row = Row("", "sum of gradients", "temporary", x.shape, x.dtype)
+            self.pending[x.index] = self._allocate(x.bytes, row)
+            self._release(old)
+            self._release(number)
+        if x.index in self.parameter_of and self.first_use[x.index] == i:
+            self._finish_parameter(x)
+
+    def _finish_parameter(self, x: Tensor) -> None:
+        name = self.parameter_of[x.index].name
+        number = self.pending.pop(x.index)
+        if self.holders[number] > 1:
+            fresh = self._allocate(x.bytes, Row("", f"gradient of {name}", "gradient", x.shape, x.dtype))
+            self._release(number)
+            number = fresh
+        if name in self.joined:
+            self._release(number)
+            if not self.fresh:
+                size, row = self.blocks[number][1:]
+                self.events.append(Event(("tied", name), size, -1, row))
+        elif name in self.waiting:
+            key, size, row = self.blocks[number]
+            self.events = [e._replace(key=("tied", name)) if e.key == key else e for e in self.events]
+            self.blocks[number] = (("tied", name), size, row)
+        elif not self.fresh:
+            self._release(number)
+
+    def _hand_on(self) -> None:
+        """What is still pending: the gradient of the incoming hidden states goes to the piece before."""
+        hidden = self.lifetimes.piece.hidden
+        for index, number in list(self.pending.items()):
+            if hidden is not None and index == hidden.index:
+                key = self.blocks[number][0]
+                self.events = [e._replace(key=("gradient of hidden",)) if e.key == key else e for e in self.events]
+            else:
+                self._release(number)

@@ -1,0 +1,136 @@
+"""Attention, by implementation.
+
+===========  ========================================================================================================
+``eager``    written out: scores, their fp32 softmax and the probabilities in the model's dtype are materialised;
+             keeps 6 bytes a score in half precision, 4 in fp32 (there the cast is no copy)
+``sdpa``     torch.nn.functional.scaled_dot_product_attention with a fused kernel: keeps q, k, v, the output and the
+             log-sum-exp of each row, nothing quadratic
+``flash``    the same kernel called as such: keeps two more blocks, the seed and the offset of its random numbers
+===========  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+from memplan.operators.elementwise import add, dropout, mul, neg, scale
+from memplan.operators.layout import cat, copy, repeat_heads, take
+from memplan.operators.matrix import matmul
+from memplan.operators.sizes import Dim, count, num_bytes
+from memplan.operators.tape import Gradient, Tape, Tensor, elements
+
+
+def softmax(t: Tape, x: Tensor, *, dtype: str | None = None) -> Tensor:
+    """``F.softmax``: keeps its result; its backward holds gradient times result (SoftMax.cu) beside the new gradient.
+
+    With `dtype` fp32 an fp16 input is converted inside the kernel, a bf16 one by a copy first.
+    """
+    dtype = dtype or x.dtype
+    if t.numerics.autocast is not None:
+        dtype = "fp32"
+    source = x if x.dtype == "fp16" else t.cast(x, dtype)
+    return t.op(
+        "softmax",
+        (source,),
+        x.shape,
+        dtype=dtype,
+        keeps_output=True,
+        gradients=[Gradient(source, scratch=(num_bytes(x.shape, dtype),))],
+        flops=elements(x).times(5),
+        reason="the derivative of softmax needs its result",
+    )
+
+
+def rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x * cos + rotate_half(x) * sin`` for x of (b, heads, s, head_dim): keeps only the shared tables."""
+    half = (*x.shape[:-1], _half(x.shape[-1]))
+    turned = mul(t, x, cos)
+    first, second = take(t, x, half), take(t, x, half)
+    rotated = cat(t, (neg(t, second), first), x.shape)
+    return add(t, turned, mul(t, rotated, sin))
+
+
+def _half(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim // 2
+
+
+def eager(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    p: float = 0.0,
+    scaled: bool = True,
+    softmax_dtype: str | None = "fp32",
+) -> Tensor:
+    """Attention written out, as ``eager_attention_forward`` of transformers: (b, heads, s, d) to (b, s, heads, d).
+
+    `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores.
+    """
+    b, heads, s, head_dim = q.shape
+    with t.recomputable("attention", q, k, v):
+        k, v = (
+            repeat_heads(t, k, heads, _ratio(heads, k.shape[1])),
+            repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
+        )
+        scores = matmul(t, q, k, (b, heads, s, s), head_dim)
+        if scaled:
+            scores = scale(t, scores)
+        if mask is not None:
+            scores = add(t, scores, mask)
+        weights = t.cast(softmax(t, scores, dtype=softmax_dtype), q.dtype)
+        weights = dropout(t, weights, p)
+        out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
+    return copy(t, out, (b, s, heads, v.shape[-1]))
+
+
+def _ratio(heads: Dim, kv_heads: Dim) -> int:
+    assert isinstance(heads, int)
+    assert isinstance(kv_heads, int)
+    return heads // kv_heads
+
+
+def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One fused kernel: (b, heads, s, d) to (b, s, heads, d).
+
+    Its backward (mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp) needs for a moment the
+    gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer heads, their gradients
+    for every query head before they are summed.
+    """
+    q, k, v = t.autocast(q), t.autocast(k), t.autocast(v)
+    b, heads, s, head_dim = q.shape
+    extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, s), "fp32")]
+    if t.attention == "flash":
+        extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
+    keeps = [q, k, v]
+    inputs = [q, k, v]
+    if mask is not None:
+        keeps.append(mask)
+        inputs.append(mask)
+    scratch = [num_bytes((b, heads, s, head_dim), "fp32"), num_bytes((b, heads, s), "fp32")]
+    if heads != k.shape[1]:
+        scratch += [num_bytes(q.shape, q.dtype)] * 2
+    with t.recomputable("attention", q, k, v):
+        out = t.op(
+            "attention kernel",
+            inputs,
+            (b, s, heads, v.shape[-1]),
+            keeps=keeps,
+            keeps_output=True,
+            extra_outputs=extra,
+            backward_scratch=scratch,
+            flops=count((b, heads, s, s, head_dim)).times(4),
+            reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
+        )
+    return out
+
+
+def attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, p: float = 0.0) -> Tensor:
+    """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d)."""
+    if t.attention == "eager":
+        return eager(t, q, k, v, mask, p=p)
+    if mask is not None:
+        k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
+        v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
+    return fused(t, q, k, v, mask)

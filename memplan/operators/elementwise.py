@@ -1,0 +1,148 @@
+"""Operators that work element by element.
+
+What each keeps follows tools/autograd/derivatives.yaml of PyTorch 2.13: a product keeps the other factor, ``silu`` and
+``gelu`` their input, ``tanh``, ``relu`` and ``rsqrt`` their result, sums and casts nothing.
+"""
+
+from __future__ import annotations
+
+from memplan.operators.sizes import Shape, num_bytes
+from memplan.operators.tape import Gradient, Tape, Tensor, elements
+
+_RANK = {"bool": 0, "int64": 1, "fp16": 2, "bf16": 2, "fp32": 3}
+
+
+def promoted(*dtypes: str) -> str:
+    """The dtype that arithmetic on these gives (fp16 with bf16 gives fp32)."""
+    best = max(dtypes, key=_RANK.__getitem__)
+    return "fp32" if {"fp16", "bf16"} <= set(dtypes) else best
+
+
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape of an operation on `a` and `b`; a dimension 1 stretches."""
+    if len(a) < len(b):
+        a, b = b, a
+    padded = (1,) * (len(a) - len(b)) + b
+    return tuple(y if x == 1 else x for x, y in zip(a, padded, strict=True))
+
+
+def _reduced(x: Tensor, shape: Shape, dtype: str, *, computed: bool) -> Gradient:
+    """Gradient of `x` in an operation of `shape` and `dtype`: computed at full size, then summed and cast to `x`."""
+    same_shape, same_dtype = x.shape == shape, x.dtype == dtype
+    if same_shape and same_dtype:
+        return Gradient(x, alias=not computed)
+    full = num_bytes(shape, dtype)
+    if computed:
+        return Gradient(x, scratch=(full,))
+    return Gradient(x)
+
+
+def add(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a + b``: keeps nothing; both gradients are the incoming one where the shapes agree."""
+    shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
+    gradients = [_reduced(x, shape, dtype, computed=False) for x in (a, b)]
+    return t.op("add", (a, b), shape, dtype=dtype, gradients=gradients, flops=elements(a))
+
+
+def add_scalar(t: Tape, a: Tensor) -> Tensor:
+    """``a + number``: keeps nothing; the gradient is the incoming one."""
+    return t.op("add", (a,), a.shape, gradients=[Gradient(a, alias=True)], flops=elements(a))
+
+
+def mul(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a * b``: keeps the factor that the other's gradient needs."""
+    shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
+    keeps = [kept for kept, other in ((a, b), (b, a)) if other.requires_grad]
+    gradients = [_reduced(x, shape, dtype, computed=True) for x in (a, b)]
+    return t.op(
+        "mul",
+        (a, b),
+        shape,
+        dtype=dtype,
+        keeps=keeps,
+        gradients=gradients,
+        flops=elements(a),
+        reason="a product keeps each factor for the gradient of the other",
+    )
+
+
+def scale(t: Tape, x: Tensor) -> Tensor:
+    """``x * number`` or ``x / number``: keeps nothing."""
+    return t.op("mul (scalar)", (x,), x.shape, flops=elements(x))
+
+
+def neg(t: Tape, x: Tensor) -> Tensor:
+    """``-x``: keeps nothing."""
+    return t.op("neg", (x,), x.shape, flops=elements(x))
+
+
+def power(t: Tape, x: Tensor) -> Tensor:
+    """``x.pow(n)``: keeps `x`; its backward holds ``n * x.pow(n - 1)`` beside the result."""
+    return t.op(
+        "pow",
+        (x,),
+        x.shape,
+        keeps=(x,),
+        gradients=[Gradient(x, scratch=(x.bytes,))],
+        flops=elements(x),
+        reason="the derivative of a power needs the base",
+    )
+
+
+def keeps_input(t: Tape, name: str, x: Tensor) -> Tensor:
+    """An activation function that keeps its input: ``silu``, ``gelu`` (exact or tanh)."""
+    return t.op(
+        name, (x,), x.shape, keeps=(x,), flops=elements(x).times(8), reason=f"the derivative of {name} needs its input"
+    )
+
+
+def keeps_result(t: Tape, name: str, x: Tensor) -> Tensor:
+    """An activation function that keeps its result: ``relu``, ``tanh``, ``sigmoid``, ``rsqrt``."""
+    return t.op(
+        name, (x,), x.shape, keeps_output=True, flops=elements(x), reason=f"the derivative of {name} needs its result"
+    )
+
+
+def gelu_new(t: Tape, x: Tensor) -> Tensor:
+    """GELU by tanh, written out in Python operators (``NewGELUActivation`` in transformers): keeps five tensors.
+
+    0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x**3)))
+    """
+    half = scale(t, x)
+    cube = scale(t, power(t, x))
+    inner = scale(t, add(t, x, cube))
+    bent = keeps_result(t, "tanh", inner)
+    return mul(t, half, add_scalar(t, bent))
+
+
+def relu_squared(t: Tape, x: Tensor) -> Tensor:
+    """``relu(x) ** 2``."""
+    return power(t, keeps_result(t, "relu", x))
+
+
+ACTIVATION_BY_NAME = {
+    "silu": lambda t, x: keeps_input(t, "silu", x),
+    "swish": lambda t, x: keeps_input(t, "silu", x),
+    "gelu": lambda t, x: keeps_input(t, "gelu", x),
+    "gelu_python": lambda t, x: keeps_input(t, "gelu", x),
+    "gelu_pytorch_tanh": lambda t, x: keeps_input(t, "gelu", x),
+    "gelu_new": gelu_new,
+    "relu": lambda t, x: keeps_result(t, "relu", x),
+    "relu2": relu_squared,
+    "tanh": lambda t, x: keeps_result(t, "tanh", x),
+}
+"""Activation functions by the name they have in a model's config."""
+
+
+def dropout(t: Tape, x: Tensor, p: float) -> Tensor:
+    """``F.dropout`` in training: nothing happens at p = 0, else CUDA's fused kernel keeps a mask of one byte an element."""
+    if p == 0:
+        return x
+    return t.op(
+        "dropout",
+        (x,),
+        x.shape,
+        extra_outputs=(("mask", x.shape, "bool"),),
+        flops=elements(x),
+        reason="dropout keeps its mask, one byte an element",
+    )

@@ -1,0 +1,85 @@
+"""How large is a tensor, for any micro-batch and sequence length at once?
+
+A shape is a tuple of dimensions; a dimension is a number or the name of one that is not known yet: ``"b"`` the
+micro-batch, ``"s"`` the sequence length, ``"s+1"`` one more.  A `Size` is a number times such names, so that one
+description of a model answers one configuration (exact Python ints) or a grid of them (NumPy arrays).
+
+CUDA's caching allocator hands out blocks in steps of 512 bytes (kMinBlockSize in c10/core/AllocatorConfig.h), and
+``torch.cuda.memory_allocated`` counts the rounded blocks: `allocated` does the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+BYTES_PER_ELEMENT = {
+    "fp32": 4,
+    "bf16": 2,
+    "fp16": 2,
+    "int64": 8,
+    "int32": 4,
+    "bool": 1,
+    "uint8": 1,
+}
+"""Bytes of one element by dtype name."""
+
+ALLOCATION_STEP_BYTES = 512
+"""Smallest block of the CUDA caching allocator; every allocation is rounded up to a multiple of it."""
+
+
+class Size(NamedTuple):
+    """`factor` times the product of the named `dims`; bytes or FLOPs, by context."""
+
+    factor: int
+    dims: tuple[str, ...] = ()
+
+    def value(self, env: Mapping[str, Any]) -> Any:
+        """The number, for the dimensions in `env` (ints, or integer arrays that broadcast)."""
+        product: Any = self.factor
+        for dim in self.dims:
+            product = product * env[dim]
+        return product
+
+    def times(self, factor: int) -> Size:
+        """The same, `factor` times over."""
+        return Size(self.factor * factor, self.dims)
+
+    def formula(self) -> str:
+        """As text: ``8192*b*s``."""
+        return "*".join((str(self.factor), *self.dims))
+
+
+def count(shape: Shape) -> Size:
+    """Number of elements of `shape`."""
+    factor, dims = 1, []
+    for dim in shape:
+        if isinstance(dim, int):
+            factor *= dim
+        else:
+            dims.append(dim)
+    return Size(factor, tuple(sorted(dims)))
+
+
+def num_bytes(shape: Shape, dtype: str) -> Size:
+    """Bytes of a dense tensor."""
+    return count(shape).times(BYTES_PER_ELEMENT[dtype])
+
+
+def allocated(num: Any) -> Any:
+    """Bytes that the allocator hands out for a request of `num` bytes (int or array)."""
+    return -(-num // ALLOCATION_STEP_BYTES) * ALLOCATION_STEP_BYTES
+
+
+def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
+    """The dimensions that descriptions may name, for one configuration or for arrays of them.
+
+    ``s+[b=1]`` is one longer for a micro-batch of one, where PyTorch's ``contiguous()`` of a slice copies nothing and
+    keeps the whole.
+    """
+    return {"b": micro_batch_size, "s": seq_len, "s+1": seq_len + 1, "s+[b=1]": seq_len + (micro_batch_size == 1)}

@@ -1,0 +1,328 @@
+"""What does a piece of a model compute, and what does autograd keep of it?
+
+A `Tape` is the recording of one piece (the embedding, one layer, the loss head): tensors, parameters and operators in
+the order in which PyTorch runs them.  Recording is what a model description does; everything else (parameter tables,
+bytes kept for the backward pass, momentary bytes, timelines, FLOPs) is read off the tape.
+
+Vocabulary of the recording
+
+=============  ======================================================================================================
+tensor         a shape and a dtype on a *storage*; views share the storage of what they view
+kept           tensors an operator saves for its backward pass (``SavedVariable`` in PyTorch's autograd)
+gradient       how the gradient of one input comes about: a new tensor, or the very storage of the incoming gradient
+scratch        bytes needed for a moment while the operator (or its backward) runs
+=============  ======================================================================================================
+
+Only what requires a gradient keeps anything, exactly as in derivatives.yaml: a linear layer keeps its input when its
+weight is trained, and its weight when a gradient flows to its input.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.operators.sizes import Shape, Size, count, num_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+class Numerics(NamedTuple):
+    """The dtypes of a run."""
+
+    parameters: str
+    """dtype of the parameters: ``fp32``, ``bf16`` or ``fp16``."""
+    autocast: str | None = None
+    """dtype of autocast's low-precision operators, None where autocast is off."""
+
+
+class Tensor(NamedTuple):
+    """A value on the tape."""
+
+    index: int
+    """Position in the tape's table of tensors."""
+    shape: Shape
+    dtype: str
+    storage: int
+    """Which storage it lies on; views share it."""
+    requires_grad: bool
+
+    @property
+    def bytes(self) -> Size:
+        """Bytes of its elements (of a view: of the part it shows)."""
+        return num_bytes(self.shape, self.dtype)
+
+
+class Storage(NamedTuple):
+    """A block of memory."""
+
+    index: int
+    size: Size
+    role: str
+    """``parameter``, ``buffer``, ``input``, ``shared`` (made by an earlier piece) or ``activation``."""
+    module: str
+    """Path of the module that makes it, within its piece."""
+    name: str
+    """What it holds, named after the operator that makes it."""
+    shape: Shape
+    dtype: str
+    cached: bool = False
+    """True of autocast's low-precision copies of parameters, which its cache holds until the region ends."""
+
+
+class Parameter(NamedTuple):
+    """A row of the table of parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    tensor: int
+    storage: int
+    """Storage on the tape that recorded it."""
+    of_embedding: bool = False
+    """Whether it is the table of an ``nn.Embedding`` (some optimizers treat those differently)."""
+
+
+class Gradient(NamedTuple):
+    """How the gradient of one input comes about in the backward pass."""
+
+    of: Tensor
+    alias: bool = False
+    """True where the gradient lies on the storage of the incoming gradient (views, plain sums)."""
+    scratch: tuple[Size, ...] = ()
+    """Bytes alive beside it while it is computed."""
+
+
+class Op(NamedTuple):
+    """One operator."""
+
+    name: str
+    module: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    keeps: tuple[Tensor, ...]
+    """What is saved for the backward pass, parameters included."""
+    keeps_output: bool
+    """True where an output is among what is kept: then it has to be computed before it can be kept."""
+    gradients: tuple[Gradient, ...]
+    scratch: tuple[Size, ...]
+    backward_scratch: tuple[Size, ...]
+    """Bytes alive during the whole of its backward."""
+    flops: Size
+    """Floating-point operations of the forward pass (one multiply-add is two)."""
+    reason: str
+    """Why it keeps what it keeps."""
+
+
+class Span(NamedTuple):
+    """A run of operators that can be recomputed by itself."""
+
+    name: str
+    start: int
+    stop: int
+    """Position after its last operator."""
+    inputs: tuple[Tensor, ...]
+
+
+class Tape:
+    """The recording of one piece of a model."""
+
+    def __init__(
+        self, numerics: Numerics, *, attention: str = "sdpa", exceeded: frozenset[int] = frozenset(), fused: bool = True
+    ) -> None:
+        self.numerics = numerics
+        self.attention = attention
+        """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
+        self.exceeded = exceeded
+        """Attention windows that are shorter than the sequence."""
+        self.tensors: list[Tensor] = []
+        self.storages: list[Storage] = []
+        self.parameters: list[Parameter] = []
+        self.ops: list[Op] = []
+        self.spans: list[Span] = []
+        self._path: list[str] = []
+        self._casts: dict[tuple[int, str], Tensor] = {}
+
+    # -- where we are ------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> str:
+        """Path of the module being recorded."""
+        return ".".join(self._path)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Record what follows as part of the submodule `name`."""
+        self._path.append(name)
+        try:
+            yield
+        finally:
+            self._path.pop()
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def _new(
+        self, shape: Shape, dtype: str, *, role: str, name: str, requires_grad: bool, cached: bool = False
+    ) -> Tensor:
+        storage = Storage(len(self.storages), num_bytes(shape, dtype), role, self.module, name, shape, dtype, cached)
+        self.storages.append(storage)
+        tensor = Tensor(len(self.tensors), shape, dtype, storage.index, requires_grad)
+        self.tensors.append(tensor)
+        return tensor
+
+    def parameter(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        trainable: bool = True,
+        absolute: bool = False,
+        of_embedding: bool = False,
+    ) -> Tensor:
+        """A weight of the current module; the same full name twice is the same weight (tied)."""
+        full = name if absolute or not self._path else f"{self.module}.{name}"
+        for known in self.parameters:
+            if known.name == full:
+                return self.tensors[known.tensor]
+        tensor = self._new(shape, self.numerics.parameters, role="parameter", name=full, requires_grad=trainable)
+        self.parameters.append(Parameter(full, shape, trainable, tensor.index, tensor.storage, of_embedding))
+        return tensor
+
+    def external(self, name: str, shape: Shape, dtype: str, *, role: str, requires_grad: bool = False) -> Tensor:
+        """A tensor made elsewhere: an ``input`` of the step, a ``buffer``, or something ``shared`` by all layers."""
+        return self._new(shape, dtype, role=role, name=name, requires_grad=requires_grad)
+
+    def view(self, x: Tensor, shape: Shape) -> Tensor:
+        """Another shape on the same storage; its gradient is a view of the incoming one."""
+        out = Tensor(len(self.tensors), shape, x.dtype, x.storage, x.requires_grad)
+        self.tensors.append(out)
+        self._record("view", (x,), (out,), gradients=(Gradient(x, alias=True),))
+        return out
+
+    def keep_alive(self, *tensors: Tensor) -> None:
+        """These are held by a Python variable up to this point, although no operator needs them any more."""
+        self._record("hold", tensors, ())
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def op(
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        shape: Shape,
+        *,
+        dtype: str | None = None,
+        keeps: Sequence[Tensor] = (),
+        keeps_output: bool = False,
+        gradients: Sequence[Gradient] | None = None,
+        scratch: Sequence[Size] = (),
+        backward_scratch: Sequence[Size] = (),
+        flops: Size | None = None,
+        reason: str = "",
+        cached: bool = False,
+        extra_outputs: Sequence[tuple[str, Shape, str]] = (),
+        keeps_extra: bool = True,
+    ) -> Tensor:
+        """Record an operator with one result of `shape` (and `extra_outputs` that only its backward uses).
+
+        `gradients` defaults to a new tensor for every input that requires one; entries of inputs that do not are dropped.
+        """
+        requires_grad = any(x.requires_grad for x in inputs)
+        out = self._new(
+            shape, dtype or inputs[0].dtype, role="activation", name=name, requires_grad=requires_grad, cached=cached
+        )
+        extras = [
+            self._new(extra_shape, extra_dtype, role="activation", name=f"{name} {label}", requires_grad=False)
+            for label, extra_shape, extra_dtype in extra_outputs
+        ]
+        kept = list(keeps)
+        if keeps_output:
+            kept.append(out)
+        if keeps_extra:
+            kept.extend(extras)
+        if gradients is None:
+            gradients = [Gradient(x) for x in inputs]
+        self._record(
+            name,
+            tuple(inputs),
+            (out, *extras),
+            keeps=tuple(kept) if requires_grad else (),
+            keeps_output=bool(keeps_output or extras),
+            gradients=tuple(g for g in gradients if g.of.requires_grad),
+            scratch=tuple(scratch),
+            backward_scratch=tuple(backward_scratch),
+            flops=flops,
+            reason=reason,
+        )
+        return out
+
+    def _record(
+        self,
+        name: str,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+        *,
+        keeps: tuple[Tensor, ...] = (),
+        keeps_output: bool = False,
+        gradients: tuple[Gradient, ...] = (),
+        scratch: tuple[Size, ...] = (),
+        backward_scratch: tuple[Size, ...] = (),
+        flops: Size | None = None,
+        reason: str = "",
+    ) -> None:
+        self.ops.append(
+            Op(
+                name,
+                self.module,
+                inputs,
+                outputs,
+                keeps,
+                keeps_output,
+                gradients,
+                scratch,
+                backward_scratch,
+                flops if flops is not None else Size(0),
+                reason,
+            )
+        )
+
+    def cast(self, x: Tensor, dtype: str) -> Tensor:
+        """``x.to(dtype)``: nothing is kept; the gradient is cast back."""
+        if x.dtype == dtype:
+            return x
+        return self.op("to", (x,), x.shape, dtype=dtype)
+
+    def autocast(self, x: Tensor) -> Tensor:
+        """`x` as autocast hands it to a low-precision operator; copies of parameters are cached for the whole region.
+
+        Only fp32 leaves that require a gradient are cached (cached_cast in aten/src/ATen/autocast_mode.cpp).
+        """
+        low = self.numerics.autocast
+        if low is None or x.dtype not in {"fp32", "bf16", "fp16"} or x.dtype == low:
+            return x
+        storage = self.storages[x.storage]
+        if storage.role != "parameter" or not x.requires_grad:
+            return self.cast(x, low)
+        key = (x.index, low)
+        if key not in self._casts:
+            self._casts[key] = self.op("to (autocast cache)", (x,), x.shape, dtype=low, cached=True)
+        return self._casts[key]
+
+    def autocast_fp32(self, x: Tensor) -> Tensor:
+        """`x` as autocast hands it to an operator of its fp32 list."""
+        if self.numerics.autocast is None:
+            return x
+        return self.cast(x, "fp32")
+
+    @contextmanager
+    def recomputable(self, name: str, *inputs: Tensor) -> Iterator[None]:
+        """What is recorded inside can be recomputed from `inputs` (selective checkpointing)."""
+        start = len(self.ops)
+        yield
+        self.spans.append(Span(name, start, len(self.ops), inputs))
+
+
+def elements(x: Tensor) -> Size:
+    """Number of elements of `x`."""
+    return count(x.shape)

@@ -1,0 +1,132 @@
+"""How a model is trained: the numbers and choices of one configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.errors import UsageError, did_you_mean
+
+LARGEST_COUNT = 10**9
+"""No batch, accumulation or length beyond this is taken seriously."""
+
+PRECISIONS = {
+    "fp32": ("fp32", None),
+    "bf16": ("bf16", None),
+    "fp16": ("fp16", None),
+    "bf16-mixed": ("fp32", "bf16"),
+    "fp16-mixed": ("fp32", "fp16"),
+}
+"""Precision by name: dtype of the parameters, dtype of autocast (None: off)."""
+
+OPTIMIZERS = {
+    "adamw": "adamw-foreach",
+    "adamw-foreach": "adamw-foreach",
+    "adamw-fused": "adamw-fused",
+    "adamw-forloop": "adamw-forloop",
+    "adamw-8bit": "adamw-8bit",
+    "sgd": "sgd",
+    "sgd-momentum": "sgd-momentum",
+}
+"""Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
+
+ATTENTIONS = ("eager", "sdpa", "flash")
+LOSSES = ("full",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One training configuration."""
+
+    micro_batch_size: int = 1
+    """Sequences in one forward and backward pass on one data-parallel rank."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    data_parallel_size: int = 1
+    """Ranks (GPUs) with different data."""
+    seq_len: int = 1024
+    """Tokens in one sequence, padding included."""
+    precision: str = "bf16"
+    """Key of `PRECISIONS`; ``-mixed`` is fp32 parameters under autocast."""
+    optimizer: str = "adamw"
+    """Key of `OPTIMIZERS`."""
+    activation_checkpointing: str = "none"
+    """``none``, ``selective`` (attention recomputed), ``full``, or ``every-N`` (each N-th layer, from the first)."""
+    attention: str = "sdpa"
+    """``eager``, ``sdpa`` or ``flash``."""
+    loss: str = "full"
+    """``full``: all logits at once, as transformers computes it."""
+    dropout: float | None = None
+    """Overrides every dropout probability of the model's config; None keeps them."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):
+            check_count(name, getattr(self, name))
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("attention", self.attention, ATTENTIONS)
+        check_choice("loss", self.loss, LOSSES)
+        check_checkpointing(self.activation_checkpointing)
+        check_dropout(self.dropout)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step, over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens in one forward pass on one rank."""
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all ranks."""
+        return self.global_batch_size * self.seq_len
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is a whole number from 1 to 10**9."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(
+            f"{name} is {value!r}, not a whole number.", f"Give {name} as a number from 1 to {LARGEST_COUNT}."
+        )
+    if not 1 <= value <= LARGEST_COUNT:
+        raise UsageError(f"{name} is {value}.", f"It has to lie between 1 and {LARGEST_COUNT}.")
+
+
+def check_choice(name: str, value: object, known: object) -> None:
+    """Raise `UsageError` unless `value` is one of `known`."""
+    names = list(known)  # type: ignore[call-overload]
+    if value not in names:
+        cure = did_you_mean(str(value), names, otherwise=f"Known: {', '.join(names)}.")
+        raise UsageError(f"{name} {value!r} is not known.", cure)
+
+
+def check_checkpointing(value: object) -> None:
+    """Raise `UsageError` unless `value` is none, selective, full or every-N."""
+    if value in {"none", "selective", "full"}:
+        return
+    every = value[6:] if isinstance(value, str) and value.startswith("every-") else ""
+    if not (every.isascii() and every.isdigit() and 1 <= int(every) <= LARGEST_COUNT):
+        raise UsageError(
+            f"activation_checkpointing {value!r} is not known.", "Known: none, selective, full, every-2, every-3, ..."
+        )
+
+
+def check_dropout(value: object) -> None:
+    """Raise `UsageError` unless `value` is None or a probability below 1."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UsageError(f"dropout is {value!r}.", "Give a probability from 0 up to, but not including, 1.")
+
+
+def checkpointed_layers(activation_checkpointing: str, num_layers: int) -> tuple[str, ...]:
+    """For each layer ``none``, ``selective`` or ``full``.
+
+    ``every-N`` checkpoints layers 0, N, 2N, ... (`every_n_layers` of transformers 5.23).
+    """
+    if activation_checkpointing.startswith("every-"):
+        every = int(activation_checkpointing[6:])
+        return tuple("full" if i % every == 0 else "none" for i in range(num_layers))
+    return (activation_checkpointing,) * num_layers
