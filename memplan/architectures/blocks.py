@@ -9,12 +9,11 @@ from memplan.operators.attention import rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
 from memplan.operators.layout import cat, take
 from memplan.operators.matrix import linear, project
-from memplan.operators.tape import Tape, Tensor
 
 if TYPE_CHECKING:
     from memplan.operators.sizes import Shape
+    from memplan.operators.tape import Tape, Tensor
 
-Shared = "Mapping[str, Tensor]"
 
 HIDDEN = ("b", "s")
 """Leading dimensions of hidden states."""

@@ -102,14 +102,14 @@ class PieceLifetimes:
 
     def _row(self, storage: Storage, kind: str | None = None) -> Row:
         if kind is None:
-            kept = storage.index in self.reasons or storage.cached
+            kept = storage.number in self.reasons or storage.cached
             kind = "temporary" if not kept else "loss" if self._belongs_to_loss(storage) else "activation"
         reason = "held by autocast's cache until the forward pass ends" if storage.cached else ""
-        reason = self.reasons.get(storage.index, reason)
+        reason = self.reasons.get(storage.number, reason)
         return Row(storage.module, storage.name, kind, storage.shape, storage.dtype, reason)
 
     def _belongs_to_loss(self, storage: Storage) -> bool:
-        return self.ends_in_loss and (storage.module.startswith("loss") or storage.index in self._logits)
+        return self.ends_in_loss and (storage.module.startswith("loss") or storage.number in self._logits)
 
     def _scratch(self, op: Op, where: str, sizes: Sequence[Size], sign: int) -> Iterable[Event]:
         for n, size in enumerate(sizes):
@@ -166,9 +166,9 @@ class PieceLifetimes:
         """Autocast lets its cached copies go at the end of the forward pass, except those that a backward needs."""
         kept = self.keepers()
         events = [
-            Event(("", s.index), s.size, -1, self._row(s))
+            Event(("", s.number), s.size, -1, self._row(s))
             for s in self.tape.storages
-            if s.cached and s.index not in kept
+            if s.cached and s.number not in kept
         ]
         return Segment("autocast exit", tuple(events))
 
@@ -198,16 +198,16 @@ class _Backward:
         self.first_use: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
             for g in op.gradients:
-                self.first_use.setdefault(g.of.index, i)
+                self.first_use.setdefault(g.of.number, i)
 
     def run(self) -> list[Event]:
         out = self.lifetimes.piece.output
         if self.lifetimes.ends_in_loss:
-            self.pending[out.index] = self._allocate(
+            self.pending[out.number] = self._allocate(
                 out.bytes, Row("loss", "gradient of the loss", "temporary", (), out.dtype)
             )
         elif out.requires_grad:
-            self.pending[out.index] = self._adopt(("gradient of output",), out)
+            self.pending[out.number] = self._adopt(("gradient of output",), out)
         held = self.lifetimes.keepers()
         keys = {s: ("hidden",) if self.tape.storages[s].role == "hidden" else ("", s) for s in held}
         spans = {span.stop - 1: span for span in self.lifetimes.spans}
@@ -287,7 +287,7 @@ class _Backward:
         return span, held, {s: (tag, s) for s in held}
 
     def _step(self, i: int, op: Op, kept: list[tuple[int, Counter[int], dict[int, tuple[Any, ...]]]]) -> None:
-        incoming = [self.pending.pop(x.index) for x in op.outputs if x.index in self.pending]
+        incoming = [self.pending.pop(x.number) for x in op.outputs if x.number in self.pending]
         results: list[tuple[Gradient, int]] = []
         if incoming:
             self.events += self.lifetimes._scratch(op, " backward", op.backward_scratch, +1)
@@ -296,7 +296,7 @@ class _Backward:
                     number = incoming[0]
                     self.holders[number] += 1
                 else:
-                    where = f" gradient of {g.of.index}"
+                    where = f" gradient of {g.of.number}"
                     self.events += self.lifetimes._scratch(op, where, g.scratch, +1)
                     number = self._allocate(g.of.bytes, self._gradient_row(op, g.of))
                     self.events += self.lifetimes._scratch(op, where, g.scratch, -1)
@@ -310,7 +310,7 @@ class _Backward:
             self._accumulate(i, g.of, number)
 
     def _gradient_row(self, op: Op, x: Tensor) -> Row:
-        parameter = self.parameter_of.get(x.index)
+        parameter = self.parameter_of.get(x.number)
         if parameter is None or not self.fresh:
             return Row(op.module, f"gradient from {op.name}", "temporary", x.shape, x.dtype)
         return Row(
@@ -318,22 +318,22 @@ class _Backward:
         )
 
     def _accumulate(self, i: int, x: Tensor, number: int) -> None:
-        old = self.pending.get(x.index)
+        old = self.pending.get(x.number)
         if old is None:
-            self.pending[x.index] = number
+            self.pending[x.number] = number
         elif self.holders[old] == 1:
             self._release(number)
         else:
             row = Row("", "sum of gradients", "temporary", x.shape, x.dtype)
-            self.pending[x.index] = self._allocate(x.bytes, row)
+            self.pending[x.number] = self._allocate(x.bytes, row)
             self._release(old)
             self._release(number)
-        if x.index in self.parameter_of and self.first_use[x.index] == i:
+        if x.number in self.parameter_of and self.first_use[x.number] == i:
             self._finish_parameter(x)
 
     def _finish_parameter(self, x: Tensor) -> None:
-        name = self.parameter_of[x.index].name
-        number = self.pending.pop(x.index)
+        name = self.parameter_of[x.number].name
+        number = self.pending.pop(x.number)
         if self.holders[number] > 1:
             fresh = self._allocate(x.bytes, Row("", f"gradient of {name}", "gradient", x.shape, x.dtype))
             self._release(number)
@@ -354,7 +354,7 @@ class _Backward:
         """What is still pending: the gradient of the incoming hidden states goes to the piece before."""
         hidden = self.lifetimes.piece.hidden
         for index, number in list(self.pending.items()):
-            if hidden is not None and index == hidden.index:
+            if hidden is not None and index == hidden.number:
                 key = self.blocks[number][0]
                 self.events = [e._replace(key=("gradient of hidden",)) if e.key == key else e for e in self.events]
             else:

@@ -6,8 +6,15 @@ What each keeps follows tools/autograd/derivatives.yaml of PyTorch 2.13: a produ
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.operators.sizes import Shape, num_bytes
 from memplan.operators.tape import Gradient, Tape, Tensor, elements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Activation = Callable[[Tape, Tensor], Tensor]
 
 _RANK = {"bool": 0, "int64": 1, "fp16": 2, "bf16": 2, "fp32": 3}
 
@@ -120,16 +127,24 @@ def relu_squared(t: Tape, x: Tensor) -> Tensor:
     return power(t, keeps_result(t, "relu", x))
 
 
-ACTIVATION_BY_NAME = {
-    "silu": lambda t, x: keeps_input(t, "silu", x),
-    "swish": lambda t, x: keeps_input(t, "silu", x),
-    "gelu": lambda t, x: keeps_input(t, "gelu", x),
-    "gelu_python": lambda t, x: keeps_input(t, "gelu", x),
-    "gelu_pytorch_tanh": lambda t, x: keeps_input(t, "gelu", x),
+def _keeps_input(name: str) -> Activation:
+    return lambda t, x: keeps_input(t, name, x)
+
+
+def _keeps_result(name: str) -> Activation:
+    return lambda t, x: keeps_result(t, name, x)
+
+
+ACTIVATION_BY_NAME: dict[str, Activation] = {
+    "silu": _keeps_input("silu"),
+    "swish": _keeps_input("silu"),
+    "gelu": _keeps_input("gelu"),
+    "gelu_python": _keeps_input("gelu"),
+    "gelu_pytorch_tanh": _keeps_input("gelu"),
     "gelu_new": gelu_new,
-    "relu": lambda t, x: keeps_result(t, "relu", x),
+    "relu": _keeps_result("relu"),
     "relu2": relu_squared,
-    "tanh": lambda t, x: keeps_result(t, "tanh", x),
+    "tanh": _keeps_result("tanh"),
 }
 """Activation functions by the name they have in a model's config."""
 

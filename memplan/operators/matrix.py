@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.operators.sizes import Shape, count
-from memplan.operators.tape import Tape, Tensor
 
 if TYPE_CHECKING:
     from memplan.operators.sizes import Dim
+    from memplan.operators.tape import Tape, Tensor
 
 
 def linear(t: Tape, x: Tensor, out_features: int, name: str, *, bias: bool = False, trainable: bool = True) -> Tensor:

@@ -40,7 +40,7 @@ class Numerics(NamedTuple):
 class Tensor(NamedTuple):
     """A value on the tape."""
 
-    index: int
+    number: int
     """Position in the tape's table of tensors."""
     shape: Shape
     dtype: str
@@ -57,7 +57,7 @@ class Tensor(NamedTuple):
 class Storage(NamedTuple):
     """A block of memory."""
 
-    index: int
+    number: int
     size: Size
     role: str
     """``parameter``, ``buffer``, ``input``, ``shared`` (made by an earlier piece) or ``activation``."""
@@ -167,7 +167,7 @@ class Tape:
     ) -> Tensor:
         storage = Storage(len(self.storages), num_bytes(shape, dtype), role, self.module, name, shape, dtype, cached)
         self.storages.append(storage)
-        tensor = Tensor(len(self.tensors), shape, dtype, storage.index, requires_grad)
+        tensor = Tensor(len(self.tensors), shape, dtype, storage.number, requires_grad)
         self.tensors.append(tensor)
         return tensor
 
@@ -186,7 +186,7 @@ class Tape:
             if known.name == full:
                 return self.tensors[known.tensor]
         tensor = self._new(shape, self.numerics.parameters, role="parameter", name=full, requires_grad=trainable)
-        self.parameters.append(Parameter(full, shape, trainable, tensor.index, tensor.storage, of_embedding))
+        self.parameters.append(Parameter(full, shape, trainable, tensor.number, tensor.storage, of_embedding))
         return tensor
 
     def external(self, name: str, shape: Shape, dtype: str, *, role: str, requires_grad: bool = False) -> Tensor:
@@ -304,7 +304,7 @@ class Tape:
         storage = self.storages[x.storage]
         if storage.role != "parameter" or not x.requires_grad:
             return self.cast(x, low)
-        key = (x.index, low)
+        key = (x.number, low)
         if key not in self._casts:
             self._casts[key] = self.op("to (autocast cache)", (x,), x.shape, dtype=low, cached=True)
         return self._casts[key]
