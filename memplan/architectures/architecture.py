@@ -101,6 +101,20 @@ class Recording:
             table.setdefault(row.name, row)
         return list(table.values())
 
+    def parameter_groups(self) -> list[tuple[Parameter, int]]:
+        """The same, with the rows of equal layers together: (row, how often); ``*`` stands for the layer's number."""
+        groups = [(row, 1) for row in self.stem.tape.parameters]
+        for kind, piece in enumerate(self.kinds):
+            times, name = self.order.count(kind), self.pattern(kind)
+            groups += [(row._replace(name=f"{name}.{row.name}"), times) for row in piece.tape.parameters]
+        known = {row.name for row in self.stem.tape.parameters}
+        return groups + [(row, 1) for row in self.head.tape.parameters if row.name not in known]
+
+    def pattern(self, kind: int) -> str:
+        """The path of the layers of one kind: ``model.layers.*``, or ``model.layers.*[kind 2]`` where they differ."""
+        path = self.architecture.layer_prefix.format("*")
+        return path if len(self.kinds) == 1 else f"{path}[kind {kind + 1}]"
+
 
 def record(
     architecture: Architecture,

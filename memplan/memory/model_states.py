@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.memory.events import Event, Row, Segment
+from memplan.memory.events import Row
 from memplan.operators.sizes import Size, count, num_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
+    from memplan.memory.events import Sizes
     from memplan.operators.tape import Parameter
 
 BITSANDBYTES_BLOCK = 256
@@ -35,65 +36,105 @@ DDP_SOURCE = "torch/nn/parallel/distributed.py: gradient_as_bucket_view=False"
 
 
 class Tensors(NamedTuple):
-    """Some tensors with the same role."""
+    """Some tensors with the same role: what, bytes, how many alike."""
 
-    rows: tuple[tuple[Row, Size], ...]
+    rows: tuple[tuple[Row, Size, int], ...]
 
-    def taken(self) -> tuple[Event, ...]:
-        """Their allocations."""
-        return tuple(Event(("state", row.module, row.tensor), size, +1, row) for row, size in self.rows)
+    def total(self, sizes: Sizes) -> int:
+        """Allocated bytes of all of them."""
+        return sum(sizes[size] * times for _, size, times in self.rows)
 
-    def given_back(self) -> tuple[Event, ...]:
-        """Their releases."""
-        return tuple(Event(("state", row.module, row.tensor), size, -1, row) for row, size in self.rows)
-
-
-def parameters(table: Sequence[Parameter], dtype: str) -> Tensors:
-    """The parameters themselves."""
-    return Tensors(tuple((_row(p, "parameter", "parameter", dtype), num_bytes(p.shape, dtype)) for p in table))
+    def requested(self) -> int:
+        """Bytes of all of them before rounding."""
+        return sum(size.factor * times for _, size, times in self.rows)
 
 
-def gradients(table: Sequence[Parameter], dtype: str) -> Tensors:
-    """One gradient for each parameter that is trained, in its dtype."""
-    trained = (p for p in table if p.trainable)
-    return Tensors(tuple((_row(p, "gradient", "gradient", dtype), num_bytes(p.shape, dtype)) for p in trained))
+class ModelStates(NamedTuple):
+    """What a model and its optimizer hold, for one dtype of parameters."""
 
+    groups: tuple[tuple[Parameter, int], ...]
+    """Rows of the parameter table and how many layers have them alike."""
+    dtype: str
+    optimizer: str
 
-def _row(p: Parameter, tensor: str, kind: str, dtype: str) -> Row:
-    return Row(p.name, tensor, kind, p.shape, dtype)
-
-
-def optimizer_states(optimizer: str, table: Sequence[Parameter], dtype: str) -> Tensors:
-    """What the optimizer remembers between steps, on the device."""
-    rows: list[tuple[Row, Size]] = []
-    for p in table:
-        if p.trainable:
-            rows += (
-                (_row(p, name, "optimizer_state", kept_as), size)
-                for name, kept_as, size in _states(optimizer, p, dtype)
+    def _each(self, tensor: str, kind: str, *, trained_only: bool = False) -> Tensors:
+        return Tensors(
+            tuple(
+                (Row(p.name, tensor, kind, p.shape, self.dtype), num_bytes(p.shape, self.dtype), times)
+                for p, times in self.groups
+                if p.trainable or not trained_only
             )
-    if optimizer == "adamw-8bit":
-        for name in ("code book of exp_avg", "code book of exp_avg_sq"):
-            rows.append((Row("optimizer", name, "optimizer_state", (256,), "fp32"), Size(BITSANDBYTES_CODEBOOK_BYTES)))
-    return Tensors(tuple(rows))
+        )
+
+    def parameters(self) -> Tensors:
+        """The parameters themselves."""
+        return self._each("parameter", "parameter")
+
+    def gradients(self) -> Tensors:
+        """One gradient for each parameter that is trained, in its dtype."""
+        return self._each("gradient", "gradient", trained_only=True)
+
+    def optimizer_states(self) -> Tensors:
+        """What the optimizer remembers between steps, on the device."""
+        rows: list[tuple[Row, Size, int]] = []
+        for p, times in self.groups:
+            if p.trainable:
+                for name, dtype, size in _states(self.optimizer, p, self.dtype):
+                    rows.append((Row(p.name, name, "optimizer_state", p.shape, dtype), size, times))
+        if self.optimizer == "adamw-8bit":
+            row = Row("optimizer", "code books of both moments", "optimizer_state", (256,), "fp32")
+            rows.append((row, Size(BITSANDBYTES_CODEBOOK_BYTES), 2))
+        return Tensors(tuple(rows))
+
+    def step_temporaries(self) -> Tensors:
+        """What the optimizer step needs for a moment, all at once."""
+        if self.optimizer == "adamw-foreach":
+            return self._each("square root of exp_avg_sq", "temporary", trained_only=True)
+        if self.optimizer == "adamw-forloop":
+            trained = [(p, num_bytes(p.shape, self.dtype)) for p, _ in self.groups if p.trainable]
+            p, size = max(trained, key=lambda pair: pair[1].factor)
+            return Tensors(
+                ((Row(p.name, "sqrt of exp_avg_sq, denominator", "temporary", p.shape, self.dtype), size, 2),)
+            )
+        return Tensors(())
+
+    def clip_temporaries(self) -> Tensors:
+        """``clip_grad_norm_`` (foreach): a norm for each gradient, and all of them stacked."""
+        trained = sum(times for p, times in self.groups if p.trainable)
+        one, stacked = num_bytes((), self.dtype), num_bytes((trained,), self.dtype)
+        return Tensors(
+            (
+                (Row("clip_grad_norm_", "norm of each gradient", "temporary", (), self.dtype), one, trained),
+                (Row("clip_grad_norm_", "stacked norms", "temporary", (trained,), self.dtype), stacked, 1),
+            )
+        )
+
+    def gradient_buckets(self, data_parallel_size: int) -> Tensors:
+        """DistributedDataParallel's flat copies of all gradients (none on one GPU)."""
+        if data_parallel_size == 1:
+            return Tensors(())
+        total = sum(num_bytes(p.shape, self.dtype).factor * times for p, times in self.groups if p.trainable)
+        row = Row("DistributedDataParallel", "gradient buckets", "gradient", None, self.dtype, DDP_SOURCE)
+        return Tensors(((row, Size(total), 1),))
 
 
 def _states(optimizer: str, p: Parameter, dtype: str) -> Iterable[tuple[str, str, Size]]:
+    """(name, dtype, bytes) of each state of one parameter."""
     own = num_bytes(p.shape, dtype)
-    if optimizer.startswith("adamw") and optimizer != "adamw-8bit":
+    if optimizer == "adamw-8bit":
+        yield from _states_8bit(p)
+    elif optimizer.startswith("adamw"):
         yield "exp_avg", dtype, own
         yield "exp_avg_sq", dtype, own
         if optimizer == "adamw-fused":
             yield "step", "fp32", num_bytes((), "fp32")
-    elif optimizer == "adamw-8bit":
-        yield from _states_8bit(p)
     elif optimizer == "sgd-momentum":
         yield "momentum_buffer", dtype, own
 
 
 def _states_8bit(p: Parameter) -> Iterable[tuple[str, str, Size]]:
     elements = count(p.shape).factor
-    if elements < BITSANDBYTES_MIN_8BIT or _is_embedding(p):
+    if elements < BITSANDBYTES_MIN_8BIT or p.of_embedding:
         yield "exp_avg", "fp32", num_bytes(p.shape, "fp32")
         yield "exp_avg_sq", "fp32", num_bytes(p.shape, "fp32")
         return
@@ -101,39 +142,3 @@ def _states_8bit(p: Parameter) -> Iterable[tuple[str, str, Size]]:
     for name in ("exp_avg", "exp_avg_sq"):
         yield name, "uint8", Size(elements)
         yield f"absmax of {name}", "fp32", Size(blocks * 4)
-
-
-def _is_embedding(p: Parameter) -> bool:
-    """Whether the weight belongs to an ``nn.Embedding``; tied heads share it."""
-    return p.of_embedding
-
-
-def optimizer_step(optimizer: str, table: Sequence[Parameter], dtype: str) -> Segment:
-    """The temporaries of one step."""
-    trained = [(p, num_bytes(p.shape, dtype)) for p in table if p.trainable]
-    temporaries: list[tuple[Row, Size]] = []
-    if optimizer == "adamw-foreach":
-        temporaries = [(_row(p, "square root of exp_avg_sq", "temporary", dtype), size) for p, size in trained]
-    elif optimizer == "adamw-forloop" and trained:
-        p, size = max(trained, key=lambda pair: pair[1].factor)
-        temporaries = [(_row(p, name, "temporary", dtype), size) for name in ("sqrt of exp_avg_sq", "denominator")]
-    held = Tensors(tuple(temporaries))
-    return Segment("optimizer step", held.taken() + held.given_back())
-
-
-def gradient_clip(table: Sequence[Parameter], dtype: str) -> Segment:
-    """``clip_grad_norm_`` (foreach): a norm for each gradient and all of them stacked."""
-    trained = [p for p in table if p.trainable]
-    norms = [(_row(p, "norm of its gradient", "temporary", dtype), num_bytes((), dtype)) for p in trained]
-    norms.append((Row("clip", "stacked norms", "temporary", (len(trained),), dtype), num_bytes((len(trained),), dtype)))
-    held = Tensors(tuple(norms))
-    return Segment("gradient clip", held.taken() + held.given_back())
-
-
-def gradient_buckets(table: Sequence[Parameter], dtype: str, data_parallel_size: int) -> Tensors:
-    """DistributedDataParallel's flat copies of all gradients (none on one GPU)."""
-    if data_parallel_size == 1:
-        return Tensors(())
-    total = sum(num_bytes(p.shape, dtype).factor for p in table if p.trainable)
-    row = Row("DistributedDataParallel", "gradient buckets", "gradient", None, dtype, DDP_SOURCE)
-    return Tensors(((row, Size(total)),))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.registry import read_architecture
-from memplan.estimation.step import build, choose, first_peaks, steady_peaks
+from memplan.estimation.step import HEAD, STEM, Recordings
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import allocated, bind
 from memplan.specs.training import Setup
@@ -57,7 +57,7 @@ def run_both(config: dict[str, Any], *, auto_class: str = "AutoModelForCausalLM"
     """Evaluate the formula and run the reference."""
     chosen = Setup(**setup)
     architecture = read_architecture(config, "config")
-    program = build(architecture, **choose(chosen, architecture))
+    program = Recordings(architecture).program(chosen)
     sizes = Sizes(bind(chosen.micro_batch_size, chosen.seq_len))
     accumulation = chosen.gradient_accumulation_steps
     reference = trace_step(
@@ -67,15 +67,15 @@ def run_both(config: dict[str, Any], *, auto_class: str = "AutoModelForCausalLM"
         precision=chosen.precision,  # type: ignore[arg-type]
         attention=chosen.attention,  # type: ignore[arg-type]
         checkpointing=chosen.activation_checkpointing,
-        optimizer=program.optimizer,  # type: ignore[arg-type]
+        optimizer=program.states.optimizer,  # type: ignore[arg-type]
         accumulation=accumulation,
         auto_class=auto_class,
     )
     return Pair(
         program=program,
         sizes=sizes,
-        formula=steady_peaks(program, sizes, accumulation),
-        formula_first=first_peaks(program, sizes, accumulation),
+        formula=program.peaks(sizes, accumulation),
+        formula_first=program.peaks(sizes, accumulation, first_step=True),
         reference=reference,
     )
 
@@ -94,12 +94,16 @@ def formula_kept(pair: Pair) -> list[tuple[int, str]]:
                 continue
             event = row_of[key]
             what = f"{event.row.module}: {event.row.tensor} {event.row.shape} {event.row.dtype}"
-            for place in part.places:
+            for place in map(_place, part.places):
                 rows.append((n * pair.sizes[event.size], f"{place} {what}"))
         if ("hidden",) in alive:
-            for place in part.places:
+            for place in map(_place, part.places):
                 rows.append((-pair.sizes[row_of[("hidden",)].size], f"{place} hidden states released"))
     return rows
+
+
+def _place(number: int) -> str:
+    return {STEM: "stem", HEAD: "head"}.get(number, f"layer {number}")
 
 
 def differences(pair: Pair) -> str:
