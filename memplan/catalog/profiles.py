@@ -12,11 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -48,9 +43,19 @@ def read_profile(*parts: str) -> dict[str, Any]:
     """
     path = profile_path(*parts)
     with open(path, "rb") as file:
-        try:
-            return tomllib.load(file)
-        except tomllib.TOMLDecodeError as fault:
-            raise MemplanError(
-                f"The profile {path} is not valid TOML: {fault}.", "Reinstall memplan or mend the file."
-            ) from fault
+        content = file.read()
+    try:
+        return parse_toml(content)
+    except ValueError as fault:
+        raise MemplanError(
+            f"The profile {path} is not valid TOML: {fault}.", "Reinstall memplan or mend the file."
+        ) from fault
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """A TOML file's content; `ValueError` (which `TOMLDecodeError` is) where it is not TOML in UTF-8."""
+    if sys.version_info >= (3, 11):  # here, because a look-up that reads no TOML does without the parser
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(content.decode())
