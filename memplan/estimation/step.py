@@ -109,10 +109,9 @@ class StepProgram:
         self.data_parallel_size = data_parallel_size
         self.states = ModelStates(tuple(recording.parameter_groups()), recording.numerics.parameters, optimizer)
         self.modes = checkpointed_layers(activation_checkpointing, len(recording.order))
-        self.stem = PieceLifetimes(recording.stem)
         self._layers: dict[tuple[int, str, bool], PieceLifetimes] = {}
         self._keys = []
-        before = self.stem
+        before = PieceLifetimes(recording.stem)
         for kind, mode in zip(recording.order, self.modes, strict=True):
             key = (kind, mode, not before.keeps_output())
             if key not in self._layers:
@@ -120,7 +119,8 @@ class StepProgram:
             self._keys.append(key)
             before = self._layers[key]
         self.head = PieceLifetimes(recording.head, owns_hidden=not before.keeps_output())
-        self._kept_shared = {name for x in (*self._layers.values(), self.head) for name in x.kept_shared()}
+        lasting = frozenset(name for x in (*self._layers.values(), self.head) for name in x.kept_shared())
+        self.stem = PieceLifetimes(recording.stem, lasting=lasting)
 
     def layer(self, number: int) -> PieceLifetimes:
         """The lifetimes of one layer."""
@@ -180,12 +180,10 @@ class StepProgram:
         done = {stem.output.storage}
         for name, x in stem.shared.items():
             storage = stem.tape.storages[x.storage]
-            goes_now = (name in self._kept_shared) == kept and x.storage not in by_stem
+            goes_now = (name in self.stem.lasting) == kept and x.storage not in by_stem
             if goes_now and storage.role == "activation" and x.storage not in done:
                 done.add(x.storage)
-                events.append(
-                    Event(("", x.storage), storage.size, -1, Row(storage.module, storage.name, "temporary", None, ""))
-                )
+                events.append(Event(("", x.storage), storage.size, -1, self.stem.row(storage)))
         return Segment("shared tensors released", tuple(events))
 
     # -- what is there all the time ----------------------------------------------------------------------------------
@@ -210,31 +208,39 @@ class StepProgram:
         return Tensors(tuple(rows))
 
     @cached_property
-    def _resident(self) -> tuple[Tensors, ...]:
-        return (self.states.parameters(), self.buffers, self.states.gradient_buckets(self.data_parallel_size))
+    def parameters(self) -> Tensors:
+        """The parameters."""
+        return self.states.parameters()
+
+    @cached_property
+    def _buckets(self) -> Tensors:
+        return self.states.gradient_buckets(self.data_parallel_size)
 
     def resident(self, accumulation: int, *, with_states: bool) -> tuple[Tensors, ...]:
         """What is allocated during the whole step."""
-        states = (self._optimizer_states,) if with_states else ()
-        return (*self._resident, self.inputs(accumulation), *states)
+        states = (self.optimizer_states,) if with_states else ()
+        return (self.parameters, self.buffers, self._buckets, self.inputs(accumulation), *states)
 
     @cached_property
-    def _optimizer_states(self) -> Tensors:
+    def optimizer_states(self) -> Tensors:
+        """What the optimizer remembers between steps."""
         return self.states.optimizer_states()
 
     @cached_property
-    def _gradients(self) -> Tensors:
+    def gradients(self) -> Tensors:
+        """One gradient for each trained parameter."""
         return self.states.gradients()
 
     @cached_property
-    def _ends(self) -> tuple[tuple[str, Tensors], ...]:
-        return ((CLIP, self.states.clip_temporaries()), (OPTIMIZER, self.states.step_temporaries()))
+    def end_temporaries(self) -> tuple[Tensors, Tensors]:
+        """What the gradient clip and the optimizer step need for a moment."""
+        return self.states.clip_temporaries(), self.states.step_temporaries()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def peaks(self, sizes: Sizes, accumulation: int, *, first_step: bool = False) -> Peaks:
         """Allocated bytes at every instant of a step: the first one, or any later one."""
-        gradients = self._gradients.total(sizes)
+        gradients = self.gradients.total(sizes)
         base: Any = sum(x.total(sizes) for x in self.resident(accumulation, with_states=not first_step))
         peaks: dict[str, Any] = dict.fromkeys(INSTANTS, 0)
         extents: dict[int, Extent] = {}
@@ -254,8 +260,8 @@ class StepProgram:
         climb(self.backward, after_forward)
         if accumulation > 1:
             climb(self.backward_again, climb(self.forward, base + gradients))
-        states = self._optimizer_states.total(sizes) if first_step else 0
-        (_, clip), (_, step) = self._ends
+        states = self.optimizer_states.total(sizes) if first_step else 0
+        clip, step = self.end_temporaries
         peaks[CLIP] = base + gradients + clip.total(sizes)
         peaks[OPTIMIZER] = base + gradients + states + step.total(sizes)
         kept_by_layer = self.layer(len(self.modes) // 2).forward().extent(sizes).net

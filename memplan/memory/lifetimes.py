@@ -25,8 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from memplan.architectures.architecture import Piece
-    from memplan.operators.sizes import Size
+    from memplan.operators.sizes import Shape, Size
     from memplan.operators.tape import Gradient, Op, Storage, Tensor
+
+
+def hidden_row(shape: Shape, dtype: str) -> Row:
+    """The hidden states between two pieces, under one name for the piece that makes and the piece that frees them."""
+    return Row("between layers", "hidden states", "activation", shape, dtype, "the next layer needs them")
+
+
+def hidden_gradient_row(x: Tensor) -> Row:
+    """Their gradient."""
+    return Row("between layers", "gradient of the hidden states", "temporary", x.shape, x.dtype)
+
 
 OUTSIDE = frozenset({"parameter", "buffer", "input", "shared"})
 """Storages that a piece neither allocates nor frees."""
@@ -35,15 +46,24 @@ OUTSIDE = frozenset({"parameter", "buffer", "input", "shared"})
 class PieceLifetimes:
     """The lifetimes within one piece under one checkpointing choice."""
 
-    def __init__(self, piece: Piece, *, checkpointing: str = "none", owns_hidden: bool = True) -> None:
+    def __init__(
+        self,
+        piece: Piece,
+        *,
+        checkpointing: str = "none",
+        owns_hidden: bool = True,
+        lasting: frozenset[str] = frozenset(),
+    ) -> None:
         """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
 
         `owns_hidden`: whether the incoming hidden states die here (they do unless the piece before keeps its output).
+        `lasting`: names of the shared tensors made here that other pieces need in their backward pass.
         """
         self.piece = piece
         self.tape = piece.tape
         self.ends_in_loss = not piece.output.shape
         self.owns_hidden = owns_hidden
+        self.lasting = lasting
         self.spans = self._spans(checkpointing)
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
@@ -63,6 +83,11 @@ class PieceLifetimes:
         for op in self.tape.ops:
             for x in op.keeps:
                 reasons.setdefault(x.storage, f"kept by {op.name}: {op.reason}" if op.reason else f"kept by {op.name}")
+        if self.piece.hidden is None:
+            for name in self.lasting:
+                reasons.setdefault(self.piece.shared[name].storage, "the backward pass of the layers needs it")
+        if self.ends_in_loss:
+            reasons[self.piece.output.storage] = "the loss itself"
         for span in self.spans:
             for x in span.inputs:
                 reasons[x.storage] = f"kept to compute the {span.name} again"
@@ -100,10 +125,12 @@ class PieceLifetimes:
 
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def _row(self, storage: Storage, kind: str | None = None) -> Row:
-        if kind is None:
-            kept = storage.number in self.reasons or storage.cached
-            kind = "temporary" if not kept else "loss" if self._belongs_to_loss(storage) else "activation"
+    def row(self, storage: Storage) -> Row:
+        """What a storage of this piece holds."""
+        if storage.role == "hidden" or (storage.number == self.piece.output.storage and not self.ends_in_loss):
+            return hidden_row(storage.shape, storage.dtype)
+        kept = storage.number in self.reasons or storage.cached
+        kind = "temporary" if not kept else "loss" if self._belongs_to_loss(storage) else "activation"
         reason = "held by autocast's cache until the forward pass ends" if storage.cached else ""
         reason = self.reasons.get(storage.number, reason)
         return Row(storage.module, storage.name, kind, storage.shape, storage.dtype, reason)
@@ -142,13 +169,13 @@ class PieceLifetimes:
                         and x.storage not in {y.storage for y in op.inputs}
                     ):
                         born.add(x.storage)
-                        events.append(Event((tag, x.storage), storage.size, +1, self._row(storage)))
+                        events.append(Event((tag, x.storage), storage.size, +1, self.row(storage)))
                 events += self._scratch(op, "", op.scratch, -1)
             for s in dies.get(i, ()):
                 storage = storages[s]
                 dead = s not in kept and s not in stay and not storage.cached
                 if dead and (s in born or (storage.role == "hidden" and self.owns_hidden and tag == "")):
-                    events.append(Event((tag, s) if s in born else ("hidden",), storage.size, -1, self._row(storage)))
+                    events.append(Event((tag, s) if s in born else ("hidden",), storage.size, -1, self.row(storage)))
                     born.discard(s)
         return events
 
@@ -166,7 +193,7 @@ class PieceLifetimes:
         """Autocast lets its cached copies go at the end of the forward pass, except those that a backward needs."""
         kept = self.keepers()
         events = [
-            Event(("", s.number), s.size, -1, self._row(s))
+            Event(("", s.number), s.size, -1, self.row(s))
             for s in self.tape.storages
             if s.cached and s.number not in kept
         ]
@@ -244,7 +271,7 @@ class _Backward:
 
     def _adopt(self, key: tuple[Any, ...], x: Tensor) -> int:
         number = len(self.blocks)
-        self.blocks[number] = (key, x.bytes, Row("", "gradient of the hidden states", "temporary", x.shape, x.dtype))
+        self.blocks[number] = (key, x.bytes, hidden_gradient_row(x))
         self.holders[number] = 1
         return number
 
@@ -259,7 +286,7 @@ class _Backward:
         storage = self.tape.storages[s]
         held[s] -= 1
         if held[s] == 0 and self.lifetimes._is_kept_across(storage):
-            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes._row(storage)))
+            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes.row(storage)))
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
@@ -311,11 +338,9 @@ class _Backward:
 
     def _gradient_row(self, op: Op, x: Tensor) -> Row:
         parameter = self.parameter_of.get(x.number)
-        if parameter is None or not self.fresh:
+        if parameter is None:
             return Row(op.module, f"gradient from {op.name}", "temporary", x.shape, x.dtype)
-        return Row(
-            op.module, f"gradient of {parameter.name}", "gradient", x.shape, x.dtype, "the optimizer step needs it"
-        )
+        return Row(parameter.name, "gradient", "gradient" if self.fresh else "temporary", x.shape, x.dtype)
 
     def _accumulate(self, i: int, x: Tensor, number: int) -> None:
         old = self.pending.get(x.number)
@@ -335,14 +360,18 @@ class _Backward:
         name = self.parameter_of[x.number].name
         number = self.pending.pop(x.number)
         if self.holders[number] > 1:
-            fresh = self._allocate(x.bytes, Row("", f"gradient of {name}", "gradient", x.shape, x.dtype))
+            kind = "gradient" if self.fresh else "temporary"
+            fresh = self._allocate(x.bytes, Row(name, "gradient", kind, x.shape, x.dtype))
             self._release(number)
             number = fresh
         if name in self.joined:
+            # The one that waits is a transposed view (linear's), which input_buffer.cpp does not add to in place.
+            size, row = self.blocks[number][1:]
+            total = self._allocate(x.bytes, row)
             self._release(number)
+            self.events.append(Event(("tied", name), size, -1, row))
             if not self.fresh:
-                size, row = self.blocks[number][1:]
-                self.events.append(Event(("tied", name), size, -1, row))
+                self._release(total)
         elif name in self.waiting:
             key, size, row = self.blocks[number]
             self.events = [e._replace(key=("tied", name)) if e.key == key else e for e in self.events]
@@ -356,6 +385,9 @@ class _Backward:
         for index, number in list(self.pending.items()):
             if hidden is not None and index == hidden.number:
                 key = self.blocks[number][0]
-                self.events = [e._replace(key=("gradient of hidden",)) if e.key == key else e for e in self.events]
+                row = hidden_gradient_row(hidden)
+                self.events = [
+                    e._replace(key=("gradient of hidden",), row=row) if e.key == key else e for e in self.events
+                ]
             else:
                 self._release(number)

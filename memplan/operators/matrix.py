@@ -50,7 +50,7 @@ def project(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, out_feature
         shape,
         keeps=keeps,
         flops=flops,
-        reason="the gradient of the weight needs the input",
+        reason="the gradient of the weight needs the input, that of the input the weight",
     )
 
 

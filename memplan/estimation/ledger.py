@@ -1,0 +1,175 @@
+"""Which tensors make up the bytes: those a step holds, and those alive at its peak.
+
+Equal tensors of equal layers share a row.  Two columns: `num_bytes` is what the tensors take while they exist (all
+parameters, all gradients, everything the forward pass keeps); `bytes_at_peak` is what of it is alive at the highest
+point of the step.  The rows' `bytes_at_peak` add up to the peak exactly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.estimation.step import HEAD, STEM
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from memplan.estimation.step import Part, StepProgram
+    from memplan.memory.events import Row, Segment, Sizes
+    from memplan.memory.model_states import Tensors
+    from memplan.operators.sizes import Shape, Size
+
+    Key = tuple[Row, Size]
+
+KIND_ORDER = ("parameter", "gradient", "optimizer_state", "activation", "loss", "temporary", "input", "buffer")
+"""Kinds of rows in the order in which they are listed; ``allocator``, ``workspace`` and ``context`` follow."""
+
+
+class LedgerRow(NamedTuple):
+    """Some equal tensors."""
+
+    module: str
+    """Path in the model, ``*`` for the number of a layer."""
+    tensor: str
+    kind: str
+    """One of `KIND_ORDER`, or ``allocator``, ``workspace``, ``context``."""
+    num: int
+    """How many of them there are."""
+    shape: Shape | None
+    """Dimensions; ``b`` is the micro-batch, ``s`` the sequence length."""
+    dtype: str
+    num_bytes: int
+    """Bytes while they exist."""
+    bytes_at_peak: int
+    """Bytes of them at the peak of the step."""
+    formula: str
+    source: str
+
+
+def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[LedgerRow, ...]:
+    """The rows of a step in steady state, by kind, then largest first."""
+    whole: Counter[Key] = Counter()
+    for tensors in program.resident(accumulation, with_states=True):
+        _add(whole, tensors)
+    at_peak = Counter(whole)
+    _Peak(program, sizes, accumulation).add_to(at_peak)
+    _add(whole, program.gradients)
+    whole += _after(program, program.forward)
+    rows = []
+    for key in whole.keys() | at_peak.keys():
+        row, size = key
+        bytes_at_peak = at_peak[key] * sizes[size]
+        num = whole[key] or at_peak[key]
+        if num > 0 or bytes_at_peak:
+            formula = size.formula() if num == 1 else f"{num} x {size.formula()}"
+            rows.append(
+                LedgerRow(
+                    row.module,
+                    row.tensor,
+                    row.kind,
+                    num,
+                    row.shape,
+                    row.dtype,
+                    num * sizes[size],
+                    bytes_at_peak,
+                    formula,
+                    row.reason,
+                )
+            )
+    order = {kind: n for n, kind in enumerate(KIND_ORDER)}
+    return tuple(sorted(rows, key=lambda r: (order.get(r.kind, 99), -r.num_bytes, r.module, r.tensor, r.dtype)))
+
+
+def _add(counts: Counter[Key], tensors: Tensors) -> None:
+    for row, size, times in tensors.rows:
+        counts[row, size] += times
+
+
+def _net(program: StepProgram, part: Part, events: Iterable[tuple[Row, Size, int]], runs: int) -> Counter[Key]:
+    """What `runs` runs of a part leave behind, under the full paths of their modules."""
+    prefix = _prefix(program, part)
+    counts: Counter[Key] = Counter()
+    for row, size, sign in events:
+        counts[row, size] += sign * runs
+    return Counter({(_located(row, prefix), size): n for (row, size), n in counts.items() if n})
+
+
+def _located(row: Row, prefix: str) -> Row:
+    if not prefix or row.module == "between layers":
+        return row
+    return row._replace(module=f"{prefix}.{row.module}" if row.module else prefix)
+
+
+def _prefix(program: StepProgram, part: Part) -> str:
+    place = part.places[0] if part.places else STEM
+    return "" if place in {STEM, HEAD} else program.recording.pattern(program.recording.order[place])
+
+
+def _events(segment: Segment) -> list[tuple[Row, Size, int]]:
+    return [(event.row, event.size, event.sign) for event in segment.events]
+
+
+def _after(program: StepProgram, parts: Sequence[Part]) -> Counter[Key]:
+    counts: Counter[Key] = Counter()
+    for part in parts:
+        counts.update(_net(program, part, _events(part.segment), len(part.places)))
+    return counts
+
+
+class _Peak:
+    """The tensors alive at the highest point, beside those that are always there."""
+
+    def __init__(self, program: StepProgram, sizes: Sizes, accumulation: int) -> None:
+        self.program = program
+        self.sizes = sizes
+        self.best = 0
+        self.found: Counter[Key] = Counter()
+        first = (*program.forward, *program.backward)
+        self._climb(first, Counter())
+        gradients: Counter[Key] = Counter()
+        _add(gradients, program.gradients)
+        if accumulation > 1:
+            self._climb((*program.forward, *program.backward_again), gradients)
+        for tensors in program.end_temporaries:
+            alive = Counter(gradients)
+            _add(alive, tensors)
+            self._consider(self._bytes(alive), alive)
+
+    def add_to(self, counts: Counter[Key]) -> None:
+        """Add the tensors alive at the peak."""
+        counts.update(self.found)
+
+    def _bytes(self, counts: Counter[Key]) -> int:
+        return sum(n * self.sizes[size] for (_, size), n in counts.items())
+
+    def _consider(self, height: int, alive: Counter[Key]) -> None:
+        if height > self.best:
+            self.best, self.found = height, alive
+
+    def _climb(self, parts: Sequence[Part], start: Counter[Key]) -> None:
+        """Find the part and run with the highest point, then walk only that one."""
+        live = self._bytes(start)
+        highest, where = self.best, None
+        for n, part in enumerate(parts):
+            one = part.segment.extent(self.sizes)
+            for run in (0, len(part.places) - 1):
+                height = live + one.net * run + one.peak
+                if part.places and height > highest:
+                    highest, where = height, (n, run)
+            live += one.net * len(part.places)
+        if where is None:
+            return
+        n, run = where
+        alive = Counter(start)
+        alive.update(_after(self.program, parts[:n]))
+        part = parts[n]
+        events = _events(part.segment)
+        alive.update(_net(self.program, part, events, run))
+        at, height, top = 0, 0, 0
+        for i, (_, size, sign) in enumerate(events):
+            height += sign * self.sizes[size]
+            if height > top:
+                at, top = i + 1, height
+        alive.update(_net(self.program, part, events[:at], 1))
+        self._consider(highest, alive)
