@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memplan.operators import losses
 from memplan.operators.attention import rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
-from memplan.operators.layout import cat, take
+from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import linear, project
 
 if TYPE_CHECKING:
@@ -47,19 +47,42 @@ def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
     return {"mask": additive_mask(t, hidden.dtype)}
 
 
+def window_mask(t: Tape, hidden: Tensor, window: int) -> dict[str, Tensor]:
+    """The mask of layers that attend to the last `window` tokens (``create_sliding_window_causal_mask``).
+
+    Fused attention needs none while the sequence is shorter than the window; flash attention knows windows by itself.
+    """
+    if t.attention == "eager":
+        return {"window_mask": additive_mask(t, hidden.dtype)}
+    if t.attention == "sdpa" and window - 1 in t.exceeded:
+        return {"window_mask": boolean_mask(t)}
+    return {}
+
+
 def additive_mask(t: Tape, dtype: str) -> Tensor:
     """``eager_mask``: a boolean (b, 1, s, s) turned into 0 and the lowest number of `dtype`."""
     return t.op("where", (boolean_mask(t),), ("b", 1, "s", "s"), dtype=dtype)
 
 
 def boolean_mask(t: Tape) -> Tensor:
-    """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows)."""
-    return t.op("mask", (), ("b", 1, "s", "s"), dtype="bool")
+    """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows).
+
+    It depends on positions alone, so that it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).
+    """
+    mask = t.op("mask", (), (1, 1, "s", "s"), dtype="bool")
+    return t.view(mask, ("b", 1, "s", "s"))
 
 
 def heads(t: Tape, x: Tensor, num: int, head_dim: int) -> Tensor:
     """(b, s, num * head_dim) seen as (b, num, s, head_dim)."""
     return t.view(x, (x.shape[0], num, x.shape[1], head_dim))
+
+
+def split_heads(t: Tape, qkv: Tensor, num: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of (b, num, s, head_dim) as slices of one joint projection (b, s, 3 * num * head_dim)."""
+    shape = (qkv.shape[0], num, qkv.shape[1], head_dim)
+    q, k, v = split(t, qkv, (shape, shape, shape))
+    return q, k, v
 
 
 def merged(t: Tape, x: Tensor) -> Tensor:

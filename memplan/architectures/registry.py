@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from memplan.architectures.architecture import Architecture
 
 READER_BY_MODEL_TYPE = {
+    "bert": "bert:bert",
+    "gpt2": "gpt2:gpt2",
     "llama": "llama:llama",
+    "mistral": "llama:mistral",
     "qwen2": "llama:qwen2",
+    "roberta": "bert:roberta",
+    "xlm-roberta": "bert:xlm_roberta",
+    "qwen3": "llama:qwen3",
+    "smollm3": "llama:smollm3",
 }
 """``module:function`` below `memplan.architectures.families`, by the config's ``model_type``."""
 

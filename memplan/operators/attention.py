@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from memplan.operators.elementwise import add, dropout, mul, neg, scale
+from memplan.operators.elementwise import add, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.matrix import matmul
 from memplan.operators.sizes import Dim, count, num_bytes
@@ -63,10 +63,12 @@ def eager(
     p: float = 0.0,
     scaled: bool = True,
     softmax_dtype: str | None = "fp32",
+    softcap: bool = False,
 ) -> Tensor:
     """Attention written out, as ``eager_attention_forward`` of transformers: (b, heads, s, d) to (b, s, heads, d).
 
-    `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores.
+    `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores;
+    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2).
     """
     b, heads, s, head_dim = q.shape
     with t.recomputable("attention", q, k, v):
@@ -74,15 +76,28 @@ def eager(
             repeat_heads(t, k, heads, _ratio(heads, k.shape[1])),
             repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
         )
+        q, k, v = (_dense(t, x) for x in (q, k, v))
         scores = matmul(t, q, k, (b, heads, s, s), head_dim)
         if scaled:
             scores = scale(t, scores)
+        if softcap:
+            scores = softcapped(t, scores)
         if mask is not None:
             scores = add(t, scores, mask)
         weights = t.cast(softmax(t, scores, dtype=softmax_dtype), q.dtype)
         weights = dropout(t, weights, p)
         out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
     return copy(t, out, (b, s, heads, v.shape[-1]))
+
+
+def softcapped(t: Tape, x: Tensor) -> Tensor:
+    """``c * tanh(x / c)``: keeps the tanh."""
+    return scale(t, keeps_result(t, "tanh", scale(t, x)))
+
+
+def _dense(t: Tape, x: Tensor) -> Tensor:
+    """`x` itself or, where it is a slice of a larger tensor, the copy that ``matmul`` makes to batch it (b > 1)."""
+    return copy(t, x) if x.bytes != t.storages[x.storage].size else x
 
 
 def _ratio(heads: Dim, kv_heads: Dim) -> int:
@@ -97,10 +112,17 @@ def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     Its backward (mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp) needs for a moment the
     gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer heads, their gradients
     for every query head before they are summed.
+
+    In fp32, and with a mask, it is the memory-efficient kernel (sdp_utils.cpp), whose log-sum-exp is rounded up to 32
+    rows.
     """
     q, k, v = t.autocast(q), t.autocast(k), t.autocast(v)
     b, heads, s, head_dim = q.shape
-    extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, s), "fp32")]
+    efficient = t.attention == "sdpa" and (mask is not None or (q.dtype == "fp32" and heads == k.shape[1]))
+    rows: Dim = "s to 32" if efficient and s == "s" else s
+    if mask is not None:
+        mask = _kernel_mask(t, mask, q.dtype)
+    extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
     if t.attention == "flash":
         extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
     keeps = [q, k, v]
@@ -126,10 +148,42 @@ def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     return out
 
 
-def attention(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, p: float = 0.0) -> Tensor:
-    """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d)."""
-    if t.attention == "eager":
-        return eager(t, q, k, v, mask, p=p)
+def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> Tensor:
+    """A boolean mask as the memory-efficient kernel is given it: 0 and minus infinity, rows padded to 16 elements.
+
+    Every layer makes its own (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/
+    attention.cpp).
+    """
+    if mask.dtype != "bool":
+        return mask
+    return t.op(
+        "additive mask",
+        (mask,),
+        ("b", 1, "s", "s to 16"),
+        dtype=dtype,
+        scratch=[num_bytes(("b", 1, "s", "s[not 16s]"), dtype)],
+    )
+
+
+def attention(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    p: float = 0.0,
+    scaled: bool = True,
+    softmax_dtype: str | None = "fp32",
+    softcap: bool = False,
+) -> Tensor:
+    """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
+
+    `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`).  No form of
+    scaled_dot_product_attention bends scores: where one is asked for, what runs is eager (transformers' own fallback).
+    """
+    if t.attention == "eager" or (softcap and t.attention == "sdpa"):
+        return eager(t, q, k, v, mask, p=p, scaled=scaled, softmax_dtype=softmax_dtype, softcap=softcap)
     if mask is not None:
         k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
         v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))

@@ -51,6 +51,13 @@ def add(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     return t.op("add", (a, b), shape, dtype=dtype, gradients=gradients, flops=elements(a))
 
 
+def sub(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a - b``: keeps nothing; the gradient of `a` is the incoming one, that of `b` is computed."""
+    shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
+    gradients = [_reduced(a, shape, dtype, computed=False), _reduced(b, shape, dtype, computed=True)]
+    return t.op("sub", (a, b), shape, dtype=dtype, gradients=gradients, flops=elements(a))
+
+
 def add_scalar(t: Tape, a: Tensor) -> Tensor:
     """``a + number``: keeps nothing; the gradient is the incoming one."""
     return t.op("add", (a,), a.shape, gradients=[Gradient(a, alias=True)], flops=elements(a))
@@ -61,6 +68,9 @@ def mul(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
     keeps = [kept for kept, other in ((a, b), (b, a)) if other.requires_grad]
     gradients = [_reduced(x, shape, dtype, computed=True) for x in (a, b)]
+    # Casts and sums to the input's form come after both gradients are there (validate_outputs in engine.cpp).
+    at_full_size = [size for g in gradients if g.of.requires_grad for size in g.scratch]
+    gradients = [g._replace(scratch=()) for g in gradients]
     return t.op(
         "mul",
         (a, b),
@@ -68,6 +78,7 @@ def mul(t: Tape, a: Tensor, b: Tensor) -> Tensor:
         dtype=dtype,
         keeps=keeps,
         gradients=gradients,
+        backward_scratch=at_full_size,
         flops=elements(a),
         reason="a product keeps each factor for the gradient of the other",
     )
@@ -84,7 +95,8 @@ def neg(t: Tape, x: Tensor) -> Tensor:
 
 
 def power(t: Tape, x: Tensor) -> Tensor:
-    """``x.pow(n)``: keeps `x`; its backward holds ``n * x.pow(n - 1)`` beside the result."""
+    """``x.pow(n)``: keeps `x`; its backward holds ``n * x.pow(n - 1)`` beside the result.  In fp32 under autocast."""
+    x = t.autocast_fp32(x)
     return t.op(
         "pow",
         (x,),
