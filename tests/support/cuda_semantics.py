@@ -9,6 +9,8 @@ choices are CUDA's:
 * dropout runs native_dropout, which keeps a boolean mask (aten/src/ATen/native/Dropout.cpp);
 * softmax of fp16 to fp32 is one kernel without a converted copy (aten/src/ATen/native/SoftMax.cpp);
 * rms_norm is the fused kernel that keeps its input and one fp32 reciprocal root per row;
+* the grouped matrix product of experts has a meta form in bf16 alone; otherwise that of transformers, which allocates
+  the same, stands in for it;
 * foreach and fused optimizer kernels count as available;
 * autocast, which has no effect on meta tensors, follows the lists of aten/src/ATen/autocast_mode.h.
 
@@ -326,6 +328,9 @@ def cuda_semantics(*, autocast: CudaAutocast | None = None, sdpa_kernel: str | N
     def maybe_autocast(device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> Any:
         return autocast.switched(enabled) if autocast is not None and autocast.enabled else contextlib.nullcontext()
 
+    def can_use_grouped_mm(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:  # noqa: A002
+        return weight.dtype == torch.bfloat16
+
     devices = ["cuda", "meta"]
     softmax, log_softmax = cuda_softmax(autocast, log=False), cuda_softmax(autocast, log=True)
     patches: list[contextlib.AbstractContextManager[Any]] = [
@@ -335,6 +340,7 @@ def cuda_semantics(*, autocast: CudaAutocast | None = None, sdpa_kernel: str | N
         mock.patch.object(F, "log_softmax", log_softmax),
         mock.patch.object(F, "rms_norm", cuda_rms_norm),
         mock.patch.object(torch, "_foreach_norm", cuda_foreach_norm),
+        mock.patch("transformers.integrations.moe._can_use_grouped_mm", can_use_grouped_mm),
         mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: devices),
         mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: devices),
         mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: devices),

@@ -5,13 +5,14 @@ the meta device, whole training steps run on it as the Hugging Face Trainer runs
 storage are recorded as CUDA would allocate them (storage_recorder, cuda_semantics). No number is computed, so a model
 of eight billion parameters takes seconds.
 
-The step (transformers/trainer.py, accelerate): the inputs of all micro-batches are on the device from the start; for
-each micro-batch, forward with `num_items_in_batch`, the output object is dropped once the loss is taken, backward; then
-the gradient norm is clipped, the optimizer updates, gradients are set to None. Mixed precision wraps the forward pass
-in autocast and casts the model's floating-point outputs to fp32.
+The step (transformers/trainer.py, accelerate): the inputs of all micro-batches are on the device throughout; for each
+micro-batch, forward with `num_items_in_batch`, the output object is dropped once the loss is taken, backward; then the
+gradient norm is clipped, the optimizer updates, gradients are set to None. Mixed precision wraps the forward pass in
+autocast and casts the model's floating-point outputs to fp32.
 
 Not modelled: CUDA context, cuBLAS workspaces, fragmentation, scratch memory inside kernels other than attention's (see
-cuda_semantics), a GradScaler, data-dependent routing (mixture of experts).
+cuda_semantics), a GradScaler, models whose inputs are not token ids. Where a model looks at its data (is there padding?
+are sequences packed?) the answer is that of a batch without padding and packing, unless `padding=True`.
 
     python -m tests.support.reference_trace CONFIG.json --batch 1 --seq 4096 --precision bf16 --layers 2 --rows
 """
@@ -27,7 +28,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
@@ -85,12 +86,14 @@ class ReferenceStep:
     """Alive between the end of the forward pass (loss included) and the start of the backward pass, less what was alive
     before the forward pass. Not rounded."""
     kept_allocated_bytes: int
-    """The same with every storage rounded up to 512 bytes."""
+    """The same with every storage rounded up to 512 bytes, as allocated."""
     kept_rows: tuple[StorageRow, ...]
     """The storages behind `kept_activation_bytes`, in the order of their birth, one row each."""
     phase_peaks: dict[str, int]
     """Peak of allocated bytes during forward, backward, clip and optimizer_step of the last step."""
     first_step_phase_peaks: dict[str, int]
+    resident_bytes: int
+    """Allocated after the last step: parameters, buffers, optimizer states."""
     peak_allocated_bytes: int
     """The highest of `phase_peaks`: the steady state, if at least two steps were run."""
     first_step_peak_allocated_bytes: int
@@ -119,6 +122,7 @@ def trace_step(  # noqa: PLR0913 - one keyword for each choice of a run
     keep_outputs: bool = False,
     clip: bool = True,
     padding: bool = False,
+    outputs_to_fp32: bool = True,
     auto_class: str = "AutoModelForCausalLM",
     sdpa_kernel: str | None = None,
     count_random_states: bool | None = None,
@@ -139,11 +143,14 @@ def trace_step(  # noqa: PLR0913 - one keyword for each choice of a run
         keep_outputs: Keep the model's output object (the logits) alive until the end of the step.
         clip: Clip the gradient norm to 1.0.
         padding: Pass an attention mask, and let it have padding, so that the model must build its masks.
+        outputs_to_fp32: Under autocast, cast the model's outputs to fp32 as accelerate does; a plain loop does not.
         auto_class: The auto class that builds the model, for example "AutoModelForMaskedLM".
         sdpa_kernel: Overrules the attention kernel that CUDA would choose: "flash", "efficient" or "math".
         count_random_states: Count the two scalars of random state that a fused attention kernel keeps; by default only
             for attention="flash".
     """
+    if attention == "flash" and precision == "fp32":
+        raise ValueError("flash attention has no fp32 kernel: choose attention='sdpa' or another precision")
     autocast = CudaAutocast(AUTOCAST_DTYPE[precision]) if precision in AUTOCAST_DTYPE else None
     count_random_states = attention == "flash" if count_random_states is None else count_random_states
     ignored = None if count_random_states else _is_random_state
@@ -152,7 +159,16 @@ def trace_step(  # noqa: PLR0913 - one keyword for each choice of a run
         model = _build_model(config, precision, attention, num_layers, auto_class)
         _label_model(recorder, model)
         _enable_checkpointing(model, checkpointing, autocast)
-        run = _Run(model, recorder, autocast, _build_optimizer(model, optimizer), keep_outputs, clip, padding)
+        run = _Run(
+            model=model,
+            recorder=recorder,
+            autocast=autocast,
+            optimizer=_build_optimizer(model, optimizer),
+            keep_outputs=keep_outputs,
+            clip=clip,
+            padding=padding,
+            outputs_to_fp32=outputs_to_fp32,
+        )
         with cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel), _named_calls(recorder):
             for _ in range(steps):
                 run.step(batch, seq, accumulation)
@@ -194,6 +210,8 @@ def _with_layers(config: dict[str, Any], num_layers: int | None) -> dict[str, An
     from transformers import CONFIG_MAPPING
 
     names = CONFIG_MAPPING[config["model_type"]].attribute_map
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": _with_layers(dict(config["text_config"]), num_layers)}
     config[names.get("num_hidden_layers", "num_hidden_layers")] = num_layers
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:num_layers]
@@ -307,24 +325,21 @@ def _named_calls(recorder: StorageRecorder) -> Iterator[None]:
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(kw_only=True)
 class _Run:
     """Training steps of one model, with the peaks of each phase and what the last forward pass kept."""
 
-    def __init__(
-        self,
-        model: Any,
-        recorder: StorageRecorder,
-        autocast: CudaAutocast | None,
-        optimizer: torch.optim.Optimizer | None,
-        keep_outputs: bool,
-        clip: bool,
-        padding: bool,
-    ) -> None:
-        self.model, self.recorder, self.autocast, self.optimizer = model, recorder, autocast, optimizer
-        self.keep_outputs, self.clip, self.padding = keep_outputs, clip, padding
-        self.accepts_num_items = _accepts_num_items(model)
-        self.kept: list[StorageRecord] = []
-        self.peaks: list[dict[str, Peak]] = []
+    model: Any
+    recorder: StorageRecorder
+    autocast: CudaAutocast | None
+    optimizer: torch.optim.Optimizer | None
+    keep_outputs: bool
+    clip: bool
+    padding: bool
+    outputs_to_fp32: bool
+    outputs: Any = None
+    kept: list[StorageRecord] = field(default_factory=list)
+    peaks: list[dict[str, Peak]] = field(default_factory=list)
 
     def step(self, batch: int, seq: int, accumulation: int) -> None:
         """One optimizer step."""
@@ -332,9 +347,8 @@ class _Run:
         self.peaks.append({})
         inputs = [self._inputs(batch, seq) for _ in range(accumulation)]
         num_items = self._labelled(torch.empty((), dtype=torch.int64, device="meta"), "num_items_in_batch")
-        outputs = None
-        while inputs:
-            outputs = self._micro_step(inputs.pop(0), num_items, accumulation)
+        for micro_batch in inputs:
+            self._micro_step(micro_batch, num_items, accumulation)
         if self.optimizer is not None:
             if self.clip:
                 with self._phase("clip"):
@@ -342,21 +356,20 @@ class _Run:
             with self._phase("optimizer_step"):
                 self.optimizer.step()
             self._name_optimizer_states(self.optimizer)
-        del outputs
+        del inputs, micro_batch, num_items
+        self.outputs = None
         self.model.zero_grad(set_to_none=True)
 
-    def _micro_step(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor, accumulation: int) -> Any:
+    def _micro_step(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor, accumulation: int) -> None:
         before = {id(record) for record in self.recorder.live_records()}
         with self._phase("forward"):
-            loss, outputs = self._forward(inputs, num_items, accumulation)
-        del inputs
+            loss = self._forward(inputs, num_items, accumulation)
         self.kept = [record for record in self.recorder.live_records() if id(record) not in before]
         with self._phase("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 self.recorder.relabel(parameter.grad, name, "gradient")
-        return outputs
 
     def _name_optimizer_states(self, optimizer: torch.optim.Optimizer) -> None:
         for name, parameter in self.model.named_parameters():
@@ -364,23 +377,19 @@ class _Run:
                 if isinstance(value, torch.Tensor) and value.device.type == "meta":
                     self.recorder.relabel(value, name, state)
 
-    def _forward(
-        self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor, accumulation: int
-    ) -> tuple[torch.Tensor, Any]:
-        arguments = {**inputs, "num_items_in_batch": num_items} if self.accepts_num_items else inputs
-        if self.autocast is None:
+    def _forward(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor, accumulation: int) -> torch.Tensor:
+        takes_num_items = _accepts_num_items(self.model)
+        arguments = {**inputs, "num_items_in_batch": num_items} if takes_num_items else inputs
+        with self.autocast.region() if self.autocast else contextlib.nullcontext():
             outputs = self.model(**arguments)
-        else:
-            with self.autocast.region():
-                outputs = self.model(**arguments)
-            for name, value in outputs.items():  # accelerate's convert_outputs_to_fp32
-                if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    outputs[name] = value.float()
-            del value
-        loss = outputs["loss"]
-        if not self.accepts_num_items and accumulation > 1:
+        if self.autocast and self.outputs_to_fp32:
+            _convert_to_fp32(outputs)
+        loss: torch.Tensor = outputs["loss"]
+        if self.keep_outputs:
+            self.outputs = outputs
+        if not takes_num_items and accumulation > 1:
             loss = loss / accumulation
-        return loss, outputs if self.keep_outputs else None
+        return loss
 
     def _inputs(self, batch: int, seq: int) -> dict[str, torch.Tensor]:
         names = ("input_ids", "labels", "attention_mask") if self.padding else ("input_ids", "labels")
@@ -397,6 +406,13 @@ class _Run:
         best = self.peaks[-1].get(name)
         if best is None or peak.allocated_bytes > best.allocated_bytes:
             self.peaks[-1][name] = peak
+
+
+def _convert_to_fp32(outputs: Any) -> None:
+    """What accelerate's convert_outputs_to_fp32 does, for the tensors at the top of the output object."""
+    for name in outputs:
+        if isinstance(outputs[name], torch.Tensor) and outputs[name].is_floating_point():
+            outputs[name] = outputs[name].float()
 
 
 def _accepts_num_items(model: Any) -> bool:
@@ -424,6 +440,7 @@ def _summarise(model: nn.Module, recorder: StorageRecorder, run: _Run) -> Refere
         kept_rows=tuple(row for record in run.kept for row in _rows([record])),
         phase_peaks={name: p.allocated_bytes for name, p in last.items()},
         first_step_phase_peaks={name: p.allocated_bytes for name, p in first.items()},
+        resident_bytes=recorder.allocated_bytes,
         peak_allocated_bytes=peak.allocated_bytes,
         first_step_peak_allocated_bytes=max(p.allocated_bytes for p in first.values()),
         peak_phase=peak.phase,
@@ -467,6 +484,7 @@ def describe(step: ReferenceStep, *, rows: int) -> str:
         f"kept for backward     {step.kept_activation_bytes:>18,}  "
         f"bytes ({step.kept_allocated_bytes:,} in 512-byte blocks)",
     ]
+    lines.append(f"after the step        {step.resident_bytes:>18,}  bytes (parameters, buffers, optimizer states)")
     for name in PHASES:
         if name in step.phase_peaks:
             first, last = step.first_step_phase_peaks[name], step.phase_peaks[name]
