@@ -1,3 +1,29 @@
-"""memplan: says before a training run starts whether it fits on the GPU, and plans the fastest way that does."""
+"""memplan: says before a training run starts whether it fits on the GPU, and plans the fastest way that does.
+
+import memplan
+
+plan = memplan.suggest("llama-3.2-3b", gpu="24GB", target_batch=32)
+plan.best, plan.to_pandas()
+memplan.estimate("gpt2", micro_batch=8, seq_len=1024, precision="fp32").memory.peak_allocated_bytes
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+__all__ = ["MemplanError", "UsageError", "__version__", "estimate", "suggest"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import memplan` alone costs nothing."""
+    if name in {"estimate", "suggest"}:
+        from memplan import api
+
+        return getattr(api, name)
+    if name in {"MemplanError", "UsageError"}:
+        from memplan import errors
+
+        return getattr(errors, name)
+    raise AttributeError(f"module 'memplan' has no attribute {name!r}")

@@ -22,8 +22,10 @@ _MISSING = object()
 class Config:
     """The values of one config file."""
 
-    def __init__(self, values: Mapping[str, Any], origin: str) -> None:
+    def __init__(self, values: Mapping[str, Any], origin: str, *, dropout: float | None = None) -> None:
         self._values = values
+        self.dropout = dropout
+        """Overrides every dropout probability; None keeps them."""
         self.origin = origin
         """Where it comes from, for messages."""
 
@@ -41,6 +43,10 @@ class Config:
     def has(self, name: str) -> bool:
         """Whether the key is there and not null."""
         return self._values.get(name) is not None
+
+    def mentions(self, name: str) -> bool:
+        """Whether the key is there, be it null."""
+        return name in self._values
 
     def raw(self, name: str) -> Any:
         """The value as it stands (None where absent)."""
@@ -63,6 +69,8 @@ class Config:
 
     def fraction(self, *names: str, default: Any = _MISSING) -> float:
         """A number from 0 to 1 (probabilities, partial rotary factors)."""
+        if self.dropout is not None and "drop" in names[0]:
+            return self.dropout
         name, value = self._find(names, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ConfigError(f"{name} in {self.origin} is {value!r}.", "It has to be a number from 0 to 1.")
@@ -97,7 +105,7 @@ class Config:
         value = self._values.get(name)
         if not isinstance(value, dict):
             raise ConfigError(f"{self.origin} has no {name}.", "Give a complete config.json.")
-        return Config(value, f"{name} of {self.origin}")
+        return Config(value, f"{name} of {self.origin}", dropout=self.dropout)
 
     def divided(self, name: str, whole: int, by: int) -> int:
         """``whole / by`` where it has to come out even (heads, head_dim)."""

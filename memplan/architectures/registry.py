@@ -30,14 +30,14 @@ READER_BY_MODEL_TYPE = {
 """``module:function`` below `memplan.architectures.families`, by the config's ``model_type``."""
 
 
-def read_architecture(values: Mapping[str, Any], origin: str) -> Architecture:
-    """The architecture that a config.json describes.
+def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float | None = None) -> Architecture:
+    """The architecture that a config.json describes; `dropout` overrides all its dropout probabilities.
 
     Raises:
         UnknownModelError: its ``model_type`` has no description.
         ConfigError: a value is missing, of the wrong type, or contradicts another.
     """
-    config = Config(values, origin)
+    config = Config(values, origin, dropout=dropout)
     if not config.has("model_type"):
         raise ConfigError(f"{origin} has no model_type.", "Give the config.json that the model was published with.")
     model_type = config.text("model_type")

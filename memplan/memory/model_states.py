@@ -57,6 +57,16 @@ class ModelStates(NamedTuple):
     dtype: str
     optimizer: str
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, tied ones once."""
+        return sum(count(p.shape).factor * times for p, times in self.groups)
+
+    @property
+    def num_trained(self) -> int:
+        """Those that are trained."""
+        return sum(count(p.shape).factor * times for p, times in self.groups if p.trainable)
+
     def _each(self, tensor: str, kind: str, *, trained_only: bool = False) -> Tensors:
         return Tensors(
             tuple(

@@ -1,0 +1,235 @@
+"""The questions memplan answers, asked with plain values: what the library offers and what the command line calls.
+
+    memplan.estimate("llama-3-8b", gpu="a100-80gb", seq_len=4096)
+    memplan.suggest("llama-3.2-3b", gpu="24GB", target_batch=32)
+
+Each reads the catalogue, builds the question and lets the core answer it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memplan.architectures.registry import read_architecture
+from memplan.catalog.gpus import parse_gpu, read_gpu
+from memplan.catalog.models import find_default_model, read_config
+from memplan.errors import UsageError
+from memplan.estimation.estimate import Estimator, speed_of
+from memplan.planner.goal import Goal, Target, target_from_tokens
+from memplan.planner.search import search
+from memplan.specs.training import Setup, check_count
+from memplan.units import parse_count, parse_size
+
+if TYPE_CHECKING:
+    from memplan.architectures.architecture import Architecture
+    from memplan.estimation.estimate import Estimate
+    from memplan.planner.plan import Plan
+    from memplan.specs.gpu import GpuSpec
+
+DEFAULT_SEQ_LEN = 2048
+"""Where nobody gives a length; less for a model with fewer positions."""
+
+DEFAULT_HEADROOM_PERCENT = 5.0
+"""Share of the usable bytes that stays free: no measurement bounds fragmentation yet."""
+
+SPEED_STAND_INS = ((32 * 10**9, "rtx4090"), (None, "a100-80gb"))
+"""Whose rates time a step on a card of which only the size is known: (largest size in bytes, catalogue name)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model that was found and described."""
+
+    architecture: Architecture
+    name: str
+    origin: str
+    """Why it is this one: as asked for, from a file of the project, or the default."""
+
+
+def find_model(model: str | None, *, dropout: float | None = None) -> Model:
+    """The model of this name, path or hub id; the project's or memplan's default where None.
+
+    Raises:
+        MemplanError: it cannot be found, read or modelled.
+    """
+    asked, origin = (model, "as asked for") if model is not None else find_default_model()
+    values, name = read_config(asked)
+    return Model(architecture=read_architecture(values, name, dropout=dropout), name=name, origin=origin)
+
+
+def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
+    """The card and how many of them; ``2xa100-80gb`` and ``gpus=2`` say the same."""
+    num, spec = parse_gpu(gpu)
+    if gpus is not None:
+        check_count("gpus", gpus)
+        if num not in {1, gpus}:
+            raise UsageError(f"--gpu {gpu} names {num} GPUs and --gpus says {gpus}.", "Leave one of them out.")
+        num = gpus
+    return spec, num
+
+
+def find_speed(gpu: GpuSpec) -> GpuSpec:
+    """The card whose rates time the steps: itself, or a stand-in of about its size where they are not known."""
+    if speed_of(gpu) is not None:
+        return gpu
+    names = [name for most, name in SPEED_STAND_INS if most is None or gpu.usable_bytes <= most]
+    return read_gpu(names[0])
+
+
+def default_seq_len(model: Model) -> int:
+    """2048, or as many tokens as the model has positions for."""
+    most = model.architecture.max_positions
+    return DEFAULT_SEQ_LEN if most is None else min(DEFAULT_SEQ_LEN, most)
+
+
+def default_attention(model: Model) -> str:
+    """``sdpa`` where transformers has it for the model, as it chooses itself."""
+    return "sdpa" if "sdpa" in model.architecture.attentions else model.architecture.attentions[0]
+
+
+def make_setup(model: Model, data_parallel_size: int, choices: dict[str, Any]) -> Setup:
+    """A setup of what was given; what is None takes its default."""
+    given = {name: value for name, value in choices.items() if value is not None}
+    given.setdefault("seq_len", default_seq_len(model))
+    given.setdefault("attention", default_attention(model))
+    return Setup(data_parallel_size=data_parallel_size, **given)
+
+
+def estimate(
+    model: str | None = None,
+    *,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    micro_batch: int | None = None,
+    accumulation: int | None = None,
+    seq_len: int | None = None,
+    precision: str | None = None,
+    optimizer: str | None = None,
+    checkpointing: str | None = None,
+    attention: str | None = None,
+    loss: str | None = None,
+    dropout: float | None = None,
+    reserve: str | None = None,
+    headroom: float = DEFAULT_HEADROOM_PERCENT,
+) -> Estimate:
+    """The bytes of one configuration.
+
+    Args:
+        model: Name of the catalogue, path of a config.json or of a folder with one, or hub id; None: the default model.
+        gpu: Name, size (``24GB``) or ``auto``; None: no card in particular, and nothing is said about fitting.
+        gpus: Number of GPUs with different data.
+        micro_batch: Sequences per forward pass on one GPU (1).
+        accumulation: Micro-batches per optimizer step (1).
+        seq_len: Tokens per sequence (2048, less where the model has fewer positions).
+        precision: fp32, bf16, fp16, bf16-mixed or fp16-mixed (bf16).
+        optimizer: Key of `memplan.specs.training.OPTIMIZERS` (adamw).
+        checkpointing: none, selective, full or every-N (none).
+        attention: eager, sdpa or flash (sdpa).
+        loss: full.
+        dropout: Overrides every dropout probability of the config.
+        reserve: Bytes that something else on the card needs, as ``1GiB``.
+        headroom: Percent of the usable bytes that has to stay free.
+
+    Raises:
+        UsageError: a value or a combination has no meaning.
+        MemplanError: the model cannot be read or modelled.
+    """
+    found = find_model(model, dropout=dropout)
+    spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, gpus or 1)
+    setup = make_setup(
+        found,
+        num,
+        {
+            "micro_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "seq_len": seq_len,
+            "precision": precision,
+            "optimizer": optimizer,
+            "activation_checkpointing": checkpointing,
+            "attention": attention,
+            "loss": loss,
+            "dropout": dropout,
+        },
+    )
+    margin = parse_size(reserve) if reserve is not None else 0
+    if spec is not None:
+        margin += int(spec.usable_bytes * _percent(headroom) / 100)
+    return Estimator(found.architecture, found.name, spec).estimate(setup, margin_bytes=margin)
+
+
+def suggest(
+    model: str | None = None,
+    *,
+    gpu: str,
+    target_batch: int | None = None,
+    target_tokens: int | str | None = None,
+    gpus: int | None = None,
+    micro_batch: int | None = None,
+    accumulation: int | None = None,
+    seq_len: int | None = None,
+    precision: str | None = None,
+    optimizer: str | None = None,
+    checkpointing: str | None = None,
+    attention: str | None = None,
+    loss: str | None = None,
+    dropout: float | None = None,
+    reserve: str | None = None,
+    headroom: float = DEFAULT_HEADROOM_PERCENT,
+) -> Plan:
+    """The fastest configuration that fits and keeps the batch; what is None is free or takes its default.
+
+    Args as for `estimate`; micro-batch, accumulation and checkpointing are chosen where they are not given.
+
+    Args:
+        target_batch: Sequences per optimizer step over all GPUs; or
+        target_tokens: tokens per optimizer step (``4M``), rounded to whole sequences.
+
+    Raises:
+        UsageError: a value or a combination has no meaning, or the target cannot be divided exactly.
+        MemplanError: the model cannot be read or modelled.
+    """
+    if (target_batch is None) == (target_tokens is None):
+        raise UsageError(
+            "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."
+        )
+    found = find_model(model, dropout=dropout)
+    spec, num = find_gpu(gpu, gpus)
+    setup = make_setup(
+        found,
+        num,
+        {
+            "seq_len": seq_len,
+            "precision": precision,
+            "optimizer": optimizer,
+            "activation_checkpointing": checkpointing,
+            "attention": attention,
+            "loss": loss,
+            "dropout": dropout,
+        },
+    )
+    if target_batch is not None:
+        check_count("target_batch", target_batch)
+        target = Target(target_batch)
+    else:
+        tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else target_tokens
+        assert tokens is not None
+        target = target_from_tokens(tokens, setup.seq_len, num)
+    goal = Goal(
+        setup=setup,
+        target=target,
+        usable_bytes=spec.usable_bytes,
+        reserve_bytes=parse_size(reserve) if reserve is not None else 0,
+        headroom_percent=_percent(headroom),
+        micro_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=checkpointing,
+    )
+    speed = find_speed(spec)
+    return search(Estimator(found.architecture, found.name, spec, speed), goal, spec, speed.label)
+
+
+def _percent(headroom: float) -> float:
+    if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 100:
+        raise UsageError(f"headroom is {headroom!r}.", "Give a percentage from 0 up to, not including, 100.")
+    return float(headroom)

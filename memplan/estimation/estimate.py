@@ -1,0 +1,271 @@
+"""The answer to "how many bytes": one configuration of one model, on one GPU or on none in particular."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memplan.errors import UsageError
+from memplan.estimation.ledger import LedgerRow, ledger
+from memplan.estimation.step import Recordings, StepProgram
+from memplan.memory.events import Sizes
+from memplan.operators.sizes import bind
+from memplan.specs.tabular import Tabular
+from memplan.specs.training import OPTIMIZERS
+from memplan.steptime.roofline import Speed
+from memplan.steptime.step import StepTime, TimedModel
+
+if TYPE_CHECKING:
+    from memplan.architectures.architecture import Architecture
+    from memplan.specs.gpu import GpuSpec
+    from memplan.specs.training import Setup
+
+SEGMENT_BYTES = 2 << 20
+"""The caching allocator asks the driver for multiples of 2 MiB (kRoundLarge)."""
+
+CUBLAS_WORKSPACE_BYTES = (4096 * 2 + 16 * 8) * 1024
+CUBLAS_WORKSPACE_BYTES_HOPPER = 4096 * 8 * 1024
+"""PyTorch's workspace for one cuBLAS handle (docs, CUDA semantics, "cuBLAS workspaces"); compute capability 9.0 has more."""
+
+NUM_CUBLAS_HANDLES = 2
+"""One for the thread of the forward pass, one for autograd's."""
+
+CONTEXT_BYTES = 504_658_657
+"""0.47 GiB: the largest CUDA context measured with lazy loading (A100, PyTorch 2.1; ml-engineering, training/performance).
+
+Stands in for cards whose context nobody has measured.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """Which model was estimated."""
+
+    name: str
+    model_type: str
+    num_parameters: int
+    num_trainable_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instant:
+    """A moment of the step."""
+
+    name: str
+    allocated_bytes: int
+    """Highest number of allocated bytes in it, in steady state."""
+    first_step_allocated_bytes: int
+    """The same in the first step, before optimizer states exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The bytes of one configuration, without the tensors behind them: what a plan compares."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    """At least this: the peak in whole allocator segments of 2 MiB; fragmentation comes on top."""
+    context_bytes: int
+    workspace_bytes: int
+
+    @property
+    def peak_process_bytes(self) -> int:
+        """Reserved bytes, CUDA context and cuBLAS workspaces: what nvidia-smi shows."""
+        return self.peak_reserved_bytes + self.context_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Tabular):
+    """Everything that is known about the memory of one configuration."""
+
+    model: ModelSummary
+    setup: Setup
+    gpu: GpuSpec | None
+    memory: Memory
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_state_bytes: int
+    kept_activation_bytes: int
+    """What the forward pass keeps for the backward pass, loss head included, parameters and inputs not."""
+    kept_activation_bytes_per_layer: int
+    """The same of the layer in the middle of the model."""
+    instants: tuple[Instant, ...]
+    upper_bound_bytes: int
+    """Process bytes plus the headroom that was asked for."""
+    step_time: StepTime | None
+    """A lower bound; None where the GPU's rates are not known."""
+    ledger: tuple[LedgerRow, ...]
+    unmodelled: tuple[tuple[str, str], ...]
+    """(what, why) of what the numbers leave out."""
+
+    @property
+    def peak_instant(self) -> str:
+        """Name of the instant with the most allocated bytes."""
+        return max(self.instants, key=lambda instant: instant.allocated_bytes).name
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Usable bytes of the GPU less the upper bound; negative where it does not fit."""
+        return None if self.gpu is None else self.gpu.usable_bytes - self.upper_bound_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the upper bound is within the usable bytes."""
+        return None if self.headroom_bytes is None else self.headroom_bytes >= 0
+
+    def records(self) -> list[dict[str, Any]]:
+        """The ledger, one row a group of equal tensors."""
+        return [row._asdict() for row in self.ledger]
+
+
+class Estimator:
+    """Estimates of one model; what setups have in common is worked out once."""
+
+    def __init__(
+        self, architecture: Architecture, name: str, gpu: GpuSpec | None = None, speed: GpuSpec | None = None
+    ) -> None:
+        """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (by default the same)."""
+        self.architecture = architecture
+        self.name = name
+        self.gpu = gpu
+        self._speed = speed_of(speed or gpu)
+        self._recordings = Recordings(architecture)
+        self._timed: dict[int, TimedModel] = {}
+
+    def check(self, setup: Setup) -> None:
+        """Raise `UsageError` where the model cannot be trained like this."""
+        most = self.architecture.max_positions
+        if most is not None and setup.seq_len > most:
+            raise UsageError(
+                f"{self.name} has positions for {most} tokens, not for {setup.seq_len}.",
+                f"Use --seq-len {most} or less.",
+            )
+        if setup.attention not in self.architecture.attentions:
+            raise UsageError(
+                f"{self.architecture.model_type} has no {setup.attention} attention in transformers.",
+                f"Use --attention {' or '.join(self.architecture.attentions)}.",
+            )
+
+    def program(self, setup: Setup) -> StepProgram:
+        """The step of `setup`."""
+        return self._recordings.program(setup)
+
+    def memory(self, setup: Setup) -> Memory:
+        """The bytes of one configuration, in steady state or in the first step, whichever is more."""
+        program = self.program(setup)
+        sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+        return self._memory(program.peaks(sizes, setup.gradient_accumulation_steps).peak)
+
+    def _memory(self, peak: int) -> Memory:
+        return Memory(
+            peak_allocated_bytes=peak,
+            peak_reserved_bytes=-(-peak // SEGMENT_BYTES) * SEGMENT_BYTES,
+            context_bytes=context_bytes(self.gpu),
+            workspace_bytes=workspace_bytes(self.gpu),
+        )
+
+    def step_time(self, setup: Setup) -> StepTime | None:
+        """A lower bound of the time of a step, None where the rates of the GPU are not known."""
+        if self._speed is None:
+            return None
+        program = self.program(setup)
+        key = id(program.recording)
+        if key not in self._timed:
+            self._timed[key] = TimedModel(program.recording)
+        return self._timed[key].step(
+            self._speed,
+            bind(setup.micro_batch_size, setup.seq_len),
+            program.modes,
+            accumulation=setup.gradient_accumulation_steps,
+            optimizer=OPTIMIZERS[setup.optimizer],
+            trained_bytes=program.gradients.requested(),
+            trained=program.states.num_trained,
+        )
+
+    def estimate(self, setup: Setup, *, margin_bytes: int = 0) -> Estimate:
+        """Everything about one configuration; `margin_bytes` is added to the process bytes for the upper bound."""
+        self.check(setup)
+        program = self.program(setup)
+        sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+        accumulation = setup.gradient_accumulation_steps
+        steady = program.peaks(sizes, accumulation)
+        first = program.peaks(sizes, accumulation, first_step=True)
+        memory = self._memory(steady.peak)
+        rows = ledger(program, sizes, accumulation) + _process_rows(memory)
+        return Estimate(
+            model=self.summary(program),
+            setup=setup,
+            gpu=self.gpu,
+            memory=memory,
+            parameter_bytes=program.parameters.total(sizes),
+            gradient_bytes=program.gradients.total(sizes),
+            optimizer_state_bytes=program.optimizer_states.total(sizes),
+            kept_activation_bytes=steady.kept_activation_bytes,
+            kept_activation_bytes_per_layer=steady.kept_activation_bytes_per_layer,
+            instants=tuple(
+                Instant(name=name, allocated_bytes=value, first_step_allocated_bytes=first.by_instant[name])
+                for name, value in steady.by_instant.items()
+            ),
+            upper_bound_bytes=memory.peak_process_bytes + margin_bytes,
+            step_time=self.step_time(setup),
+            ledger=rows,
+            unmodelled=self.unmodelled(setup),
+        )
+
+    def summary(self, program: StepProgram) -> ModelSummary:
+        """Name, type and size of the model."""
+        return ModelSummary(
+            name=self.name,
+            model_type=self.architecture.model_type,
+            num_parameters=program.states.num_parameters,
+            num_trainable_parameters=program.states.num_trained,
+        )
+
+    def unmodelled(self, setup: Setup) -> tuple[tuple[str, str], ...]:
+        """What the numbers leave out, for this setup."""
+        found = [
+            ("fragmentation of the caching allocator", "reserved bytes are the peak in whole segments, a lower bound"),
+            ("kernel launches, host and data loading", "the step time is a lower bound from FLOPs and bytes"),
+        ]
+        if self.gpu is None or self.gpu.context_bytes is None:
+            found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
+        if setup.data_parallel_size > 1:
+            found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
+        if setup.precision == "fp16-mixed":
+            found.append(("the gradient scaler", "a few scalars"))
+        return (*found, *self.architecture.unmodelled)
+
+
+def speed_of(gpu: GpuSpec | None) -> Speed | None:
+    """The rates of a GPU, None where they are not known."""
+    if gpu is None or gpu.memory_bandwidth_bytes_per_s is None or not gpu.flops_per_s:
+        return None
+    return Speed(gpu.flops_per_s, gpu.memory_bandwidth_bytes_per_s)
+
+
+def context_bytes(gpu: GpuSpec | None) -> int:
+    """Bytes of the CUDA context: measured on this card, else the largest measured on any."""
+    return CONTEXT_BYTES if gpu is None or gpu.context_bytes is None else gpu.context_bytes
+
+
+def workspace_bytes(gpu: GpuSpec | None) -> int:
+    """Bytes of the cuBLAS workspaces of the process."""
+    hopper = gpu is not None and gpu.compute_capability == "9.0"
+    return NUM_CUBLAS_HANDLES * (CUBLAS_WORKSPACE_BYTES_HOPPER if hopper else CUBLAS_WORKSPACE_BYTES)
+
+
+def _process_rows(memory: Memory) -> tuple[LedgerRow, ...]:
+    rows = (
+        (
+            "allocator",
+            "rest of the last 2 MiB segment",
+            memory.peak_reserved_bytes - memory.peak_allocated_bytes,
+            "c10",
+        ),
+        ("workspace", "cuBLAS workspaces", memory.workspace_bytes, "PyTorch docs, CUDA semantics"),
+        ("context", "CUDA context", memory.context_bytes, "measured, see the GPU's profile"),
+    )
+    return tuple(
+        LedgerRow("process", tensor, kind, 1, None, "", num, num, str(num), source)
+        for kind, tensor, num, source in rows
+    )

@@ -1,0 +1,1 @@
+"""Which configuration reaches the batch the user asked for, fits, and is fastest?"""

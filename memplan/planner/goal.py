@@ -1,0 +1,148 @@
+"""What the user wants, and which micro-batches and accumulations reach it exactly.
+
+    micro_batch_size x gradient_accumulation_steps x data_parallel_size = global_batch_size
+
+Nothing is rounded silently: a batch that cannot be reached is a fault that names the nearest that can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.errors import UsageError
+from memplan.specs.training import check_checkpointing, check_count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memplan.specs.training import Setup
+
+CHECKPOINTING_CHOICES = ("none", "selective", "every-2", "full")
+"""What the planner may choose from where the user leaves checkpointing free."""
+
+
+class Target(NamedTuple):
+    """Sequences per optimizer step, and how they came about."""
+
+    global_batch_size: int
+    target_tokens: int | None = None
+    """Tokens per step as asked for, None where sequences were."""
+
+    def rounding(self, seq_len: int) -> str | None:
+        """What became of a target in tokens, in words; None where nothing was rounded."""
+        if self.target_tokens is None:
+            return None
+        got = self.global_batch_size * seq_len
+        difference = got - self.target_tokens
+        exact = "exactly" if difference == 0 else f"{abs(difference):,} {'more' if difference > 0 else 'fewer'}"
+        return f"{self.target_tokens:,} tokens are {self.global_batch_size:,} sequences of {seq_len:,}: {got:,} tokens, {exact}"
+
+
+def target_from_tokens(target_tokens: int, seq_len: int, data_parallel_size: int) -> Target:
+    """The number of sequences nearest to `target_tokens` that all GPUs can share evenly, at least one for each."""
+    check_count("target_tokens", target_tokens)
+    share = seq_len * data_parallel_size
+    each = max(1, (2 * target_tokens + share) // (2 * share))
+    return Target(each * data_parallel_size, target_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A batch to reach, what is fixed, and how many bytes there are."""
+
+    setup: Setup
+    """Everything that is fixed; micro-batch, accumulation and checkpointing in it are placeholders where free."""
+    target: Target
+    usable_bytes: int
+    """Bytes the card offers."""
+    reserve_bytes: int = 0
+    """Bytes that something else on the card needs."""
+    headroom_percent: float = 5.0
+    """Share of the usable bytes that has to stay free."""
+    micro_batch_size: int | None = None
+    """Fixed by the user, None where free."""
+    gradient_accumulation_steps: int | None = None
+    activation_checkpointing: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count("the target batch", self.target.global_batch_size)
+        for name in ("micro_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.activation_checkpointing is not None:
+            check_checkpointing(self.activation_checkpointing)
+        if not 0 <= self.headroom_percent < 100:
+            raise UsageError(
+                f"headroom is {self.headroom_percent} %.", "Give a percentage from 0 up to, not including, 100."
+            )
+        if self.budget_bytes <= 0:
+            raise UsageError("The reserve takes all of the card.", "Give a smaller --reserve or a larger --gpu.")
+        self._check_reachable()
+
+    @property
+    def margin_bytes(self) -> int:
+        """Bytes that have to stay free."""
+        return int(self.usable_bytes * self.headroom_percent / 100)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes a process may take, headroom included."""
+        return self.usable_bytes - self.reserve_bytes
+
+    def _check_reachable(self) -> None:
+        target, ranks = self.target.global_batch_size, self.setup.data_parallel_size
+        micro, steps = self.micro_batch_size, self.gradient_accumulation_steps
+        if target < ranks:
+            raise UsageError(
+                f"A batch of {target} is smaller than the number of GPUs, {ranks}.",
+                f"Every GPU needs a sequence: ask for --target-batch {ranks} or more, or use {target} GPUs.",
+            )
+        if micro is not None and steps is not None and micro * steps * ranks != target:
+            product = micro * steps * ranks
+            raise UsageError(
+                f"--micro-batch {micro} x --accumulation {steps} x {ranks} GPUs is {product}, not the target batch {target}.",
+                f"Leave one of them out, or ask for --target-batch {product}.",
+            )
+        unit = ranks * (micro or 1) * (steps or 1)
+        if target % unit:
+            fixed = [f"{ranks} GPUs"] if ranks > 1 else []
+            fixed += [f"micro-batches of {micro}"] if micro else []
+            fixed += [f"{steps} accumulation steps"] if steps else []
+            below, above = target // unit * unit, (target // unit + 1) * unit
+            near = f"{below} or {above}" if below else str(above)
+            raise UsageError(
+                f"A batch of {target} cannot be divided exactly over {' and '.join(fixed)}.",
+                f"The nearest that can: {near}.",
+            )
+
+    def splits(self) -> Iterator[tuple[int, int]]:
+        """Every (micro-batch, accumulation steps) that reaches the target exactly, largest micro-batch first."""
+        each = self.target.global_batch_size // self.setup.data_parallel_size
+        for micro in reversed(divisors(each)):
+            steps = each // micro
+            if self.micro_batch_size in {None, micro} and self.gradient_accumulation_steps in {None, steps}:
+                yield micro, steps
+
+    def modes(self) -> tuple[str, ...]:
+        """The checkpointing choices that are open."""
+        return CHECKPOINTING_CHOICES if self.activation_checkpointing is None else (self.activation_checkpointing,)
+
+    def at(self, micro: int, steps: int, mode: str) -> Setup:
+        """The setup of one candidate."""
+        return replace(
+            self.setup, micro_batch_size=micro, gradient_accumulation_steps=steps, activation_checkpointing=mode
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small, large = [], []
+    candidate = 1
+    while candidate * candidate <= number:
+        if number % candidate == 0:
+            small.append(candidate)
+            if candidate * candidate != number:
+                large.append(number // candidate)
+        candidate += 1
+    return small + large[::-1]

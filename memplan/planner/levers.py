@@ -1,0 +1,93 @@
+"""What would one change bring?  Each lever is a single change to a configuration, priced in bytes and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.planner.plan import Candidate, Lever
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memplan.specs.training import Setup
+
+SHORTEST = 128
+"""No lever makes sequences shorter than this."""
+
+
+class Change(NamedTuple):
+    """A lever before it is priced."""
+
+    name: str
+    flag: str
+    setup: Setup
+    same_update: bool
+
+
+def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Lever, ...]:
+    """Every lever of `start`, what frees most first; those that change nothing are left out."""
+    levers = []
+    for change in _changes(start.setup):
+        candidate = price(change.setup)
+        lever = Lever(
+            name=change.name,
+            flag=change.flag,
+            candidate=candidate,
+            delta_bytes=candidate.memory.peak_process_bytes - start.memory.peak_process_bytes,
+            delta_step_time_s=candidate.step_time.total_s - start.step_time.total_s,
+            same_update=change.same_update,
+        )
+        if lever.delta_bytes or abs(lever.delta_step_time_s) > 1e-6 * start.step_time.total_s:
+            levers.append(lever)
+    return tuple(sorted(levers, key=lambda lever: lever.delta_bytes))
+
+
+def _changes(setup: Setup) -> Iterator[Change]:
+    if setup.activation_checkpointing != "full":
+        yield Change(
+            "recompute every layer in the backward pass",
+            "--checkpointing full",
+            replace(setup, activation_checkpointing="full"),
+            same_update=True,
+        )
+    if setup.activation_checkpointing != "none":
+        yield Change(
+            "keep all activations",
+            "--checkpointing none",
+            replace(setup, activation_checkpointing="none"),
+            same_update=True,
+        )
+    if setup.attention == "eager":
+        yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"), same_update=True)
+    if setup.optimizer in {"adamw", "adamw-foreach", "adamw-forloop"}:
+        yield Change(
+            "fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"), same_update=True
+        )
+    if setup.optimizer.startswith("adamw") and setup.optimizer != "adamw-8bit":
+        yield Change(
+            "8-bit optimizer states",
+            "--optimizer adamw-8bit",
+            replace(setup, optimizer="adamw-8bit"),
+            same_update=False,
+        )
+    if setup.optimizer != "sgd":
+        yield Change("no optimizer states", "--optimizer sgd", replace(setup, optimizer="sgd"), same_update=False)
+    if setup.precision in {"fp32", "bf16-mixed", "fp16-mixed"}:
+        yield Change(
+            "parameters, gradients and states in bf16",
+            "--precision bf16",
+            replace(setup, precision="bf16"),
+            same_update=False,
+        )
+    if setup.seq_len // 2 >= SHORTEST:
+        half = setup.seq_len // 2
+        yield Change("sequences half as long", f"--seq-len {half}", replace(setup, seq_len=half), same_update=False)
+    if setup.micro_batch_size % 2 == 0:
+        micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
+        yield Change(
+            "half the micro-batch, twice the accumulation",
+            f"--micro-batch {micro}",
+            replace(setup, micro_batch_size=micro, gradient_accumulation_steps=steps),
+            same_update=True,
+        )

@@ -1,0 +1,109 @@
+"""The answer to "what should I run": the best configuration, the next ones, what was refused, what each lever gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memplan.specs.tabular import Tabular
+
+if TYPE_CHECKING:
+    from memplan.estimation.estimate import Estimate, Memory, ModelSummary
+    from memplan.planner.goal import Goal, Target
+    from memplan.specs.gpu import GpuSpec
+    from memplan.specs.training import Setup
+    from memplan.steptime.step import StepTime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A configuration with its bytes and its time."""
+
+    setup: Setup
+    memory: Memory
+    upper_bound_bytes: int
+    """Process bytes plus the headroom that has to stay free."""
+    headroom_bytes: int
+    """Budget less the upper bound; negative: missing."""
+    step_time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """Whether the upper bound is within the budget."""
+        return self.headroom_bytes >= 0
+
+    @property
+    def short_by_bytes(self) -> int:
+        """Bytes missing, 0 where it fits."""
+        return max(0, -self.headroom_bytes)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second over all GPUs, at most."""
+        return self.setup.tokens_per_step / self.step_time.total_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A candidate that was refused."""
+
+    candidate: Candidate
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lever:
+    """One change to a configuration, and what it brings."""
+
+    name: str
+    flag: str
+    """The option that makes it."""
+    candidate: Candidate
+    delta_bytes: int
+    """Change of the process peak; negative frees."""
+    delta_step_time_s: float
+    same_update: bool
+    """Whether the optimizer sees the same gradients: no change of mathematics, batch or data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Tabular):
+    """What to run."""
+
+    model: ModelSummary
+    gpu: GpuSpec
+    goal: Goal
+    target: Target
+    best: Candidate | None
+    """None: nothing fits."""
+    estimate: Estimate | None
+    """Everything about the best one."""
+    alternatives: tuple[Candidate, ...]
+    rejections: tuple[Rejection, ...]
+    levers: tuple[Lever, ...]
+    """Single changes to the best configuration, or to the smallest one where nothing fits."""
+    ways_out: tuple[tuple[Lever, ...], ...]
+    """Where nothing fits: the fewest changes that make it fit, cheapest first."""
+    nearest: Candidate | None
+    """Where nothing fits: the one that lacks least."""
+    speed_source: str
+    """Whose FLOP/s and bandwidth the times are of."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """The plans that fit, best first."""
+        plans = ([] if self.best is None else [self.best]) + list(self.alternatives)
+        return [
+            {
+                "micro_batch_size": plan.setup.micro_batch_size,
+                "gradient_accumulation_steps": plan.setup.gradient_accumulation_steps,
+                "data_parallel_size": plan.setup.data_parallel_size,
+                "activation_checkpointing": plan.setup.activation_checkpointing,
+                "peak_allocated_bytes": plan.memory.peak_allocated_bytes,
+                "peak_process_bytes": plan.memory.peak_process_bytes,
+                "upper_bound_bytes": plan.upper_bound_bytes,
+                "headroom_bytes": plan.headroom_bytes,
+                "step_time_s": plan.step_time.total_s,
+                "tokens_per_s": plan.tokens_per_s,
+            }
+            for plan in plans
+        ]

@@ -1,0 +1,148 @@
+"""Finding the plan.
+
+For every open checkpointing choice the largest micro-batch that fits is found by bisection over the divisors of the
+target: what fits at b fits at every smaller b (a law that the tests hold).  Everything that fits is ranked by the
+estimated time of a step, then by headroom.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from memplan.planner.levers import levers_of
+from memplan.planner.plan import Candidate, Lever, Plan, Rejection
+from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memplan.estimation.estimate import Estimator
+    from memplan.planner.goal import Goal
+    from memplan.specs.gpu import GpuSpec
+    from memplan.specs.training import Setup
+
+MOST_ALTERNATIVES = 5
+MOST_WAYS_OUT = 5
+
+
+class Search:
+    """One goal, one model, one GPU."""
+
+    def __init__(self, estimator: Estimator, goal: Goal) -> None:
+        self.estimator = estimator
+        self.goal = goal
+        self._seen: dict[Setup, Candidate] = {}
+
+    def candidate(self, setup: Setup) -> Candidate:
+        """A configuration with its bytes and time."""
+        if setup not in self._seen:
+            memory = self.estimator.memory(setup)
+            step_time = self.estimator.step_time(setup)
+            if step_time is None:
+                raise ValueError("a plan needs the rates of a GPU")
+            bound = memory.peak_process_bytes + self.goal.margin_bytes
+            self._seen[setup] = Candidate(
+                setup=setup,
+                memory=memory,
+                upper_bound_bytes=bound,
+                headroom_bytes=self.goal.budget_bytes - bound,
+                step_time=step_time,
+            )
+        return self._seen[setup]
+
+    def largest_that_fits(self, splits: Sequence[tuple[int, int]], mode: str) -> int:
+        """Position in `splits` (largest micro-batch first) of the first that fits; their number where none does."""
+        low, high = 0, len(splits)
+        while low < high:
+            middle = (low + high) // 2
+            if self.candidate(self.goal.at(*splits[middle], mode)).fits:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) -> Plan:
+    """The plan for `goal`."""
+    estimator.check(goal.setup)
+    look = Search(estimator, goal)
+    splits = list(goal.splits())
+    fitting: list[Candidate] = []
+    refused: list[Candidate] = []
+    for mode in goal.modes():
+        first = look.largest_that_fits(splits, mode)
+        fitting += [look.candidate(goal.at(*split, mode)) for split in splits[first : first + MOST_ALTERNATIVES]]
+        if first > 0:
+            refused.append(look.candidate(goal.at(*splits[first - 1], mode)))
+    ranked = undominated(fitting)
+    best = ranked[0] if ranked else None
+    nearest = None if best else min(refused, key=lambda c: c.short_by_bytes)
+    start = best or nearest
+    assert start is not None
+    levers = levers_of(look.candidate, start)
+    program = estimator.program(start.setup)
+    return Plan(
+        model=estimator.summary(program),
+        gpu=gpu,
+        goal=goal,
+        target=goal.target,
+        best=best,
+        estimate=estimator.estimate(best.setup, margin_bytes=goal.margin_bytes) if best else None,
+        alternatives=tuple(ranked[1 : 1 + MOST_ALTERNATIVES]),
+        rejections=_rejections(refused, best),
+        levers=levers,
+        ways_out=() if best else _ways_out(look, start, levers),
+        nearest=nearest,
+        speed_source=speed_source,
+    )
+
+
+def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """By time, then headroom; without those that another beats in both."""
+    ranked: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.step_time.total_s, -c.headroom_bytes)):
+        if not ranked or c.headroom_bytes > ranked[-1].headroom_bytes:
+            ranked.append(c)
+    return ranked
+
+
+def _rejections(refused: Sequence[Candidate], best: Candidate | None) -> tuple[Rejection, ...]:
+    """What was refused, the neighbour of the best plan first."""
+
+    def distance(candidate: Candidate) -> tuple[bool, int]:
+        other = best is None or candidate.setup.activation_checkpointing != best.setup.activation_checkpointing
+        return other, candidate.short_by_bytes
+
+    return tuple(
+        Rejection(candidate=c, reason=f"{format_bytes(c.short_by_bytes)} short of the budget")
+        for c in sorted(refused, key=distance)
+    )
+
+
+def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[tuple[Lever, ...], ...]:
+    """The fewest levers that make `start` fit; among equally many those that keep the update, then the fastest."""
+    helping = [lever for lever in levers if lever.delta_bytes < 0]
+    for num in (1, 2, 3):
+        found = []
+        for group in combinations(helping, num):
+            setup = _with_all(start.setup, group)
+            if setup is not None and look.candidate(setup).fits:
+                changed = sum(not lever.same_update for lever in group)
+                found.append((changed, look.candidate(setup).step_time.total_s, group))
+        if found:
+            found.sort(key=lambda way: way[:2])
+            return tuple(group for _, _, group in found[:MOST_WAYS_OUT])
+    return ()
+
+
+def _with_all(setup: Setup, levers: Sequence[Lever]) -> Setup | None:
+    """All changes together; None where two change the same thing."""
+    changes: dict[str, object] = {}
+    for lever in levers:
+        changed = {name: value for name, value in vars(lever.candidate.setup).items() if value != getattr(setup, name)}
+        if changed.keys() & changes.keys():
+            return None
+        changes |= changed
+    return replace(setup, **changes)  # type: ignore[arg-type]

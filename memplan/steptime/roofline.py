@@ -1,0 +1,116 @@
+"""A lower bound of the time of a piece of the model, operator by operator.
+
+    time of an operator = max(FLOPs / peak FLOP/s of its dtype, bytes moved / memory bandwidth)
+
+the roofline of Williams, Waterman and Patterson (CACM 2009).  Matrix products are bound by arithmetic when the
+micro-batch is large and by reading their weights when it is tiny; element-wise operators by bandwidth.  A backward pass
+does the FLOPs of a matrix product once for each gradient, and 2.5 times those of a fused attention kernel (Dao, 2023,
+FlashAttention-2, section 3.1: five products for two).
+
+Left out: kernel launches, the host, shapes that fill no tile, clocks below the rated ones, communication.  Real steps
+take longer, mostly by a factor of 1.2 to 3; what is compared, configurations of one model on one GPU, keeps its order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memplan.operators.sizes import Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from memplan.operators.tape import Op, Tape
+
+ATTENTION_BACKWARD = 2.5
+"""FLOPs of the backward of a fused attention kernel over those of its forward."""
+
+
+class Speed(NamedTuple):
+    """What a GPU can do at most."""
+
+    flops_per_s: Mapping[str, float]
+    """Dense FLOP/s by dtype of the factors."""
+    bytes_per_s: float
+    """Bandwidth of its memory."""
+
+    def of(self, dtype: str) -> float:
+        """FLOP/s of products of this dtype; where it is not known, of the next wider one that is."""
+        for name in (dtype, "fp16" if dtype == "bf16" else "bf16", "fp32"):
+            if name in self.flops_per_s:
+                return self.flops_per_s[name]
+        return max(self.flops_per_s.values())
+
+
+class Work(NamedTuple):
+    """FLOPs and bytes of one operator."""
+
+    flops: Size
+    dtype: str
+    moved: tuple[Size, ...]
+
+
+class Timed(NamedTuple):
+    """A piece of the model."""
+
+    forward: tuple[Work, ...]
+    backward: tuple[Work, ...]
+    spans: tuple[Work, ...]
+    """What selective checkpointing computes twice."""
+
+
+def timed(tape: Tape) -> Timed:
+    """The work of a recorded piece."""
+    real = [op for op in tape.ops if _computes(op)]
+    in_span = {id(op) for span in tape.spans for op in tape.ops[span.start : span.stop]}
+    return Timed(
+        tuple(_forward(op) for op in real),
+        tuple(_backward(op) for op in real if op.gradients),
+        tuple(_forward(op) for op in real if id(op) in in_span),
+    )
+
+
+def _computes(op: Op) -> bool:
+    """Views and holds move nothing."""
+    inside = {x.storage for x in op.inputs}
+    return any(x.storage not in inside for x in op.outputs)
+
+
+def _forward(op: Op) -> Work:
+    return Work(
+        op.flops, op.inputs[0].dtype if op.inputs else "fp32", _merged([x.bytes for x in (*op.inputs, *op.outputs)])
+    )
+
+
+def _backward(op: Op) -> Work:
+    if op.name in {"linear", "bmm"}:
+        factor: float = sum(1 for g in op.gradients if g.of.number in {x.number for x in op.inputs[:2]})
+    else:
+        factor = ATTENTION_BACKWARD if op.name == "attention kernel" else 1
+    moved = [op.outputs[0].bytes, *(x.bytes for x in op.keeps), *(g.of.bytes for g in op.gradients if not g.alias)]
+    return Work(Size(int(op.flops.factor * factor), op.flops.dims), op.outputs[0].dtype, _merged(moved))
+
+
+def _merged(sizes: Iterable[Size]) -> tuple[Size, ...]:
+    by_dims: dict[tuple[str, ...], int] = {}
+    for size in sizes:
+        by_dims[size.dims] = by_dims.get(size.dims, 0) + size.factor
+    return tuple(Size(factor, dims) for dims, factor in by_dims.items())
+
+
+def seconds(work: Sequence[Work], speed: Speed, env: Mapping[str, Any]) -> float:
+    """Time of all of it, for one configuration."""
+    products: dict[tuple[str, ...], float] = {}
+
+    def value(size: Size) -> float:
+        product = products.get(size.dims)
+        if product is None:
+            product = products[size.dims] = float(Size(1, size.dims).value(env))
+        return size.factor * product
+
+    whole = 0.0
+    for one in work:
+        moving = sum(value(size) for size in one.moved) / speed.bytes_per_s
+        computing = value(one.flops) / speed.of(one.dtype)
+        whole += max(moving, computing)
+    return whole

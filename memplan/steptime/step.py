@@ -1,0 +1,108 @@
+"""The time of one optimizer step, put together from its pieces.
+
+    K x (forward + backward + what is computed twice) + gradient clip + optimizer step
+
+The optimizer's share is memory traffic: how often each implementation reads or writes a number of parameters, gradients
+and states (torch/optim/adamw.py, sgd.py of PyTorch 2.13, one kernel after the other).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memplan.steptime.roofline import Speed, Timed, seconds, timed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from memplan.architectures.architecture import Recording
+
+ACCESSES = {
+    "adamw-foreach": 20,
+    "adamw-forloop": 20,
+    "adamw-fused": 7,
+    "sgd": 3,
+    "sgd-momentum": 8,
+}
+"""Reads and writes of one number a parameter in one optimizer step, in the parameter's dtype."""
+
+CLIP_ACCESSES = 3
+"""The norm reads each gradient, the scaling reads and writes it."""
+
+ACCUMULATION_ACCESSES = 3
+"""Adding a gradient to the one that is there."""
+
+ADAMW_8BIT_STATE_BYTES = 4
+"""Both one-byte moments are read and written."""
+
+
+class StepTime(NamedTuple):
+    """A lower bound of the seconds of one optimizer step on one GPU."""
+
+    forward_s: float
+    """All forward passes."""
+    backward_s: float
+    """All backward passes, without what is computed twice."""
+    recompute_s: float
+    """What checkpointing computes twice."""
+    optimizer_s: float
+    """Gradient clip and optimizer step."""
+
+    @property
+    def total_s(self) -> float:
+        """The whole step."""
+        return self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s
+
+
+class TimedModel:
+    """The work of a recorded model, ready to be timed for any size."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.stem = timed(recording.stem.tape)
+        self.head = timed(recording.head.tape)
+        self.kinds = tuple(timed(kind.tape) for kind in recording.kinds)
+        self.order = recording.order
+
+    def step(
+        self,
+        speed: Speed,
+        env: Mapping[str, Any],
+        modes: tuple[str, ...],
+        *,
+        accumulation: int,
+        optimizer: str,
+        trained_bytes: int,
+        trained: int,
+    ) -> StepTime:
+        """The time of a step.
+
+        Args:
+            speed: What the GPU can do.
+            env: The dimensions of one micro-batch.
+            modes: For each layer ``none``, ``selective`` or ``full``.
+            accumulation: Micro-steps in the step.
+            optimizer: Its implementation.
+            trained_bytes: Bytes of the parameters that are trained.
+            trained: Number of them.
+        """
+
+        def both(piece: Timed) -> tuple[float, float]:
+            return seconds(piece.forward, speed, env), seconds(piece.backward, speed, env)
+
+        pieces = [both(kind) for kind in self.kinds]
+        spans = [seconds(kind.spans, speed, env) for kind in self.kinds]
+        stem, head = both(self.stem), both(self.head)
+        forward = stem[0] + head[0] + sum(pieces[kind][0] for kind in self.order)
+        backward = stem[1] + head[1] + sum(pieces[kind][1] for kind in self.order)
+        again = 0.0
+        for kind, mode in zip(self.order, modes, strict=True):
+            again += pieces[kind][0] if mode == "full" else spans[kind] if mode == "selective" else 0.0
+        later = (accumulation - 1) * ACCUMULATION_ACCESSES * trained_bytes / speed.bytes_per_s
+        update = CLIP_ACCESSES * trained_bytes
+        if optimizer == "adamw-8bit":
+            update += 3 * trained_bytes + ADAMW_8BIT_STATE_BYTES * trained
+        else:
+            update += ACCESSES[optimizer] * trained_bytes
+        return StepTime(
+            accumulation * forward, accumulation * backward + later, accumulation * again, update / speed.bytes_per_s
+        )
