@@ -230,6 +230,6 @@ def suggest(
 
 
 def _percent(headroom: float) -> float:
-    if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 100:
+    if not 0 <= headroom < 100:
         raise UsageError(f"headroom is {headroom!r}.", "Give a percentage from 0 up to, not including, 100.")
     return float(headroom)
