@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 # The same examples on every run, and no deadline: a slow machine is not a broken law.
-settings.register_profile("memplan", derandomize=True, deadline=None)
+settings.register_profile("memplan", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("memplan")
 
 

@@ -203,7 +203,7 @@ class StepProgram:
         seen = {s.name: s for piece in self.recording.pieces() for s in piece.tape.storages if s.role == "input"}
         rows = []
         for s in seen.values():
-            times = accumulation if s.shape else 1
+            times = accumulation if s.shape else min(1, accumulation)
             rows.append((Row("inputs", s.name, "input", s.shape, s.dtype), s.size, times))
         return Tensors(tuple(rows))
 

@@ -125,8 +125,10 @@ class PieceLifetimes:
 
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def row(self, storage: Storage) -> Row:
-        """What a storage of this piece holds."""
+    def row(self, storage: Storage, *, again: bool = False) -> Row:
+        """What a storage of this piece holds; `again`: it was computed a second time, in the backward pass."""
+        if again:
+            return Row(storage.module, f"{storage.name}, computed again", "temporary", storage.shape, storage.dtype)
         if storage.role == "hidden" or (storage.number == self.piece.output.storage and not self.ends_in_loss):
             return hidden_row(storage.shape, storage.dtype)
         kept = storage.number in self.reasons or storage.cached
@@ -169,13 +171,14 @@ class PieceLifetimes:
                         and x.storage not in {y.storage for y in op.inputs}
                     ):
                         born.add(x.storage)
-                        events.append(Event((tag, x.storage), storage.size, +1, self.row(storage)))
+                        events.append(Event((tag, x.storage), storage.size, +1, self.row(storage, again=bool(tag))))
                 events += self._scratch(op, "", op.scratch, -1)
             for s in dies.get(i, ()):
                 storage = storages[s]
                 dead = s not in kept and s not in stay and not storage.cached
                 if dead and (s in born or (storage.role == "hidden" and self.owns_hidden and tag == "")):
-                    events.append(Event((tag, s) if s in born else ("hidden",), storage.size, -1, self.row(storage)))
+                    key = (tag, s) if s in born else ("hidden",)
+                    events.append(Event(key, storage.size, -1, self.row(storage, again=bool(tag))))
                     born.discard(s)
         return events
 
@@ -247,17 +250,17 @@ class _Backward:
             if inside is None:
                 self._step(i, op, [(s, held, keys) for s in {x.storage for x in op.keeps}])
             else:
+                # What comes from outside the span stays until the span's start is reached.
                 _, again, again_keys = inside
-                self._step(
-                    i,
-                    op,
-                    [(s, again, again_keys) if s in again else (s, held, keys) for s in {x.storage for x in op.keeps}],
-                )
+                self._step(i, op, [(s, again, again_keys) for s in {x.storage for x in op.keeps} if s in again])
             if i in starts:
                 for s in {x.storage for x in starts[i].inputs}:
                     self._let_go(s, held, keys)
                 inside = None
         self._hand_on()
+        if self.lifetimes.ends_in_loss:
+            loss = self.tape.storages[out.storage]
+            self.events.append(Event(("", out.storage), loss.size, -1, self.lifetimes.row(loss)))
         return self.events
 
     # -- blocks and their holders ------------------------------------------------------------------------------------
@@ -286,7 +289,8 @@ class _Backward:
         storage = self.tape.storages[s]
         held[s] -= 1
         if held[s] == 0 and self.lifetimes._is_kept_across(storage):
-            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes.row(storage)))
+            again = keys[s][0].startswith("again")
+            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes.row(storage, again=again)))
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +344,12 @@ class _Backward:
         parameter = self.parameter_of.get(x.number)
         if parameter is None:
             return Row(op.module, f"gradient from {op.name}", "temporary", x.shape, x.dtype)
-        return Row(parameter.name, "gradient", "gradient" if self.fresh else "temporary", x.shape, x.dtype)
+        if parameter.name in self.joined:
+            return Row(parameter.name, "gradient to be added to that of the tied head", "temporary", x.shape, x.dtype)
+        return self._parameter_gradient_row(parameter.name, x)
+
+    def _parameter_gradient_row(self, name: str, x: Tensor) -> Row:
+        return Row(name, "gradient", "gradient" if self.fresh else "temporary", x.shape, x.dtype)
 
     def _accumulate(self, i: int, x: Tensor, number: int) -> None:
         old = self.pending.get(x.number)
@@ -360,16 +369,15 @@ class _Backward:
         name = self.parameter_of[x.number].name
         number = self.pending.pop(x.number)
         if self.holders[number] > 1:
-            kind = "gradient" if self.fresh else "temporary"
-            fresh = self._allocate(x.bytes, Row(name, "gradient", kind, x.shape, x.dtype))
+            fresh = self._allocate(x.bytes, self._parameter_gradient_row(name, x))
             self._release(number)
             number = fresh
         if name in self.joined:
             # The one that waits is a transposed view (linear's), which input_buffer.cpp does not add to in place.
-            size, row = self.blocks[number][1:]
+            row = self._parameter_gradient_row(name, x)
             total = self._allocate(x.bytes, row)
             self._release(number)
-            self.events.append(Event(("tied", name), size, -1, row))
+            self.events.append(Event(("tied", name), x.bytes, -1, row))
             if not self.fresh:
                 self._release(total)
         elif name in self.waiting:

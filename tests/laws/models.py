@@ -1,0 +1,59 @@
+"""Small models of every family kind that matters to the laws, and setups to draw from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from memplan.architectures.registry import read_architecture
+from memplan.estimation.step import Recordings
+from memplan.memory.events import Sizes
+from memplan.operators.sizes import bind
+from memplan.specs.training import Setup
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 200,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+}
+QWEN2 = LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 6}
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "n_embd": 96,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 4096,
+    "vocab_size": 1000,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+}
+CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2}
+
+RECORDINGS = {name: Recordings(read_architecture(config, name)) for name, config in CONFIGS.items()}
+
+models = st.sampled_from(sorted(CONFIGS))
+setups = st.builds(
+    Setup,
+    micro_batch_size=st.integers(1, 9),
+    gradient_accumulation_steps=st.integers(1, 4),
+    data_parallel_size=st.sampled_from([1, 2]),
+    seq_len=st.integers(1, 700),
+    precision=st.sampled_from(["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]),
+    optimizer=st.sampled_from(["adamw", "adamw-fused", "adamw-forloop", "adamw-8bit", "sgd", "sgd-momentum"]),
+    activation_checkpointing=st.sampled_from(["none", "selective", "full", "every-2", "every-3"]),
+    attention=st.sampled_from(["eager", "sdpa", "flash"]),
+)
+
+
+def peaks(model: str, setup: Setup, *, first_step: bool = False) -> Any:
+    """The closed-form peaks of a setup."""
+    program = RECORDINGS[model].program(setup)
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    return program.peaks(sizes, setup.gradient_accumulation_steps, first_step=first_step)

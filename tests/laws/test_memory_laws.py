@@ -1,0 +1,136 @@
+"""Laws of the memory model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan.architectures.registry import read_architecture
+from memplan.estimation.ledger import ledger
+from memplan.estimation.step import INSTANTS, Recordings
+from memplan.estimation.timeline import timeline
+from memplan.memory.events import Sizes
+from memplan.operators.sizes import bind
+from memplan.specs.training import Setup
+from tests.laws.models import CONFIGS, RECORDINGS, models, peaks, setups
+
+
+@given(model=models, setup=setups)
+def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) -> None:
+    """Unrolled event by event, a run reaches at every instant exactly the peak that the formula gives, in both steps."""
+    program = RECORDINGS[model].program(setup)
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    accumulation = setup.gradient_accumulation_steps
+    live, step, highest = 0, 0, [dict.fromkeys(INSTANTS, 0), dict.fromkeys(INSTANTS, 0)]
+    before = ""
+    for moment in timeline(program, sizes, accumulation):
+        if before == "optimizer step" and moment.instant == "forward":
+            step += 1
+        before = moment.instant
+        for height in (live, live + moment.sign * moment.num_bytes):
+            if moment.instant in highest[step]:
+                highest[step][moment.instant] = max(highest[step][moment.instant], height)
+        live += moment.sign * moment.num_bytes
+    assert highest[0] == peaks(model, setup, first_step=True).by_instant
+    assert highest[1] == peaks(model, setup).by_instant
+
+
+@given(model=models, setup=setups)
+def test_every_release_names_a_block_that_is_there(model: str, setup: Setup) -> None:
+    """No block is freed twice or before it exists, no name is taken while in use, and only the model outlives a step."""
+    program = RECORDINGS[model].program(setup)
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    alive: dict[tuple[object, ...], int] = {}
+    for moment in timeline(program, sizes, setup.gradient_accumulation_steps):
+        if moment.sign > 0:
+            assert moment.key not in alive, moment
+            alive[moment.key] = moment.num_bytes
+        else:
+            assert alive.pop(moment.key) == moment.num_bytes, moment
+    resident = sum(x.total(sizes) for x in program.resident(0, with_states=True))
+    assert sum(alive.values()) == resident
+
+
+@given(model=models, setup=setups)
+def test_the_ledger_adds_up(model: str, setup: Setup) -> None:
+    """Rows at the peak add up to the peak; rows of a kind to the total of the kind."""
+    program = RECORDINGS[model].program(setup)
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    rows = ledger(program, sizes, setup.gradient_accumulation_steps)
+    found = peaks(model, setup)
+    assert sum(row.bytes_at_peak for row in rows) == found.peak
+    assert all(row.num_bytes >= 0 and row.bytes_at_peak >= 0 for row in rows)
+    by_kind: Counter[str] = Counter()
+    for row in rows:
+        by_kind[row.kind] += row.num_bytes
+    assert by_kind["parameter"] == program.parameters.total(sizes)
+    assert by_kind["optimizer_state"] == program.optimizer_states.total(sizes)
+    assert by_kind["activation"] + by_kind["loss"] == found.kept_activation_bytes
+
+
+@given(
+    model=models, setup=setups, other=st.sampled_from(["micro_batch_size", "seq_len", "gradient_accumulation_steps"])
+)
+def test_bytes_never_fall_as_work_grows(model: str, setup: Setup, other: str) -> None:
+    """One more sequence, token or micro-step never needs fewer bytes, at any instant."""
+    more = replace(setup, **{other: getattr(setup, other) + 1})
+    less_peaks, more_peaks = peaks(model, setup).by_instant, peaks(model, more).by_instant
+    assert all(more_peaks[name] >= value for name, value in less_peaks.items())
+
+
+@given(name=models, setup=setups, layers=st.integers(1, 5))
+def test_bytes_never_fall_with_more_layers(name: str, setup: Setup, layers: int) -> None:
+    """One more layer never needs fewer bytes."""
+    key = "n_layer" if name == "gpt2" else "num_hidden_layers"
+    totals = []
+    for num in (layers, layers + 1):
+        program = Recordings(read_architecture(CONFIGS[name] | {key: num}, name)).program(setup)
+        sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+        totals.append(program.peaks(sizes, setup.gradient_accumulation_steps).peak)
+    assert totals[1] >= totals[0]
+
+
+@given(model=models, setup=setups)
+def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
+    """Kept activations: full <= every second layer <= none, and selective <= none."""
+    kept = {
+        mode: peaks(model, replace(setup, activation_checkpointing=mode)).kept_activation_bytes
+        for mode in ("none", "selective", "every-2", "full")
+    }
+    assert kept["full"] <= kept["every-2"] <= kept["none"]
+    assert kept["selective"] <= kept["none"]
+
+
+@given(model=models, setup=setups)
+def test_the_first_step_never_needs_more(model: str, setup: Setup) -> None:
+    """Without optimizer states no instant needs more than with them; at the optimizer step they are equal."""
+    first, steady = peaks(model, setup, first_step=True).by_instant, peaks(model, setup).by_instant
+    assert all(first[name] <= steady[name] for name in INSTANTS)
+    assert first["optimizer step"] == steady["optimizer step"]
+
+
+@given(model=models, setup=setups)
+def test_a_grid_gives_what_single_points_give(model: str, setup: Setup) -> None:
+    """Arrays of micro-batches and lengths give the very numbers that Python ints give one by one."""
+    program = RECORDINGS[model].program(setup)
+    batches, lengths = np.array([1, 2, 3, 7]), np.array([1, 64, 65, 300])
+    grid = program.peaks(Sizes(bind(batches, lengths)), setup.gradient_accumulation_steps)
+    for i, (b, s) in enumerate(zip(batches.tolist(), lengths.tolist(), strict=True)):
+        one = program.peaks(Sizes(bind(b, s)), setup.gradient_accumulation_steps)
+        assert int(np.broadcast_to(grid.peak, batches.shape)[i]) == one.peak
+        assert int(np.broadcast_to(grid.kept_activation_bytes, batches.shape)[i]) == one.kept_activation_bytes
+
+
+@given(model=models, setup=setups)
+def test_accumulation_beyond_two_costs_only_inputs(model: str, setup: Setup) -> None:
+    """Two micro-steps need what sixty-four need, but for the ids and labels of the others."""
+    two = peaks(model, replace(setup, gradient_accumulation_steps=2)).peak
+    many = peaks(model, replace(setup, gradient_accumulation_steps=64)).peak
+    program = RECORDINGS[model].program(setup)
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    inputs = program.inputs(64).total(sizes) - program.inputs(2).total(sizes)
+    assert many == two + inputs
