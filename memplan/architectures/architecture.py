@@ -23,6 +23,22 @@ if TYPE_CHECKING:
     Head = Callable[[Tape, Tensor, Shared], Tensor]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Handed:
+    """A layer that is handed only some of the tensors that layers share, because others are for layers of another type.
+
+    It matters to checkpointing, which keeps all that a layer is handed.
+    """
+
+    kind: LayerKind
+    names: tuple[tuple[str, str], ...]
+    """(the layer's name for it, its name among the shared tensors); those that do not exist are left out."""
+
+    def __call__(self, t: Tape, x: Tensor, shared: Shared) -> Tensor:
+        """Record the layer."""
+        return self.kind(t, x, {own: shared[name] for own, name in self.names if name in shared})
+
+
 class Buffer(NamedTuple):
     """A tensor of the model that is not trained."""
 
@@ -53,7 +69,7 @@ class Architecture:
     hidden_size: int
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
-    """Attention windows in tokens; a sequence longer than one makes its layers need a mask."""
+    """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flash")
     """Attention implementations that the model has."""
     unmodelled: tuple[tuple[str, str], ...] = field(default=())
@@ -140,9 +156,11 @@ def record(
         inside = t.external(
             "hidden states", before.shape, before.dtype, role="hidden", requires_grad=before.requires_grad
         )
+        handed = {name for _, name in part.names} if isinstance(part, Handed) else set(shared)
         used = {
             name: t.external(name, x.shape, x.dtype, role="shared", requires_grad=x.requires_grad)
             for name, x in shared.items()
+            if name in handed
         }
         return Piece(tape=t, hidden=inside, output=part(t, inside, used), shared=used)
 

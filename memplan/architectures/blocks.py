@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.errors import ConfigError
 from memplan.operators import losses
 from memplan.operators.attention import rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
@@ -11,6 +12,7 @@ from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import linear, project
 
 if TYPE_CHECKING:
+    from memplan.architectures.config import Config
     from memplan.operators.sizes import Shape
     from memplan.operators.tape import Tape, Tensor
 
@@ -25,8 +27,13 @@ def positions(t: Tape) -> Tensor:
     return t.view(arange, (1, "s"))
 
 
-def rotary_tables(t: Tape, hidden: Tensor, dim: int, *, position_ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Cos and sin of (1, s, dim) in the dtype of the hidden states, computed in fp32 (``LlamaRotaryEmbedding``)."""
+def rotary_tables(
+    t: Tape, hidden: Tensor, dim: int, *, position_ids: Tensor | None = None, dtype: str | None = None
+) -> dict[str, Tensor]:
+    """Cos and sin of (1, s, dim), computed in fp32 (``LlamaRotaryEmbedding``).
+
+    They are handed on in `dtype`, by default that of the hidden states.
+    """
     if position_ids is None:
         position_ids = positions(t)
     as_float = t.cast(position_ids, "fp32")
@@ -36,7 +43,7 @@ def rotary_tables(t: Tape, hidden: Tensor, dim: int, *, position_ids: Tensor | N
     cos = scale(t, t.op("cos", (both,), both.shape))
     sin = scale(t, t.op("sin", (both,), both.shape))
     t.keep_alive(freqs, both, cos)
-    cos, sin = t.cast(cos, hidden.dtype), t.cast(sin, hidden.dtype)
+    cos, sin = t.cast(cos, dtype or hidden.dtype), t.cast(sin, dtype or hidden.dtype)
     return {"cos": cos, "sin": sin, "position_ids": position_ids}
 
 
@@ -102,6 +109,17 @@ def partial_rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Te
     turning = take(t, x, (*x.shape[:-1], dim))
     passing = take(t, x, (*x.shape[:-1], head_dim - dim))
     return cat(t, (rotary(t, turning, cos, sin), passing), x.shape)
+
+
+def rotary_dim(config: Config, head_dim: int, key: str, default: float) -> int:
+    """How many of the head's dimensions turn: a fraction under `key`, or within ``rope_parameters``."""
+    name = next((n for n in ("rope_scaling", "rope_parameters") if isinstance(config.raw(n), dict)), None)
+    inside = config.part(name) if name is not None else config
+    fraction = inside.fraction("partial_rotary_factor", default=config.fraction(key, default=default))
+    dim = int(head_dim * fraction)
+    if dim < 2:
+        raise ConfigError(f"{key} in {config.origin} leaves no dimension to rotate.", f"Correct {key}.")
+    return dim
 
 
 def gated_mlp(t: Tape, x: Tensor, width: int, activation: str, *, bias: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from memplan.operators.elementwise import add, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.matrix import matmul
-from memplan.operators.sizes import Dim, count, num_bytes
+from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, count, num_bytes, Shape
 from memplan.operators.tape import Gradient, Tape, Tensor, elements
 
 
@@ -76,7 +76,7 @@ def eager(
             repeat_heads(t, k, heads, _ratio(heads, k.shape[1])),
             repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
         )
-        q, k, v = (_dense(t, x) for x in (q, k, v))
+        q, k, v = _dense(t, q, k, v)
         scores = matmul(t, q, k, (b, heads, s, s), head_dim)
         if scaled:
             scores = scale(t, scores)
@@ -95,9 +95,28 @@ def softcapped(t: Tape, x: Tensor) -> Tensor:
     return scale(t, keeps_result(t, "tanh", scale(t, x)))
 
 
-def _dense(t: Tape, x: Tensor) -> Tensor:
-    """`x` itself or, where it is a slice of a larger tensor, the copy that ``matmul`` makes to batch it (b > 1)."""
-    return copy(t, x) if x.bytes != t.storages[x.storage].size else x
+def _dense(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
+    """`parts` with a copy of each that is a slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
+
+    A micro-batch of one needs no copy and keeps the larger tensor, counted here as the copies and a rest of it.
+    """
+    slices = [x for x in parts if x.bytes != t.storages[x.storage].size]
+    if not slices:
+        return parts
+    x = slices[0]
+    rest = t.storages[x.storage].size.factor - len(slices) * x.bytes.factor
+    where_one: Shape = ("[b=1]", "s", max(rest, 0) // BYTES_PER_ELEMENT[x.dtype])
+    copies = []
+    for part in parts:
+        if part not in slices:
+            copies.append(part)
+        elif part is slices[-1] and rest > 0:
+            extra = [("slices beside it", where_one, x.dtype)]
+            gradient = Gradient(part, alias=True)
+            copies.append(t.op("clone", (part,), part.shape, gradients=[gradient], extra_outputs=extra))
+        else:
+            copies.append(copy(t, part))
+    return tuple(copies)
 
 
 def _ratio(heads: Dim, kv_heads: Dim) -> int:
@@ -106,12 +125,15 @@ def _ratio(heads: Dim, kv_heads: Dim) -> int:
     return heads // kv_heads
 
 
-def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, by_head: bool = False) -> Tensor:
     """One fused kernel: (b, heads, s, d) to (b, s, heads, d).
 
     Its backward (mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp) needs for a moment the
     gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer heads, their gradients
     for every query head before they are summed.
+
+    The flash kernel lays its output out like q (``empty_like`` in flash_api.cpp): where q lies head by head, as after
+    ``cat`` or a reshape that copies (`by_head`), the caller's ``transpose(1, 2).contiguous()`` is a copy.
 
     In fp32, and with a mask, it is the memory-efficient kernel (sdp_utils.cpp), whose log-sum-exp is rounded up to 32
     rows.
@@ -145,7 +167,7 @@ def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
             flops=count((b, heads, s, s, head_dim)).times(4),
             reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
         )
-    return out
+    return copy(t, out) if by_head and not efficient else out
 
 
 def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> Tensor:
@@ -175,16 +197,18 @@ def attention(
     p: float = 0.0,
     scaled: bool = True,
     softmax_dtype: str | None = "fp32",
+    by_head: bool = False,
     softcap: bool = False,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
-    `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`).  No form of
-    scaled_dot_product_attention bends scores: where one is asked for, what runs is eager (transformers' own fallback).
+    `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`), `by_head` to the
+    fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
+    (transformers' own fallback).
     """
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
         return eager(t, q, k, v, mask, p=p, scaled=scaled, softmax_dtype=softmax_dtype, softcap=softcap)
     if mask is not None:
         k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
         v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
-    return fused(t, q, k, v, mask)
+    return fused(t, q, k, v, mask, by_head=by_head)

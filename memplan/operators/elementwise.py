@@ -108,6 +108,19 @@ def power(t: Tape, x: Tensor) -> Tensor:
     )
 
 
+def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
+    """``x.clamp_(a, b)``: autograd copies `x` before it is overwritten, because the derivative needs it."""
+    kept = t.op("clone", (x,), x.shape, gradients=())
+    return t.op(
+        "clamp",
+        (x,),
+        x.shape,
+        keeps=(kept,),
+        flops=elements(x),
+        reason="the derivative of clamp needs its input",
+    )
+
+
 def keeps_input(t: Tape, name: str, x: Tensor) -> Tensor:
     """An activation function that keeps its input: ``silu``, ``gelu`` (exact or tanh)."""
     return t.op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.operators.elementwise import add_scalar, keeps_result, mul, power
+from memplan.operators.elementwise import add_scalar, keeps_result, mul, power, sub
 from memplan.operators.tape import Tape, Tensor, elements
 
 
@@ -32,6 +32,27 @@ def rms_norm(t: Tape, x: Tensor, name: str, *, gain_in_fp32: bool = False, one_p
         if gain_in_fp32:
             return t.cast(mul(t, weight, y), x.dtype)
         return mul(t, weight, t.cast(y, x.dtype))
+
+
+def written_out_layer_norm(t: Tape, x: Tensor, name: str, *, weight_shape: tuple[int, ...] | None = None) -> Tensor:
+    """LayerNorm without bias written out in Python operators in fp32, as ``CohereLayerNorm`` runs it.
+
+    x32 = x.float(); m = mean(x32); y = (x32 - m) * rsqrt(mean((x32 - m)**2) + eps); (weight.float() * y).to(dtype)
+
+    Keeps x32 - m twice (it is computed twice), rsqrt (4 bytes a token), y, and the weight in fp32.
+    """
+    width = x.shape[-1]
+    assert isinstance(width, int)
+    with t.scope(name):
+        weight = t.parameter("weight", weight_shape or (width,))
+        x32 = t.cast(x, "fp32")
+        mean = mean_last(t, x32)
+        variance = add_scalar(t, mean_last(t, power(t, sub(t, x32, mean))))
+        y = mul(t, sub(t, x32, mean), keeps_result(t, "rsqrt", variance))
+        gain = t.cast(weight, "fp32")
+        out = t.cast(mul(t, gain, y), x.dtype)
+        t.keep_alive(mean)
+        return out
 
 
 def layer_norm(t: Tape, x: Tensor, name: str, *, bias: bool = True, affine: bool = True) -> Tensor:

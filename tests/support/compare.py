@@ -30,6 +30,8 @@ LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def resized(config: dict[str, Any], *, layers: int | None = None, dropout: float | None = None) -> dict[str, Any]:
     """The config with another number of layers, or with every dropout probability replaced."""
     changed = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        changed["text_config"] = resized(config["text_config"], layers=layers, dropout=dropout)
     if layers is not None:
         names = [name for name in LAYER_KEYS if name in config]
         changed |= dict.fromkeys(names, layers)
@@ -53,8 +55,10 @@ class Pair:
     reference: ReferenceStep
 
 
-def run_both(config: dict[str, Any], *, auto_class: str = "AutoModelForCausalLM", **setup: Any) -> Pair:
-    """Evaluate the formula and run the reference."""
+def run_both(
+    config: dict[str, Any], *, auto_class: str = "AutoModelForCausalLM", sdpa_kernel: str | None = None, **setup: Any
+) -> Pair:
+    """Evaluate the formula and run the reference (`sdpa_kernel`: see `trace_step`)."""
     chosen = Setup(**setup)
     architecture = read_architecture(config, "config")
     program = Recordings(architecture).program(chosen)
@@ -70,6 +74,7 @@ def run_both(config: dict[str, Any], *, auto_class: str = "AutoModelForCausalLM"
         optimizer=program.states.optimizer,  # type: ignore[arg-type]
         accumulation=accumulation,
         auto_class=auto_class,
+        sdpa_kernel=sdpa_kernel,
     )
     return Pair(
         program=program,
@@ -139,12 +144,14 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--auto-class", default="AutoModelForCausalLM")
+    parser.add_argument("--sdpa-kernel", choices=["flash", "efficient", "math"])
     parser.add_argument("--rows", action="store_true")
     args = parser.parse_args()
     config = resized(json.loads(args.config.read_text()), layers=args.layers, dropout=args.dropout)
     pair = run_both(
         config,
         auto_class=args.auto_class,
+        sdpa_kernel=args.sdpa_kernel,
         micro_batch_size=args.batch,
         seq_len=args.seq,
         precision=args.precision,
