@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.operators.sizes import Shape, num_bytes
-from memplan.operators.tape import Gradient, Tape, Tensor, elements
+from memplan.operators.tape import Gradient, Op, Tape, Tensor, elements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +56,15 @@ def sub(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
     gradients = [_reduced(a, shape, dtype, computed=False), _reduced(b, shape, dtype, computed=True)]
     return t.op("sub", (a, b), shape, dtype=dtype, gradients=gradients, flops=elements(a))
+
+
+def add_in_place(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a += b`` for equal shapes: the result lies on the storage of `a`; both gradients are the incoming one."""
+    out = a._replace(number=len(t.tensors), requires_grad=a.requires_grad or b.requires_grad)
+    t.tensors.append(out)
+    gradients = tuple(Gradient(x, alias=True) for x in (a, b) if x.requires_grad)
+    t.ops.append(Op("add_", t.module, (a, b), (out,), (), False, gradients, (), (), elements(a), ""))
+    return out
 
 
 def add_scalar(t: Tape, a: Tensor) -> Tensor:
