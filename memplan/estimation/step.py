@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.architectures.architecture import record
-from memplan.memory.events import Event, Extent, Row, Segment, Sizes, maximum
+from memplan.memory.events import Event, Row, Segment, maximum
 from memplan.memory.lifetimes import PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
@@ -24,9 +24,10 @@ from memplan.operators.tape import Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from memplan.architectures.architecture import Architecture, Recording
+    from memplan.architectures.architecture import Architecture, Piece, Recording
+    from memplan.memory.events import Sizes
     from memplan.specs.training import Setup
 
 FORWARD = "forward"
@@ -73,27 +74,115 @@ class Recordings:
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self._pieces: dict[tuple[Any, ...], PieceLifetimes] = {}
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._programs: dict[tuple[Any, ...], StepProgram] = {}
 
-    def recording(self, precision: str, attention: str, exceeded: frozenset[int]) -> Recording:
-        """The tapes under these dtypes, this attention and these exceeded windows."""
-        key = (precision, attention, exceeded)
+    def recording(self, setup: Setup) -> Recording:
+        """The tapes under the dtypes and the attention of `setup`."""
+        exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
+        key = (setup.precision, setup.attention, exceeded)
         if key not in self._recordings:
-            numerics = Numerics(*PRECISIONS[precision])
-            self._recordings[key] = record(self.architecture, numerics, attention=attention, exceeded=exceeded)
+            numerics = Numerics(*PRECISIONS[setup.precision])
+            self._recordings[key] = record(self.architecture, numerics, attention=setup.attention, exceeded=exceeded)
         return self._recordings[key]
 
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
-        exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
-        recording = self.recording(setup.precision, setup.attention, exceeded)
-        optimizer = OPTIMIZERS[setup.optimizer]
-        key = (id(recording), optimizer, setup.activation_checkpointing, setup.data_parallel_size)
+        recording = self.recording(setup)
+        layout_key = (id(recording), setup.activation_checkpointing)
+        if layout_key not in self._layouts:
+            modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
+            self._layouts[layout_key] = Layout(recording, modes, self._pieces)
+        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         if key not in self._programs:
-            self._programs[key] = StepProgram(
-                recording, optimizer, setup.activation_checkpointing, setup.data_parallel_size
-            )
+            layout = self._layouts[layout_key]
+            self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         return self._programs[key]
+
+
+class Layout:
+    """Which segment of events runs where, for one choice of checkpointing."""
+
+    def __init__(
+        self, recording: Recording, modes: tuple[str, ...], known: dict[tuple[Any, ...], PieceLifetimes]
+    ) -> None:
+        """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put."""
+        self.recording = recording
+        self.modes = modes
+
+        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool) -> PieceLifetimes:
+            key = (id(piece), mode, owns_hidden)
+            if key not in known:
+                known[key] = PieceLifetimes(piece, checkpointing=mode, owns_hidden=owns_hidden)
+            return known[key]
+
+        before = lifetimes(recording.stem, "none", owns_hidden=True)
+        self.layers: list[PieceLifetimes] = []
+        for kind, mode in zip(recording.order, modes, strict=True):
+            before = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
+            self.layers.append(before)
+        self.head = lifetimes(recording.head, "none", owns_hidden=not before.keeps_output())
+        pieces = {id(x): x for x in (*self.layers, self.head)}
+        lasting = frozenset(name for x in pieces.values() for name in x.kept_shared())
+        key = (id(recording.stem), lasting)
+        self.stem = known.setdefault(key, PieceLifetimes(recording.stem, lasting=lasting))
+
+    @cached_property
+    def forward(self) -> tuple[Part, ...]:
+        """Ids to loss; autocast's cache goes at its end."""
+        return (
+            Part(FORWARD, self.stem.forward, (STEM,)),
+            *self._in_layers(FORWARD, lambda x: x.forward),
+            Part(FORWARD, self._release_shared(kept=False), (STEM,)),
+            Part(LOSS, self.head.forward, (HEAD,)),
+            Part(LOSS, self.stem.autocast_exit, (STEM,)),
+            *self._in_layers(LOSS, lambda x: x.autocast_exit),
+            Part(LOSS, self.head.autocast_exit, (HEAD,)),
+        )
+
+    @cached_property
+    def backward(self) -> tuple[Part, ...]:
+        """Loss to gradients, in the first micro-step: gradients of parameters are born and stay."""
+        return self._backward(0)
+
+    @cached_property
+    def backward_again(self) -> tuple[Part, ...]:
+        """The same in later micro-steps: gradients are added to those that are there."""
+        return self._backward(1)
+
+    def _backward(self, which: int) -> tuple[Part, ...]:
+        in_head = {p.name for p in self.recording.head.tape.parameters}
+        tied = frozenset(in_head & {p.name for p in self.recording.stem.tape.parameters})
+        return (
+            Part(LOSS, self.head.backward(tied)[which], (HEAD,)),
+            *self._in_layers(BACKWARD, lambda x: x.backward()[which], reverse=True),
+            Part(BACKWARD, self._release_shared(kept=True), (STEM,)),
+            Part(BACKWARD, self.stem.backward(tied)[which], (STEM,)),
+        )
+
+    def _in_layers(
+        self, instant: str, segment: Callable[[PieceLifetimes], Segment], *, reverse: bool = False
+    ) -> Iterator[Part]:
+        numbered = list(enumerate(self.layers))
+        if reverse:
+            numbered.reverse()
+        for _, run in groupby(numbered, key=lambda pair: id(pair[1])):
+            places = list(run)
+            yield Part(instant, segment(places[0][1]), tuple(number for number, _ in places))
+
+    def _release_shared(self, *, kept: bool) -> Segment:
+        """What all layers share goes after the last layer, or after their backward where some layer keeps it."""
+        stem = self.recording.stem
+        events = []
+        done = {stem.output.storage}
+        for name, x in stem.shared.items():
+            storage = stem.tape.storages[x.storage]
+            goes_now = (name in self.stem.lasting) == kept and x.storage not in self.stem.keepers
+            if goes_now and storage.role == "activation" and x.storage not in done:
+                done.add(x.storage)
+                events.append(Event(("", x.storage), storage.size, -1, self.stem.row(storage)))
+        return Segment("shared tensors released", tuple(events))
 
 
 class StepProgram:
@@ -102,89 +191,12 @@ class StepProgram:
     Laid out once for a recording and the choices that change what is kept; evaluated for as many sizes as wanted.
     """
 
-    def __init__(
-        self, recording: Recording, optimizer: str, activation_checkpointing: str, data_parallel_size: int
-    ) -> None:
-        self.recording = recording
+    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int) -> None:
+        self.layout = layout
+        self.recording = layout.recording
         self.data_parallel_size = data_parallel_size
-        self.states = ModelStates(tuple(recording.parameter_groups()), recording.numerics.parameters, optimizer)
-        self.modes = checkpointed_layers(activation_checkpointing, len(recording.order))
-        self._layers: dict[tuple[int, str, bool], PieceLifetimes] = {}
-        self._keys = []
-        before = PieceLifetimes(recording.stem)
-        for kind, mode in zip(recording.order, self.modes, strict=True):
-            key = (kind, mode, not before.keeps_output())
-            if key not in self._layers:
-                self._layers[key] = PieceLifetimes(recording.kinds[kind], checkpointing=mode, owns_hidden=key[2])
-            self._keys.append(key)
-            before = self._layers[key]
-        self.head = PieceLifetimes(recording.head, owns_hidden=not before.keeps_output())
-        lasting = frozenset(name for x in (*self._layers.values(), self.head) for name in x.kept_shared())
-        self.stem = PieceLifetimes(recording.stem, lasting=lasting)
-
-    def layer(self, number: int) -> PieceLifetimes:
-        """The lifetimes of one layer."""
-        return self._layers[self._keys[number]]
-
-    # -- the parts of a step -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def forward(self) -> tuple[Part, ...]:
-        """Ids to loss; autocast's cache goes at its end."""
-        exits = {key: x.autocast_exit() for key, x in self._layers.items()}
-        return (
-            Part(FORWARD, self.stem.forward(), (STEM,)),
-            *self._in_layers(FORWARD, {key: x.forward() for key, x in self._layers.items()}),
-            Part(FORWARD, self._release_shared(kept=False), (STEM,)),
-            Part(LOSS, self.head.forward(), (HEAD,)),
-            Part(LOSS, self.stem.autocast_exit(), (STEM,)),
-            *self._in_layers(LOSS, exits),
-            Part(LOSS, self.head.autocast_exit(), (HEAD,)),
-        )
-
-    @cached_property
-    def backward(self) -> tuple[Part, ...]:
-        """Loss to gradients, in the first micro-step: gradients of parameters are born and stay."""
-        return self._backward(fresh=True)
-
-    @cached_property
-    def backward_again(self) -> tuple[Part, ...]:
-        """The same in later micro-steps: gradients are added to those that are there."""
-        return self._backward(fresh=False)
-
-    def _backward(self, *, fresh: bool) -> tuple[Part, ...]:
-        in_head = {p.name for p in self.recording.head.tape.parameters}
-        tied = frozenset(in_head & {p.name for p in self.recording.stem.tape.parameters})
-        of_layers = {key: x.backward(fresh=fresh) for key, x in self._layers.items()}
-        return (
-            Part(LOSS, self.head.backward(waiting=tied, fresh=fresh), (HEAD,)),
-            *self._in_layers(BACKWARD, of_layers, reverse=True),
-            Part(BACKWARD, self._release_shared(kept=True), (STEM,)),
-            Part(BACKWARD, self.stem.backward(joined=tied, fresh=fresh), (STEM,)),
-        )
-
-    def _in_layers(
-        self, instant: str, segments: dict[tuple[int, str, bool], Segment], *, reverse: bool = False
-    ) -> Iterator[Part]:
-        numbered = list(enumerate(self._keys))
-        if reverse:
-            numbered.reverse()
-        for key, run in groupby(numbered, key=lambda pair: pair[1]):
-            yield Part(instant, segments[key], tuple(number for number, _ in run))
-
-    def _release_shared(self, *, kept: bool) -> Segment:
-        """What all layers share goes after the last layer, or after their backward where some layer keeps it."""
-        stem = self.recording.stem
-        by_stem = self.stem.keepers()
-        events = []
-        done = {stem.output.storage}
-        for name, x in stem.shared.items():
-            storage = stem.tape.storages[x.storage]
-            goes_now = (name in self.stem.lasting) == kept and x.storage not in by_stem
-            if goes_now and storage.role == "activation" and x.storage not in done:
-                done.add(x.storage)
-                events.append(Event(("", x.storage), storage.size, -1, self.stem.row(storage)))
-        return Segment("shared tensors released", tuple(events))
+        groups = tuple(layout.recording.parameter_groups())
+        self.states = ModelStates(groups, layout.recording.numerics.parameters, optimizer)
 
     # -- what is there all the time ----------------------------------------------------------------------------------
 
@@ -243,26 +255,22 @@ class StepProgram:
         gradients = self.gradients.total(sizes)
         base: Any = sum(x.total(sizes) for x in self.resident(accumulation, with_states=not first_step))
         peaks: dict[str, Any] = dict.fromkeys(INSTANTS, 0)
-        extents: dict[int, Extent] = {}
 
         def climb(parts: Sequence[Part], start: Any) -> Any:
             live = start
             for part in parts:
-                one = extents.get(id(part.segment))
-                if one is None:
-                    one = extents[id(part.segment)] = part.segment.extent(sizes)
-                whole = one.repeated(len(part.places))
+                whole = sizes.extent(part.segment).repeated(len(part.places))
                 peaks[part.instant] = maximum(peaks[part.instant], live + whole.peak)
                 live = live + whole.net
             return live
 
-        after_forward = climb(self.forward, base)
-        climb(self.backward, after_forward)
+        after_forward = climb(self.layout.forward, base)
+        climb(self.layout.backward, after_forward)
         if accumulation > 1:
-            climb(self.backward_again, climb(self.forward, base + gradients))
+            climb(self.layout.backward_again, climb(self.layout.forward, base + gradients))
         states = self.optimizer_states.total(sizes) if first_step else 0
         clip, step = self.end_temporaries
         peaks[CLIP] = base + gradients + clip.total(sizes)
         peaks[OPTIMIZER] = base + gradients + states + step.total(sizes)
-        kept_by_layer = self.layer(len(self.modes) // 2).forward().extent(sizes).net
+        kept_by_layer = sizes.extent(self.layout.layers[len(self.layout.layers) // 2].forward).net
         return Peaks(peaks, after_forward - base, kept_by_layer)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memplan.operators.sizes import Size, allocated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from memplan.operators.sizes import Shape
 
@@ -96,6 +96,14 @@ class Sizes(dict[Size, Any]):
     def __init__(self, env: Mapping[str, Any]) -> None:
         super().__init__()
         self._env = env
+        self._extents: dict[int, tuple[Segment, Extent]] = {}
+
+    def extent(self, segment: Segment) -> Extent:
+        """Net change and highest point of a segment, worked out once."""
+        known = self._extents.get(id(segment))
+        if known is None:
+            known = self._extents[id(segment)] = (segment, segment.extent(self))
+        return known[1]
 
     def __missing__(self, size: Size) -> Any:
         value = allocated(size.value(self._env))
@@ -110,8 +118,3 @@ def maximum(a: Any, b: Any) -> Any:
     import numpy as np
 
     return np.maximum(a, b)
-
-
-def total(sizes: Sizes, events: Iterable[Event]) -> Any:
-    """Net bytes of `events`."""
-    return sum((sizes[event.size] * event.sign for event in events), start=0)

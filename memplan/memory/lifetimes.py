@@ -15,14 +15,14 @@ Left out: Python variables that hold a tensor longer than its last use, unless t
 
 from __future__ import annotations
 
-from collections import Counter
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from memplan.memory.events import Event, Row, Segment
 from memplan.operators.tape import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from memplan.architectures.architecture import Piece
     from memplan.operators.sizes import Shape, Size
@@ -67,6 +67,7 @@ class PieceLifetimes:
         self.spans = self._spans(checkpointing)
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
+        self._backwards: dict[frozenset[str], tuple[Segment, Segment]] = {}
         self.reasons = self._reasons()
         losses = [op for op in self.tape.ops if op.module.startswith("loss")]
         self._logits = {x.storage for op in losses for x in op.inputs} if self.ends_in_loss else set()
@@ -99,19 +100,20 @@ class PieceLifetimes:
         """Whether this piece decides about its life at all."""
         return storage.role not in OUTSIDE and (storage.role != "hidden" or self.owns_hidden)
 
-    def keepers(self) -> Counter[int]:
+    @cached_property
+    def keepers(self) -> Mapping[int, int]:
         """For each storage, how many operators (and spans) hold it between forward and backward."""
-        held: Counter[int] = Counter()
+        held: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
             if i not in self._span_of:
-                held.update({x.storage for x in op.keeps})
+                _hold(held, op.keeps)
         for span in self.spans:
-            held.update({x.storage for x in span.inputs})
+            _hold(held, span.inputs)
         return held
 
     def kept_shared(self) -> set[str]:
         """Names of shared tensors that have to live until the backward of this piece."""
-        names = {self._shared_names[s] for s in self.keepers() if s in self._shared_names}
+        names = {self._shared_names[s] for s in self.keepers if s in self._shared_names}
         for span in self.spans:
             if span.stop - span.start == len(self.tape.ops):
                 return set(self.piece.shared)
@@ -121,7 +123,7 @@ class PieceLifetimes:
 
     def keeps_output(self) -> bool:
         """Whether the piece itself keeps the tensor it hands on."""
-        return self.piece.output.storage in self.keepers()
+        return self.piece.output.storage in self.keepers
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class PieceLifetimes:
             yield Event(("scratch", where, n), size, sign, row)
 
     def _run(
-        self, ops: Sequence[Op], kept: Counter[int], *, tag: str, stay: frozenset[int], skip_last_outputs: bool
+        self, ops: Sequence[Op], kept: Mapping[int, int], *, tag: str, stay: frozenset[int], skip_last_outputs: bool
     ) -> list[Event]:
         """The forward of `ops`; what is in `kept` or `stay` is not freed."""
         last: dict[int, int] = {}
@@ -182,9 +184,10 @@ class PieceLifetimes:
                     born.discard(s)
         return events
 
+    @cached_property
     def forward(self) -> Segment:
         """The forward pass of the piece, once."""
-        kept = self.keepers()
+        kept = self.keepers
         stay = frozenset({self.piece.output.storage} | (self._stays if self.piece.hidden is None else set()))
         return Segment("forward", tuple(self._run(self.tape.ops, kept, tag="", stay=stay, skip_last_outputs=False)))
 
@@ -192,9 +195,10 @@ class PieceLifetimes:
     def _stays(self) -> set[int]:
         return {x.storage for x in self.piece.shared.values()}
 
+    @cached_property
     def autocast_exit(self) -> Segment:
         """Autocast lets its cached copies go at the end of the forward pass, except those that a backward needs."""
-        kept = self.keepers()
+        kept = self.keepers
         events = [
             Event(("", s.number), s.size, -1, self.row(s))
             for s in self.tape.storages
@@ -202,27 +206,35 @@ class PieceLifetimes:
         ]
         return Segment("autocast exit", tuple(events))
 
-    def backward(
-        self, *, waiting: frozenset[str] = frozenset(), joined: frozenset[str] = frozenset(), fresh: bool = True
-    ) -> Segment:
-        """The backward pass of the piece, once.
+    def backward(self, tied: frozenset[str] = frozenset()) -> tuple[Segment, Segment]:
+        """The backward pass of the piece, once: in the first micro-step, and in later ones.
 
-        `waiting`: parameters whose gradient another piece has still to add to (tied weights); `joined`: those that it
-        now adds to; `fresh`: gradients of parameters are new and stay, else they are added to those that are there.
+        In the first, gradients of parameters are born and stay; in later ones they are added to those that are there.
+        `tied`: parameters that the head and the stem share; the head's gradient waits for the stem's.
         """
-        return Segment("backward", tuple(_Backward(self, waiting, joined, fresh).run()))
+        if tied not in self._backwards:
+            self._backwards[tied] = _Backward(self, tied).run()
+        return self._backwards[tied]
+
+
+def _hold(held: dict[int, int], tensors: Iterable[Tensor]) -> None:
+    """One holder more for every storage of `tensors`."""
+    for storage in {x.storage for x in tensors}:
+        held[storage] = held.get(storage, 0) + 1
 
 
 class _Backward:
     """One walk of autograd's engine through a piece."""
 
-    def __init__(self, lifetimes: PieceLifetimes, waiting: frozenset[str], joined: frozenset[str], fresh: bool) -> None:
+    def __init__(self, lifetimes: PieceLifetimes, tied: frozenset[str]) -> None:
         self.lifetimes = lifetimes
         self.tape = lifetimes.tape
-        self.waiting, self.joined, self.fresh = waiting, joined, fresh
+        self.tied = tied
         self.events: list[Event] = []
+        self.added: set[int] = set()
+        """Positions of the releases of parameter gradients that only later micro-steps have."""
         self.blocks: dict[int, tuple[tuple[Any, ...], Size, Row]] = {}
-        self.holders: Counter[int] = Counter()
+        self.holders: dict[int, int] = {}
         self.pending: dict[int, int] = {}
         self.parameter_of = {row.tensor: row for row in self.tape.parameters}
         self.first_use: dict[int, int] = {}
@@ -230,38 +242,46 @@ class _Backward:
             for g in op.gradients:
                 self.first_use.setdefault(g.of.number, i)
 
-    def run(self) -> list[Event]:
+    def run(self) -> tuple[Segment, Segment]:
+        """The events of the first micro-step and of later ones."""
         out = self.lifetimes.piece.output
         if self.lifetimes.ends_in_loss:
-            self.pending[out.number] = self._allocate(
-                out.bytes, Row("loss", "gradient of the loss", "temporary", (), out.dtype)
-            )
+            row = Row("loss", "gradient of the loss", "temporary", (), out.dtype)
+            self.pending[out.number] = self._allocate(out.bytes, row)
         elif out.requires_grad:
             self.pending[out.number] = self._adopt(("gradient of output",), out)
-        held = self.lifetimes.keepers()
-        keys = {s: ("hidden",) if self.tape.storages[s].role == "hidden" else ("", s) for s in held}
-        spans = {span.stop - 1: span for span in self.lifetimes.spans}
-        starts = {span.start: span for span in self.lifetimes.spans}
-        inside: tuple[Span, Counter[int], dict[int, tuple[Any, ...]]] | None = None
-        for i in range(len(self.tape.ops) - 1, -1, -1):
-            if i in spans:
-                inside = self._recompute(spans[i])
-            op = self.tape.ops[i]
-            if inside is None:
-                self._step(i, op, [(s, held, keys) for s in {x.storage for x in op.keeps}])
-            else:
-                # What comes from outside the span stays until the span's start is reached.
-                _, again, again_keys = inside
-                self._step(i, op, [(s, again, again_keys) for s in {x.storage for x in op.keeps} if s in again])
-            if i in starts:
-                for s in {x.storage for x in starts[i].inputs}:
-                    self._let_go(s, held, keys)
-                inside = None
+        self._walk()
         self._hand_on()
         if self.lifetimes.ends_in_loss:
             loss = self.tape.storages[out.storage]
             self.events.append(Event(("", out.storage), loss.size, -1, self.lifetimes.row(loss)))
-        return self.events
+        stays = [event for i, event in enumerate(self.events) if i not in self.added]
+        passes = [
+            e._replace(row=e.row._replace(kind="temporary")) if e.row.kind == "gradient" else e for e in self.events
+        ]
+        return Segment("backward", tuple(stays)), Segment("backward", tuple(passes))
+
+    def _walk(self) -> None:
+        """The operators in reverse."""
+        held = dict(self.lifetimes.keepers)
+        keys = {s: ("hidden",) if self.tape.storages[s].role == "hidden" else ("", s) for s in held}
+        ends = {span.stop - 1: span for span in self.lifetimes.spans}
+        starts = {span.start: span for span in self.lifetimes.spans}
+        again: dict[int, int] = {}
+        again_keys: dict[int, tuple[Any, ...]] = {}
+        for i in range(len(self.tape.ops) - 1, -1, -1):
+            if i in ends:
+                again, again_keys = self._recompute(ends[i])
+            op = self.tape.ops[i]
+            kept = {x.storage for x in op.keeps}
+            if i in self.lifetimes._span_of:  # what comes from outside the span stays until its start is reached
+                self._step(i, op, [(s, again, again_keys) for s in kept if s in again], recomputed=True)
+            else:
+                self._step(i, op, [(s, held, keys) for s in kept])
+            if i in starts:
+                for s in {x.storage for x in starts[i].inputs}:
+                    self._let_go(s, held, keys)
+                again, again_keys = {}, {}
 
     # -- blocks and their holders ------------------------------------------------------------------------------------
 
@@ -284,8 +304,10 @@ class _Backward:
             key, size, row = self.blocks[number]
             self.events.append(Event(key, size, -1, row))
 
-    def _let_go(self, s: int, held: Counter[int], keys: dict[int, tuple[Any, ...]]) -> None:
+    def _let_go(self, s: int, held: dict[int, int], keys: dict[int, tuple[Any, ...]]) -> None:
         """One keeper less of what the forward pass kept."""
+        if s not in held:
+            return
         storage = self.tape.storages[s]
         held[s] -= 1
         if held[s] == 0 and self.lifetimes._is_kept_across(storage):
@@ -294,16 +316,16 @@ class _Backward:
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
-    def _recompute(self, span: Span) -> tuple[Span, Counter[int], dict[int, tuple[Any, ...]]]:
-        """Run the forward of the span again, as far as something is still to be kept."""
+    def _recompute(self, span: Span) -> tuple[dict[int, int], dict[int, tuple[Any, ...]]]:
+        """Run the forward of the span again, as far as something is still to be kept; what it keeps, and its keys."""
         ops = self.tape.ops[span.start : span.stop]
         while ops and not ops[-1].keeps:
             ops = ops[:-1]
         made = {x.storage for op in ops for x in op.outputs if self.tape.storages[x.storage].role == "activation"}
         made -= {x.storage for x in span.inputs}
-        held: Counter[int] = Counter()
+        held: dict[int, int] = {}
         for op in ops:
-            held.update({x.storage for x in op.keeps if x.storage in made})
+            _hold(held, [x for x in op.keeps if x.storage in made])
         tag = f"again {span.name}"
         stops_before = bool(ops) and not ops[-1].keeps_output
         events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(), skip_last_outputs=stops_before)
@@ -313,11 +335,24 @@ class _Backward:
                 alive.pop(event.key, None)
         self.events += events
         for key, event in alive.items():
-            if key[-1] not in held or held[key[-1]] == 0:
+            if key[-1] not in held:
                 self.events.append(event._replace(sign=-1))
-        return span, held, {s: (tag, s) for s in held}
+        return held, {s: (tag, s) for s in held}
 
-    def _step(self, i: int, op: Op, kept: list[tuple[int, Counter[int], dict[int, tuple[Any, ...]]]]) -> None:
+    def _step(
+        self,
+        i: int,
+        op: Op,
+        kept: list[tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]],
+        *,
+        recomputed: bool = False,
+    ) -> None:
+        """The backward of one operator.
+
+        Gradients that have to be cast or summed to the form of their input are so once all are computed
+        (validate_outputs in engine.cpp).  What was kept is still there then, unless it was `recomputed`: checkpointing
+        hands its tensors over for good.
+        """
         incoming = [self.pending.pop(x.number) for x in op.outputs if x.number in self.pending]
         results: list[tuple[Gradient, int]] = []
         if incoming:
@@ -326,6 +361,9 @@ class _Backward:
                 if g.alias:
                     number = incoming[0]
                     self.holders[number] += 1
+                elif g.computed_at is not None:
+                    row = Row(op.module, f"gradient from {op.name} before it is reduced", "temporary", None, "")
+                    number = self._allocate(g.computed_at, row)
                 else:
                     where = f" gradient of {g.of.number}"
                     self.events += self.lifetimes._scratch(op, where, g.scratch, +1)
@@ -333,23 +371,30 @@ class _Backward:
                     self.events += self.lifetimes._scratch(op, where, g.scratch, -1)
                 results.append((g, number))
             self.events += self.lifetimes._scratch(op, " backward", op.backward_scratch, -1)
-        for s, held, keys in kept:
-            self._let_go(s, held, keys)
+        if recomputed:
+            self._let_all_go(kept)
+        for n, (g, number) in enumerate(results):
+            if g.computed_at is not None:
+                results[n] = (g, self._allocate(g.of.bytes, self._gradient_row(op, g.of)))
+                self._release(number)
+        if not recomputed:
+            self._let_all_go(kept)
         for number in incoming:
             self._release(number)
         for g, number in results:
             self._accumulate(i, g.of, number)
 
+    def _let_all_go(self, kept: list[tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]]) -> None:
+        for s, held, keys in kept:
+            self._let_go(s, held, keys)
+
     def _gradient_row(self, op: Op, x: Tensor) -> Row:
         parameter = self.parameter_of.get(x.number)
         if parameter is None:
             return Row(op.module, f"gradient from {op.name}", "temporary", x.shape, x.dtype)
-        if parameter.name in self.joined:
+        if parameter.name in self.tied and not self.lifetimes.ends_in_loss:
             return Row(parameter.name, "gradient to be added to that of the tied head", "temporary", x.shape, x.dtype)
-        return self._parameter_gradient_row(parameter.name, x)
-
-    def _parameter_gradient_row(self, name: str, x: Tensor) -> Row:
-        return Row(name, "gradient", "gradient" if self.fresh else "temporary", x.shape, x.dtype)
+        return _parameter_gradient_row(parameter.name, x)
 
     def _accumulate(self, i: int, x: Tensor, number: int) -> None:
         old = self.pending.get(x.number)
@@ -366,36 +411,42 @@ class _Backward:
             self._finish_parameter(x)
 
     def _finish_parameter(self, x: Tensor) -> None:
+        """The gradient of a parameter is complete: it is handed to the parameter, or added to what is there."""
         name = self.parameter_of[x.number].name
         number = self.pending.pop(x.number)
         if self.holders[number] > 1:
-            fresh = self._allocate(x.bytes, self._parameter_gradient_row(name, x))
+            copied = self._allocate(x.bytes, _parameter_gradient_row(name, x))
             self._release(number)
-            number = fresh
-        if name in self.joined:
+            number = copied
+        if name in self.tied:
+            if self.lifetimes.ends_in_loss:
+                self._rename(number, ("tied", name))
+                return
             # The one that waits is a transposed view (linear's), which input_buffer.cpp does not add to in place.
-            row = self._parameter_gradient_row(name, x)
-            total = self._allocate(x.bytes, row)
+            row = _parameter_gradient_row(name, x)
+            both = self._allocate(x.bytes, row)
             self._release(number)
             self.events.append(Event(("tied", name), x.bytes, -1, row))
-            if not self.fresh:
-                self._release(total)
-        elif name in self.waiting:
-            key, size, row = self.blocks[number]
-            self.events = [e._replace(key=("tied", name)) if e.key == key else e for e in self.events]
-            self.blocks[number] = (("tied", name), size, row)
-        elif not self.fresh:
-            self._release(number)
+            number = both
+        self.added.add(len(self.events))
+        self._release(number)
+
+    def _rename(self, number: int, name: tuple[Any, ...], row: Row | None = None) -> None:
+        """Give a block another name, from its allocation on."""
+        key, size, old_row = self.blocks[number]
+        row = row or old_row
+        self.events = [e._replace(key=name, row=row) if e.key == key else e for e in self.events]
+        self.blocks[number] = (name, size, row)
 
     def _hand_on(self) -> None:
         """What is still pending: the gradient of the incoming hidden states goes to the piece before."""
         hidden = self.lifetimes.piece.hidden
-        for index, number in list(self.pending.items()):
-            if hidden is not None and index == hidden.number:
-                key = self.blocks[number][0]
-                row = hidden_gradient_row(hidden)
-                self.events = [
-                    e._replace(key=("gradient of hidden",), row=row) if e.key == key else e for e in self.events
-                ]
-            else:
+        for x, number in list(self.pending.items()):
+            if hidden is None or x != hidden.number:
                 self._release(number)
+            elif self.blocks[number][0] != ("gradient of output",):
+                self._rename(number, ("gradient of hidden",), hidden_gradient_row(hidden))
+
+
+def _parameter_gradient_row(name: str, x: Tensor) -> Row:
+    return Row(name, "gradient", "gradient", x.shape, x.dtype)

@@ -88,7 +88,7 @@ def run_both(
 def formula_kept(pair: Pair) -> list[tuple[int, str]]:
     """(allocated bytes, what) of every storage that the formula says is kept."""
     rows = []
-    for part in pair.program.forward:
+    for part in pair.program.layout.forward:
         alive: Counter[Any] = Counter()
         row_of = {}
         for event in part.segment.events:
