@@ -145,9 +145,15 @@ def lm_head(
         return project(t, hidden, weight, offset, vocab_size)
 
 
-def causal_loss(t: Tape, logits: Tensor) -> Tensor:
-    """Hugging Face's causal-LM loss on the labels of the micro-batch."""
+def causal_loss(t: Tape, logits: Tensor, *, held: Tensor | None = None) -> Tensor:
+    """Hugging Face's causal-LM loss on the labels of the micro-batch.
+
+    `held`: the last hidden states, which the model's output holds until the loss is there.
+    """
     labels = t.external("labels", HIDDEN, "int64", role="input")
     num_items = t.external("num_items_in_batch", (), "int64", role="input")
     with t.scope("loss"):
-        return losses.causal_lm_loss(t, logits, labels, num_items)
+        loss = losses.causal_lm_loss(t, logits, labels, num_items)
+        if held is not None:
+            t.keep_alive(held)
+    return loss

@@ -85,6 +85,7 @@ def eager(
         if mask is not None:
             scores = add(t, scores, mask)
         weights = t.cast(softmax(t, scores, dtype=softmax_dtype), q.dtype)
+        t.keep_alive(scores)
         weights = dropout(t, weights, p)
         out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
     return copy(t, out, (b, s, heads, v.shape[-1]))

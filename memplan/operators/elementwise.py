@@ -40,7 +40,7 @@ def _reduced(x: Tensor, shape: Shape, dtype: str, *, computed: bool) -> Gradient
         return Gradient(x, alias=not computed)
     full = num_bytes(shape, dtype)
     if computed:
-        return Gradient(x, scratch=(full,))
+        return Gradient(x, computed_at=full)
     return Gradient(x)
 
 
@@ -77,9 +77,6 @@ def mul(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
     keeps = [kept for kept, other in ((a, b), (b, a)) if other.requires_grad]
     gradients = [_reduced(x, shape, dtype, computed=True) for x in (a, b)]
-    # Casts and sums to the input's form come after both gradients are there (validate_outputs in engine.cpp).
-    at_full_size = [size for g in gradients if g.of.requires_grad for size in g.scratch]
-    gradients = [g._replace(scratch=()) for g in gradients]
     return t.op(
         "mul",
         (a, b),
@@ -87,7 +84,6 @@ def mul(t: Tape, a: Tensor, b: Tensor) -> Tensor:
         dtype=dtype,
         keeps=keeps,
         gradients=gradients,
-        backward_scratch=at_full_size,
         flops=elements(a),
         reason="a product keeps each factor for the gradient of the other",
     )
@@ -104,14 +100,18 @@ def neg(t: Tape, x: Tensor) -> Tensor:
 
 
 def power(t: Tape, x: Tensor) -> Tensor:
-    """``x.pow(n)``: keeps `x`; its backward holds ``n * x.pow(n - 1)`` beside the result.  In fp32 under autocast."""
+    """``x.pow(n)``: keeps `x`; its backward holds ``x.pow(n - 1)`` and n times that beside the result.
+
+    ``grad * (n * x.pow(n - 1))`` is one C++ expression, whose temporaries live to its end (pow_backward in
+    torch/csrc/autograd/FunctionsManual.cpp).  In fp32 under autocast.
+    """
     x = t.autocast_fp32(x)
     return t.op(
         "pow",
         (x,),
         x.shape,
         keeps=(x,),
-        gradients=[Gradient(x, scratch=(x.bytes,))],
+        gradients=[Gradient(x, scratch=(x.bytes, x.bytes))],
         flops=elements(x),
         reason="the derivative of a power needs the base",
     )

@@ -92,6 +92,8 @@ class Gradient(NamedTuple):
     """True where the gradient lies on the storage of the incoming gradient (views, plain sums)."""
     scratch: tuple[Size, ...] = ()
     """Bytes alive beside it while it is computed."""
+    computed_at: Size | None = None
+    """Its bytes as computed, where it is then cast or summed to the form of the input."""
 
 
 class Op(NamedTuple):

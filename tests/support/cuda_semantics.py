@@ -147,7 +147,13 @@ def efficient_backward_bytes(grad: torch.Tensor, query: torch.Tensor, *_: Any, *
     return sum(round_to_block(x) for x in (delta, delta * head_dim, copied))
 
 
+def softmax_backward_bytes(grad: torch.Tensor, output: torch.Tensor, *_: Any, **__: Any) -> int:
+    """softmax_backward_cuda_out (SoftMax.cu): the product of gradient and result (log-softmax needs none)."""
+    return round_to_block(grad.numel() * max(grad.element_size(), output.element_size()))
+
+
 TRANSIENT_BYTES: Transients = {
+    aten._softmax_backward_data.default: softmax_backward_bytes,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward_bytes,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward_bytes,
 }
