@@ -73,7 +73,7 @@ def head(m: Cohere, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
     with t.scope("lm_head"):
         logits = scale(t, logits)
-    return causal_loss(t, logits)
+    return causal_loss(t, logits, held=x)
 
 
 def cohere(config: Config) -> Architecture:

@@ -159,7 +159,7 @@ def head(m: Gemma, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     if m.logits_softcap:
         with t.scope("lm_head"):
             logits = softcapped(t, logits)
-    return causal_loss(t, logits)
+    return causal_loss(t, logits, held=x)
 
 
 def build(

@@ -42,7 +42,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
     with t.scope("lm_head"):
         logits = scale(t, logits)
-    return causal_loss(t, logits)
+    return causal_loss(t, logits, held=x)
 
 
 def granite(config: Config) -> Architecture:

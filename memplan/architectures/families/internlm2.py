@@ -69,7 +69,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("model"):
         x = rms_norm(t, x, "norm")
     tied_to = "model.tok_embeddings.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, name="output"))
+    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, name="output"), held=x)
 
 
 def internlm2(config: Config) -> Architecture:

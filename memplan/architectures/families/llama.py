@@ -122,7 +122,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("model"):
         x = rms_norm(t, x, "norm")
     logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits)
+    return causal_loss(t, logits, held=x)
 
 
 MASK_BY_SLIDING = {False: "mask", True: "window_mask"}

@@ -117,7 +117,7 @@ def head(m: Olmo, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("model"):
         x = rms_norm(t, x, "norm", gain_in_fp32=True) if m.qk_norm else plain_norm(t, x, "norm")
     logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits)
+    return causal_loss(t, logits, held=x)
 
 
 _DEFAULTS = {
