@@ -138,14 +138,16 @@ def record(
     *,
     attention: str = "sdpa",
     exceeded: frozenset[int] = frozenset(),
+    padded: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
-    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`).
+    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
+    hold padding, and a mask says where.
     """
 
     def tape() -> Tape:
-        return Tape(numerics, attention=attention, exceeded=exceeded)
+        return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded)
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)

@@ -48,10 +48,21 @@ def rotary_tables(
 
 
 def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
-    """The additive mask of (b, 1, s, s) that eager attention is given; fused kernels take none."""
-    if t.attention != "eager":
-        return {}
-    return {"mask": additive_mask(t, hidden.dtype)}
+    """The additive mask of (b, 1, s, s) that eager attention is given; fused kernels take none, unless there is padding.
+
+    With padding scaled_dot_product_attention is given a boolean mask; flash attention unpads by itself.
+    """
+    padding_mask(t)
+    if t.attention == "eager":
+        return {"mask": additive_mask(t, hidden.dtype)}
+    return {"mask": boolean_mask(t)} if t.padded and t.attention == "sdpa" else {}
+
+
+def padding_mask(t: Tape) -> None:
+    """The ``attention_mask`` of (b, s) that comes with a padded micro-batch."""
+    t.minds_padding = True
+    if t.padded:
+        t.external("attention_mask", HIDDEN, "int64", role="input")
 
 
 def window_mask(t: Tape, hidden: Tensor, window: int) -> dict[str, Tensor]:
@@ -61,7 +72,8 @@ def window_mask(t: Tape, hidden: Tensor, window: int) -> dict[str, Tensor]:
     """
     if t.attention == "eager":
         return {"window_mask": additive_mask(t, hidden.dtype)}
-    if t.attention == "sdpa" and window - 1 in t.exceeded:
+    padding_mask(t)
+    if t.attention == "sdpa" and (t.padded or window - 1 in t.exceeded):
         return {"window_mask": boolean_mask(t)}
     return {}
 
@@ -74,8 +86,10 @@ def additive_mask(t: Tape, dtype: str) -> Tensor:
 def boolean_mask(t: Tape) -> Tensor:
     """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows).
 
-    It depends on positions alone, so that it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).
+    Without padding it depends on positions alone, so that it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).
     """
+    if t.padded:
+        return t.op("mask", (), ("b", 1, "s", "s"), dtype="bool")
     mask = t.op("mask", (), (1, 1, "s", "s"), dtype="bool")
     return t.view(mask, ("b", 1, "s", "s"))
 

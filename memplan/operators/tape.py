@@ -131,13 +131,22 @@ class Tape:
     """The recording of one piece of a model."""
 
     def __init__(
-        self, numerics: Numerics, *, attention: str = "sdpa", exceeded: frozenset[int] = frozenset(), fused: bool = True
+        self,
+        numerics: Numerics,
+        *,
+        attention: str = "sdpa",
+        exceeded: frozenset[int] = frozenset(),
+        padded: bool = False,
     ) -> None:
         self.numerics = numerics
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
+        self.padded = padded
+        """Whether a mask is passed because the micro-batch holds padding."""
+        self.minds_padding = False
+        """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
         self.storages: list[Storage] = []
         self.parameters: list[Parameter] = []

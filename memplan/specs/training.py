@@ -57,6 +57,8 @@ class Setup:
     """``full``: all logits at once, as transformers computes it."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config; None keeps them."""
+    padding: bool = False
+    """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):

@@ -75,6 +75,7 @@ def run_both(
         accumulation=accumulation,
         auto_class=auto_class,
         sdpa_kernel=sdpa_kernel,
+        padding=chosen.padding,
     )
     return Pair(
         program=program,
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="none")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--padding", action="store_true")
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--auto-class", default="AutoModelForCausalLM")
     parser.add_argument("--sdpa-kernel", choices=["flash", "efficient", "math"])
@@ -159,6 +161,7 @@ def main() -> None:
         activation_checkpointing=args.checkpointing,
         optimizer=args.optimizer,
         gradient_accumulation_steps=args.accumulation,
+        padding=args.padding,
     )
     formula, reference = pair.formula, pair.reference
     num = sum(_product(p.shape) for p in pair.program.recording.parameters())
