@@ -24,7 +24,7 @@ from memplan.operators.tape import Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
     from memplan.architectures.architecture import Architecture, Piece, Recording
     from memplan.memory.events import Sizes
@@ -158,8 +158,7 @@ class Layout:
         tied = frozenset(in_head & {p.name for p in self.recording.stem.tape.parameters})
         return (
             Part(LOSS, self.head.backward(tied)[which], (HEAD,)),
-            *self._in_layers(BACKWARD, lambda x: x.backward()[which], reverse=True),
-            Part(BACKWARD, self._release_shared(kept=True), (STEM,)),
+            *self._releasing(self._in_layers(BACKWARD, lambda x: x.backward()[which], reverse=True)),
             Part(BACKWARD, self.stem.backward(tied)[which], (STEM,)),
         )
 
@@ -173,14 +172,38 @@ class Layout:
             places = list(run)
             yield Part(instant, segment(places[0][1]), tuple(number for number, _ in places))
 
-    def _release_shared(self, *, kept: bool) -> Segment:
-        """What all layers share goes after the last layer, or after their backward where some layer keeps it."""
+    def _releasing(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """The backward of the layers; a shared tensor goes after that of the first layer that keeps it."""
+        first: dict[str, int] = {}
+        for number in reversed(range(len(self.modes))):
+            first |= dict.fromkeys(self.layer(number).kept_shared(), number)
+        early = {number for number in first.values() if number > 0}
+        for part in parts:
+            start = 0
+            for i, number in enumerate(part.places, start=1):
+                if number in early:
+                    yield part._replace(places=part.places[start:i])
+                    names = {name for name, user in first.items() if user == number}
+                    yield Part(BACKWARD, self._release_shared(kept=True, only=names), (STEM,))
+                    start = i
+            if start < len(part.places):
+                yield part._replace(places=part.places[start:])
+        names = set(self.recording.stem.shared) - {name for name, user in first.items() if user > 0}
+        yield Part(BACKWARD, self._release_shared(kept=True, only=names), (STEM,))
+
+    def _release_shared(self, *, kept: bool, only: Set[str] | None = None) -> Segment:
+        """What all layers share goes after the last layer, or after their backward where some layer keeps it.
+
+        `only`: of those, the names given.
+        """
         stem = self.recording.stem
         events = []
         done = {stem.output.storage}
         for name, x in stem.shared.items():
             storage = stem.tape.storages[x.storage]
             goes_now = (name in self.stem.lasting) == kept and x.storage not in self.stem.keepers
+            if only is not None and name not in only:
+                continue
             if goes_now and storage.role == "activation" and x.storage not in done:
                 done.add(x.storage)
                 events.append(Event(("", x.storage), storage.size, -1, self.stem.row(storage)))
