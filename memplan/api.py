@@ -8,7 +8,7 @@ Each reads the catalogue, builds the question and lets the core answer it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.registry import read_architecture
@@ -47,12 +47,14 @@ class Model:
     """Why it is this one: as asked for, from a file of the project, or the default."""
 
 
-def find_model(model: str | None, *, dropout: float | None = None) -> Model:
-    """The model of this name, path or hub id; the project's or memplan's default where None.
+def find_model(model: str | Model | None, *, dropout: float | None = None) -> Model:
+    """The model of this name, path or hub id; the project's or memplan's default where None; a found one as it is.
 
     Raises:
         MemplanError: it cannot be found, read or modelled.
     """
+    if isinstance(model, Model):
+        return model
     asked, origin = (model, "as asked for") if model is not None else find_default_model()
     values, name = read_config(asked)
     return Model(architecture=read_architecture(values, name, dropout=dropout), name=name, origin=origin)
@@ -96,8 +98,42 @@ def make_setup(model: Model, data_parallel_size: int, choices: dict[str, Any]) -
     return Setup(data_parallel_size=data_parallel_size, **given)
 
 
-def estimate(
-    model: str | None = None,
+def find_target(setup: Setup, target_batch: int | None, target_tokens: int | str | None) -> Target | None:
+    """The batch that was asked for in one of two ways, None where in none.
+
+    Raises:
+        UsageError: it was asked for in both, or is no number.
+    """
+    if target_batch is not None and target_tokens is not None:
+        raise UsageError("--target-batch and --target-tokens both say how large a step is.", "Leave one of them out.")
+    if target_batch is not None:
+        check_count("target_batch", target_batch)
+        return Target(target_batch)
+    if target_tokens is None:
+        return None
+    tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else target_tokens
+    return target_from_tokens(tokens, setup.seq_len, setup.data_parallel_size)
+
+
+def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:
+    """`setup` with the accumulation steps that reach the target exactly.
+
+    Raises:
+        UsageError: none do, or `accumulation` says otherwise.
+    """
+    goal = Goal(
+        setup=setup,
+        target=target,
+        usable_bytes=1,
+        micro_batch_size=setup.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+    ((_, steps),) = goal.splits()
+    return replace(setup, gradient_accumulation_steps=steps)
+
+
+def estimate(  # noqa: PLR0913 -- all but the model are named at the call
+    model: str | Model | None = None,
     *,
     gpu: str | None = None,
     gpus: int | None = None,
@@ -112,6 +148,8 @@ def estimate(
     dropout: float | None = None,
     reserve: str | None = None,
     headroom: float = DEFAULT_HEADROOM_PERCENT,
+    target_batch: int | None = None,
+    target_tokens: int | str | None = None,
 ) -> Estimate:
     """The bytes of one configuration.
 
@@ -130,6 +168,8 @@ def estimate(
         dropout: Overrides every dropout probability of the config.
         reserve: Bytes that something else on the card needs, as ``1GiB``.
         headroom: Percent of the usable bytes that has to stay free.
+        target_batch: Sequences per optimizer step over all GPUs, from which the accumulation follows; or
+        target_tokens: tokens per optimizer step (``4M``), rounded to whole sequences.
 
     Raises:
         UsageError: a value or a combination has no meaning.
@@ -152,14 +192,17 @@ def estimate(
             "dropout": dropout,
         },
     )
+    target = find_target(setup, target_batch, target_tokens)
+    if target is not None:
+        setup = reach(setup, target, accumulation)
     margin = parse_size(reserve) if reserve is not None else 0
     if spec is not None:
         margin += int(spec.usable_bytes * _percent(headroom) / 100)
     return Estimator(found.architecture, found.name, spec).estimate(setup, margin_bytes=margin)
 
 
-def suggest(
-    model: str | None = None,
+def suggest(  # noqa: PLR0913 -- all but the model are named at the call
+    model: str | Model | None = None,
     *,
     gpu: str,
     target_batch: int | None = None,
@@ -179,17 +222,14 @@ def suggest(
 ) -> Plan:
     """The fastest configuration that fits and keeps the batch; what is None is free or takes its default.
 
-    Args as for `estimate`; micro-batch, accumulation and checkpointing are chosen where they are not given.
-
-    Args:
-        target_batch: Sequences per optimizer step over all GPUs; or
-        target_tokens: tokens per optimizer step (``4M``), rounded to whole sequences.
+    Everything is named as for `estimate`; micro-batch, accumulation and checkpointing are chosen where they are not
+    given.  One of `target_batch` and `target_tokens` is needed.
 
     Raises:
         UsageError: a value or a combination has no meaning, or the target cannot be divided exactly.
         MemplanError: the model cannot be read or modelled.
     """
-    if (target_batch is None) == (target_tokens is None):
+    if target_batch is None and target_tokens is None:
         raise UsageError(
             "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."
         )
@@ -208,13 +248,8 @@ def suggest(
             "dropout": dropout,
         },
     )
-    if target_batch is not None:
-        check_count("target_batch", target_batch)
-        target = Target(target_batch)
-    else:
-        tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else target_tokens
-        assert tokens is not None
-        target = target_from_tokens(tokens, setup.seq_len, num)
+    target = find_target(setup, target_batch, target_tokens)
+    assert target is not None
     goal = Goal(
         setup=setup,
         target=target,

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
+from memplan.estimation.assumptions import Assumption, assumptions
 from memplan.estimation.ledger import LedgerRow, ledger
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import OPTIMIZERS
+from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
 
@@ -25,14 +26,15 @@ SEGMENT_BYTES = 2 << 20
 
 CUBLAS_WORKSPACE_BYTES = (4096 * 2 + 16 * 8) * 1024
 CUBLAS_WORKSPACE_BYTES_HOPPER = 4096 * 8 * 1024
-"""PyTorch's workspace for one cuBLAS handle (docs, CUDA semantics, "cuBLAS workspaces"); compute capability 9.0 has more."""
+"""PyTorch's workspace for one cuBLAS handle (docs, CUDA semantics, "cuBLAS workspaces"); more on capability 9.0."""
 
 NUM_CUBLAS_HANDLES = 2
 """One for the thread of the forward pass, one for autograd's."""
 
 CONTEXT_BYTES = 504_658_657
-"""0.47 GiB: the largest CUDA context measured with lazy loading (A100, PyTorch 2.1; ml-engineering, training/performance).
+"""0.47 GiB: the largest CUDA context measured with lazy loading.
 
+A100, PyTorch 2.1 (ml-engineering, training/performance).
 Stands in for cards whose context nobody has measured.
 """
 
@@ -95,6 +97,8 @@ class Estimate(Tabular):
     step_time: StepTime | None
     """A lower bound; None where the GPU's rates are not known."""
     ledger: tuple[LedgerRow, ...]
+    assumptions: tuple[Assumption, ...]
+    """What is taken for granted, with its effect on the peak."""
     unmodelled: tuple[tuple[str, str], ...]
     """(what, why) of what the numbers leave out."""
 
@@ -124,13 +128,14 @@ class Estimator:
     def __init__(
         self, architecture: Architecture, name: str, gpu: GpuSpec | None = None, speed: GpuSpec | None = None
     ) -> None:
-        """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (by default the same)."""
+        """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (else the same)."""
         self.architecture = architecture
         self.name = name
         self.gpu = gpu
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture)
         self._timed: dict[int, TimedModel] = {}
+        self._sizes: dict[tuple[int, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this."""
@@ -146,14 +151,26 @@ class Estimator:
                 f"Use --attention {' or '.join(self.architecture.attentions)}.",
             )
 
+        if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
+            raise UsageError(
+                f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
+            )
+
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`."""
         return self._recordings.program(setup)
 
+    def sizes(self, setup: Setup) -> Sizes:
+        """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
+        key = (setup.micro_batch_size, setup.seq_len)
+        if key not in self._sizes:
+            self._sizes[key] = Sizes(bind(*key))
+        return self._sizes[key]
+
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration, in steady state or in the first step, whichever is more."""
         program = self.program(setup)
-        sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+        sizes = self.sizes(setup)
         return self._memory(program.peaks(sizes, setup.gradient_accumulation_steps).peak)
 
     def _memory(self, peak: int) -> Memory:
@@ -175,7 +192,7 @@ class Estimator:
         return self._timed[key].step(
             self._speed,
             bind(setup.micro_batch_size, setup.seq_len),
-            program.modes,
+            program.layout.modes,
             accumulation=setup.gradient_accumulation_steps,
             optimizer=OPTIMIZERS[setup.optimizer],
             trained_bytes=program.gradients.requested(),
@@ -186,12 +203,12 @@ class Estimator:
         """Everything about one configuration; `margin_bytes` is added to the process bytes for the upper bound."""
         self.check(setup)
         program = self.program(setup)
-        sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+        sizes = self.sizes(setup)
         accumulation = setup.gradient_accumulation_steps
         steady = program.peaks(sizes, accumulation)
         first = program.peaks(sizes, accumulation, first_step=True)
         memory = self._memory(steady.peak)
-        rows = ledger(program, sizes, accumulation) + _process_rows(memory)
+        rows = ledger(program, sizes, accumulation)
         return Estimate(
             model=self.summary(program),
             setup=setup,
@@ -208,7 +225,8 @@ class Estimator:
             ),
             upper_bound_bytes=memory.peak_process_bytes + margin_bytes,
             step_time=self.step_time(setup),
-            ledger=rows,
+            ledger=rows + _process_rows(memory),
+            assumptions=assumptions(self, setup, program, sizes, steady, rows),
             unmodelled=self.unmodelled(setup),
         )
 
@@ -229,11 +247,27 @@ class Estimator:
         ]
         if self.gpu is None or self.gpu.context_bytes is None:
             found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
+        if self.gpu is not None and set(PRECISIONS[setup.precision]) & set(self.gpu.unsupported_dtypes):
+            found.append((f"{setup.precision} on this card", "it has no fast units for it: bytes hold, times do not"))
         if setup.data_parallel_size > 1:
             found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
         if setup.precision == "fp16-mixed":
             found.append(("the gradient scaler", "a few scalars"))
+        if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
+            found.append(
+                (
+                    "scores of grouped-query attention in fp32",
+                    "a fused kernel is counted; CUDA's for fp32 takes no grouped queries, and the math kernel that "
+                    "torch then falls back to stores all scores, as eager does",
+                )
+            )
         return (*found, *self.architecture.unmodelled)
+
+
+def _groups_queries(program: StepProgram) -> bool:
+    """Whether a fused attention has fewer heads of keys than of queries."""
+    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    return any(op.inputs[0].shape[1] != op.inputs[1].shape[1] for op in kernels)
 
 
 def speed_of(gpu: GpuSpec | None) -> Speed | None:

@@ -36,7 +36,8 @@ class Target(NamedTuple):
         got = self.global_batch_size * seq_len
         difference = got - self.target_tokens
         exact = "exactly" if difference == 0 else f"{abs(difference):,} {'more' if difference > 0 else 'fewer'}"
-        return f"{self.target_tokens:,} tokens are {self.global_batch_size:,} sequences of {seq_len:,}: {got:,} tokens, {exact}"
+        sequences = f"{self.global_batch_size:,} sequences of {seq_len:,}"
+        return f"{self.target_tokens:,} tokens are {sequences}: {got:,} tokens, {exact}"
 
 
 def target_from_tokens(target_tokens: int, seq_len: int, data_parallel_size: int) -> Target:
@@ -100,8 +101,9 @@ class Goal:
             )
         if micro is not None and steps is not None and micro * steps * ranks != target:
             product = micro * steps * ranks
+            gpus = f"{ranks} GPU{'' if ranks == 1 else 's'}"
             raise UsageError(
-                f"--micro-batch {micro} x --accumulation {steps} x {ranks} GPUs is {product}, not the target batch {target}.",
+                f"--micro-batch {micro} x --accumulation {steps} x {gpus} is {product}, not the target batch {target}.",
                 f"Leave one of them out, or ask for --target-batch {product}.",
             )
         unit = ranks * (micro or 1) * (steps or 1)

@@ -22,9 +22,9 @@ class Candidate:
     setup: Setup
     memory: Memory
     upper_bound_bytes: int
-    """Process bytes plus the headroom that has to stay free."""
+    """Process bytes plus the headroom that has to stay free and what is reserved for others."""
     headroom_bytes: int
-    """Budget less the upper bound; negative: missing."""
+    """Usable bytes of the card less the upper bound; negative: missing."""
     step_time: StepTime
 
     @property
@@ -67,6 +67,20 @@ class Lever:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WayOut:
+    """Some levers that together make the nearest configuration fit."""
+
+    levers: tuple[Lever, ...]
+    candidate: Candidate
+    """The configuration with all of them."""
+
+    @property
+    def same_update(self) -> bool:
+        """Whether all of them keep the update."""
+        return all(lever.same_update for lever in self.levers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan(Tabular):
     """What to run."""
 
@@ -76,13 +90,13 @@ class Plan(Tabular):
     target: Target
     best: Candidate | None
     """None: nothing fits."""
-    estimate: Estimate | None
-    """Everything about the best one."""
+    estimate: Estimate
+    """Everything about the best one, or about the nearest where nothing fits."""
     alternatives: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
     levers: tuple[Lever, ...]
     """Single changes to the best configuration, or to the smallest one where nothing fits."""
-    ways_out: tuple[tuple[Lever, ...], ...]
+    ways_out: tuple[WayOut, ...]
     """Where nothing fits: the fewest changes that make it fit, cheapest first."""
     nearest: Candidate | None
     """Where nothing fits: the one that lacks least."""

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from memplan.planner.levers import levers_of
-from memplan.planner.plan import Candidate, Lever, Plan, Rejection
+from memplan.planner.plan import Candidate, Lever, Plan, Rejection, WayOut
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class Search:
             step_time = self.estimator.step_time(setup)
             if step_time is None:
                 raise ValueError("a plan needs the rates of a GPU")
-            bound = memory.peak_process_bytes + self.goal.margin_bytes
+            bound = memory.peak_process_bytes + self.goal.margin_bytes + self.goal.reserve_bytes
             self._seen[setup] = Candidate(
                 setup=setup,
                 memory=memory,
                 upper_bound_bytes=bound,
-                headroom_bytes=self.goal.budget_bytes - bound,
+                headroom_bytes=self.goal.usable_bytes - bound,
                 step_time=step_time,
             )
         return self._seen[setup]
@@ -89,7 +89,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
         goal=goal,
         target=goal.target,
         best=best,
-        estimate=estimator.estimate(best.setup, margin_bytes=goal.margin_bytes) if best else None,
+        estimate=estimator.estimate(start.setup, margin_bytes=goal.margin_bytes + goal.reserve_bytes),
         alternatives=tuple(ranked[1 : 1 + MOST_ALTERNATIVES]),
         rejections=_rejections(refused, best),
         levers=levers,
@@ -121,7 +121,7 @@ def _rejections(refused: Sequence[Candidate], best: Candidate | None) -> tuple[R
     )
 
 
-def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[tuple[Lever, ...], ...]:
+def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[WayOut, ...]:
     """The fewest levers that make `start` fit; among equally many those that keep the update, then the fastest."""
     helping = [lever for lever in levers if lever.delta_bytes < 0]
     for num in (1, 2, 3):
@@ -129,12 +129,15 @@ def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[
         for group in combinations(helping, num):
             setup = _with_all(start.setup, group)
             if setup is not None and look.candidate(setup).fits:
-                changed = sum(not lever.same_update for lever in group)
-                found.append((changed, look.candidate(setup).step_time.total_s, group))
+                found.append(WayOut(levers=group, candidate=look.candidate(setup)))
         if found:
-            found.sort(key=lambda way: way[:2])
-            return tuple(group for _, _, group in found[:MOST_WAYS_OUT])
+            found.sort(key=_cost)
+            return tuple(found[:MOST_WAYS_OUT])
     return ()
+
+
+def _cost(way: WayOut) -> tuple[int, float]:
+    return sum(not lever.same_update for lever in way.levers), way.candidate.step_time.total_s
 
 
 def _with_all(setup: Setup, levers: Sequence[Lever]) -> Setup | None:

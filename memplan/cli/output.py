@@ -1,0 +1,128 @@
+"""Where an answer goes: stdout, or a file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from memplan.errors import MemplanError
+from memplan.report.ansi import join, wants_colour
+from memplan.report.layout import ASCII
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from memplan.report.ansi import Line
+
+
+def write_answer(
+    document: Mapping[str, Any],
+    *,
+    format: str,  # noqa: A002 -- the option's name
+    output: str | None,
+    quiet: bool,
+    lines: Callable[[], Sequence[Line]],
+    records: Callable[[], Sequence[Mapping[str, Any]]],
+) -> None:
+    """Write `document` in the format that was asked for, to stdout or to the file `output`."""
+    to_file = output if output not in {None, "-"} else None
+    if format == "json":
+        import json
+
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    elif format == "csv":
+        from memplan.report.tables import render_csv
+
+        text = render_csv(records())
+    elif format == "markdown":
+        from memplan.report.tables import render_markdown
+
+        text = render_markdown(records())
+    else:
+        text = join(lines(), colour=to_file is None and wants_colour(sys.stdout, os.environ))
+    if to_file is None:
+        write_stdout(text)
+    else:
+        write_file(to_file, text)
+        say(f"written to {to_file}", quiet=quiet)
+
+
+def say(text: str, *, quiet: bool) -> None:
+    """A word on stderr, beside the result."""
+    if not quiet:
+        sys.stderr.write(f"memplan: {text}\n")
+
+
+def write_stdout(text: str) -> None:
+    """The text, in characters that stdout has; a reader that has gone is no fault.
+
+    Raises:
+        MemplanError: it cannot be written, for example because the disk is full.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(encodable(text, encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+    except OSError as fault:
+        _forget_stdout()
+        raise MemplanError(
+            f"The answer could not be written to stdout: {fault.strerror}.", "Write it elsewhere, with --output FILE."
+        ) from None
+
+
+def encodable(text: str, encoding: str) -> str:
+    """`text`, where the encoding has no blocks with ``#`` for them, and with escapes for all else that it has not."""
+    try:
+        text.encode(encoding)
+    except UnicodeError:
+        return text.translate(ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+def _forget_stdout() -> None:
+    """What is still in the buffer goes nowhere, so that the interpreter's own flush at the end does not fail again."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # stdout has no file behind it
+        pass
+
+
+def write_file(path: str, text: str) -> None:
+    """Write `text` to a temporary file beside `path` and rename it; what is no regular file is written as it is.
+
+    Raises:
+        MemplanError: it cannot be written; nothing is left behind.
+    """
+    target = os.path.realpath(path)
+    content = text.encode("utf-8", "backslashreplace")
+    try:
+        if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+            with open(target, "wb") as file:
+                file.write(content)
+        else:
+            _replace(target, content)
+    except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or str(fault)
+        raise MemplanError(
+            f"{path} could not be written: {reason}.", "Give --output a file in a folder that exists and is writable."
+        ) from None
+
+
+def _replace(target: str, content: bytes) -> None:
+    if os.path.isdir(target):
+        raise IsADirectoryError(21, "it is a folder")
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name[:100]}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,197 @@
+"""What does the answer take for granted, and by how much would it change if it were otherwise?
+
+The peak is a maximum over instants, so an assumption moves it only where its bytes are alive: a temporary of the
+optimizer step costs nothing while the loss is higher.  Each effect is therefore a difference of two peaks, never a
+size.  Where the other case is a setup that is modelled, it is evaluated; else the instants are moved by its bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.estimation.step import LOSS, OPTIMIZER
+from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from memplan.estimation.estimate import Estimator
+    from memplan.estimation.ledger import LedgerRow
+    from memplan.estimation.step import Peaks, StepProgram
+    from memplan.memory.events import Sizes
+    from memplan.specs.training import Setup
+
+AUTOCAST_CACHE = "to (autocast cache)"
+"""Tensor name of a half-precision copy of a weight (`Tape.autocast`)."""
+
+
+class Assumption(NamedTuple):
+    """Something that was taken for granted."""
+
+    what: str
+    value: str
+    """How it was counted, with its bytes."""
+    otherwise: str
+    """The other case, empty where there is none to compare with."""
+    effect_bytes: int | None
+    """Change of the peak in the other case, None where it is not known."""
+    why: str
+    """Why it was counted like this."""
+
+
+class _Case:
+    """One estimated setup, and what the peak would be otherwise."""
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        setup: Setup,
+        program: StepProgram,
+        sizes: Sizes,
+        peaks: Peaks,
+        rows: Sequence[LedgerRow],
+    ) -> None:
+        self.estimator, self.setup, self.program = estimator, setup, program
+        self.sizes, self.peaks, self.rows = sizes, peaks, rows
+        self.optimizer = OPTIMIZERS[setup.optimizer]
+        self.dtype = PRECISIONS[setup.precision][0]
+
+    def effect(self, other: Setup) -> int:
+        """Peak of another setup less that of this one."""
+        return self.estimator.memory(other).peak_allocated_bytes - int(self.peaks.peak)
+
+    def effect_at(self, instant: str, change: int) -> int:
+        """The same, where one instant changes by so many bytes."""
+        moved = {**self.peaks.by_instant, instant: self.peaks.by_instant[instant] + change}
+        return int(max(moved.values()) - self.peaks.peak)
+
+
+def assumptions(
+    estimator: Estimator, setup: Setup, program: StepProgram, sizes: Sizes, peaks: Peaks, rows: Sequence[LedgerRow]
+) -> tuple[Assumption, ...]:
+    """The assumptions of one estimate, the one that moves the peak most first."""
+    case = _Case(estimator, setup, program, sizes, peaks, rows)
+    found = [
+        *_optimizer_states(case),
+        *_master_weights(case),
+        *_optimizer_temporaries(case),
+        *_gradients(case),
+        *_attention(case),
+        *_logits(case),
+        *_autocast_cache(case),
+    ]
+    return tuple(sorted(found, key=lambda a: -abs(a.effect_bytes or 0)))
+
+
+def _optimizer_states(case: _Case) -> Iterator[Assumption]:
+    held = case.program.optimizer_states.total(case.sizes)
+    if not held:
+        return
+    if case.optimizer == "adamw-8bit":
+        yield Assumption(
+            "optimizer states",
+            f"8 bits a number: {format_bytes(held)}",
+            "torch's AdamW",
+            case.effect(replace(case.setup, optimizer="adamw-fused")),
+            "bitsandbytes keeps small tensors and embeddings in 32 bits",
+        )
+        return
+    own = f"{case.dtype}, as the parameters: {format_bytes(held)}"
+    why = "torch.optim makes them with zeros_like of the parameter"
+    if case.dtype == "fp32":
+        yield Assumption("optimizer states", own, "", None, why)
+    else:
+        yield Assumption("optimizer states", own, "fp32 states", held, why)
+
+
+def _master_weights(case: _Case) -> Iterator[Assumption]:
+    held = case.program.parameters.total(case.sizes)
+    if case.dtype == "fp32":
+        value = f"the parameters themselves, fp32: {format_bytes(held)}"
+        yield Assumption("master weights", value, "", None, "autocast computes with copies of them")
+        return
+    why = "the update goes to the parameters as loaded; DeepSpeed and Megatron keep a copy"
+    copy = 4 * case.program.states.num_trained
+    yield Assumption("master weights", f"none beside the {case.dtype} parameters", "an fp32 copy", copy, why)
+
+
+def _optimizer_temporaries(case: _Case) -> Iterator[Assumption]:
+    held = case.program.end_temporaries[1].total(case.sizes)
+    copy = case.program.gradients.total(case.sizes)
+    if case.optimizer == "adamw-fused":
+        yield Assumption(
+            "AdamW kernel",
+            "fused: nothing on top",
+            "foreach",
+            case.effect_at(OPTIMIZER, copy),
+            "one kernel updates in place",
+        )
+    elif held:
+        name = case.optimizer.removeprefix("adamw-")
+        why = "torch.optim.AdamW picks it on CUDA" if name == "foreach" else "one parameter after the other"
+        value = f"{name}: {format_bytes(held)} more during the step"
+        yield Assumption("AdamW kernel", value, "fused", case.effect_at(OPTIMIZER, -held), why)
+
+
+def _gradients(case: _Case) -> Iterator[Assumption]:
+    held = format_bytes(case.program.gradients.total(case.sizes))
+    if case.setup.gradient_accumulation_steps > 1:
+        yield Assumption(
+            "gradients",
+            f"resident from the second micro-step on: {held}",
+            "no accumulation",
+            case.effect(replace(case.setup, gradient_accumulation_steps=1)),
+            "they are added up over the micro-steps",
+        )
+    else:
+        yield Assumption(
+            "gradients",
+            f"freed after each update ({held}), so absent at the loss",
+            "kept or accumulated",
+            case.effect(replace(case.setup, gradient_accumulation_steps=2)),
+            "zero_grad sets them to None",
+        )
+
+
+def _attention(case: _Case) -> Iterator[Assumption]:
+    now = case.setup.attention
+    values = {
+        "eager": ("eager: every score is stored", "the score of every pair of tokens is a number of a tensor"),
+        "sdpa": ("sdpa, a fused kernel: no scores stored", "torch picks a fused kernel where dtype and heads allow it"),
+        "flash": ("flash: no scores stored", "the kernel keeps its output and one number a row"),
+    }
+    other = "sdpa" if now == "eager" else "eager"
+    known = other in case.estimator.architecture.attentions
+    effect = case.effect(replace(case.setup, attention=other)) if known else None
+    value, why = values[now]
+    yield Assumption("attention", value, other if known else "", effect, why)
+
+
+def _logits(case: _Case) -> Iterator[Assumption]:
+    vocab = case.estimator.architecture.vocab_size
+    wide = [row for row in case.rows if row.shape and row.shape[-1] == vocab and row.kind in _PASSING]
+    if not wide:
+        return
+    alive = sum(row.bytes_at_peak for row in wide)
+    largest = max(row.num_bytes // row.num for row in wide)
+    at_loss = case.peaks.by_instant[LOSS] == case.peaks.peak
+    value = f"all logits at once: {format_bytes(alive)} at the peak" if at_loss else "all logits at once"
+    yield Assumption(
+        "loss",
+        f"{value}, {format_bytes(largest)} the largest of them",
+        "a chunked loss",
+        case.effect_at(LOSS, -alive) if at_loss else 0,
+        "so transformers computes it; Liger and others go chunk by chunk",
+    )
+
+
+_PASSING = ("activation", "loss", "temporary")
+
+
+def _autocast_cache(case: _Case) -> Iterator[Assumption]:
+    held = sum(row.num_bytes for row in case.rows if row.tensor == AUTOCAST_CACHE)
+    if held:
+        value = f"half-precision copies of the weights: {format_bytes(held)}"
+        yield Assumption("autocast's cache", value, "", None, "kept from the forward pass until the backward is done")

@@ -1,0 +1,1 @@
+"""Answers as plain data, and that data as text and tables."""

@@ -1,0 +1,69 @@
+"""The lists of models and GPUs as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.ansi import Line
+from memplan.report.layout import clip, wrap
+from memplan.report.text import gib, table
+from memplan.units import format_count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    Document = dict[str, Any]
+
+TYPE_WIDTH = 18
+LABEL_WIDTH = 28
+
+
+def render_models(models: Sequence[Document]) -> list[Line]:
+    """One line a model, under the shortest name it has."""
+    rows = [("name", "parameters", "type", "full name")]
+    rows += [
+        (
+            min([*model["aliases"], model["id"]], key=len),
+            format_count(model["num_parameters"]),
+            clip(model["model_type"], TYPE_WIDTH) + ("" if model["is_modelled"] else " -"),
+            model["id"],
+        )
+        for model in models
+    ]
+    return [
+        *table(rows, left=(0, 2, 3), shrink=3),
+        *_note("-: its architecture has no formula yet. Any other model: a config.json or a hub id."),
+    ]
+
+
+def render_gpus(gpus: Sequence[Document]) -> list[Line]:
+    """One line a card; what is not known is a dash."""
+    rows = [("name", "card", "usable GiB", "TFLOP/s", "GB/s", "context")]
+    rows += [
+        (
+            gpu["name"],
+            clip(gpu["label"].removeprefix("NVIDIA "), LABEL_WIDTH),
+            ("" if gpu["torch_bytes"] else "* ") + gib(gpu["usable_bytes"]),
+            _scaled(gpu["flops_per_s"].get("bf16"), 1e12),
+            _scaled(gpu["memory_bandwidth_bytes_per_s"], 1e9),
+            _scaled(gpu["context_bytes"], 2**20),
+        )
+        for gpu in gpus
+    ]
+    return [
+        *table(rows, left=(0, 1), shrink=1),
+        *_note(
+            "usable: what torch sees of the card; with * what nvidia-smi shows, where that is not known. TFLOP/s: dense "
+            "bf16. context: MiB of a CUDA context, where measured. Sources: --json. Any other card: a size such as 24GB."
+        ),
+    ]
+
+
+def _note(text: str) -> Iterator[Line]:
+    yield Line("")
+    for line in wrap(text, first="  "):
+        yield Line(line, "faint")
+
+
+def _scaled(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:,.0f}"

@@ -1,0 +1,293 @@
+"""An answer as plain data: what `--json` prints, and all that text and pages are made of.
+
+Keys never change their meaning within a `SCHEMA_VERSION`; new ones may come.  The shapes are written down in
+`schemas/`.  Bytes are ints; nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.trainer import trainer_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from memplan.estimation.estimate import Estimate, ModelSummary
+    from memplan.estimation.ledger import LedgerRow
+    from memplan.planner.goal import Target
+    from memplan.planner.plan import Candidate, Lever, Plan, WayOut
+    from memplan.specs.gpu import GpuSpec
+    from memplan.specs.training import Setup
+
+    Document = dict[str, Any]
+
+SCHEMA_VERSION = 1
+"""Raised when a key changes its meaning or goes."""
+
+CONFIDENCE = 0.0
+"""Of `upper_bound_bytes`: no measurement stands behind it yet, it is the headroom that was asked for."""
+
+
+def envelope(kind: str) -> Document:
+    """What every document begins with."""
+    version = sys.modules["memplan"].__version__  # the parent package; importing the facade is for users
+    return {"schema_version": SCHEMA_VERSION, "kind": kind, "memplan_version": version}
+
+
+def estimate_document(
+    estimate: Estimate, *, origin: str = "", target: Target | None = None, plan: Plan | None = None
+) -> Document:
+    """The bytes of one configuration.
+
+    Args:
+        estimate: The answer.
+        origin: Why it is this model.
+        target: The batch that the accumulation was derived from.
+        plan: Where it does not fit: what would reach the same batch.
+    """
+    memory = estimate.memory
+    return {
+        **envelope("estimate"),
+        "model": model_document(estimate.model, origin),
+        "setup": setup_document(estimate.setup),
+        "target": None if target is None else target_document(target, estimate.setup),
+        "gpu": None if estimate.gpu is None else gpu_document(estimate.gpu),
+        "parameter_bytes": estimate.parameter_bytes,
+        "gradient_bytes": estimate.gradient_bytes,
+        "optimizer_state_bytes": estimate.optimizer_state_bytes,
+        "kept_activation_bytes": estimate.kept_activation_bytes,
+        "kept_activation_bytes_per_layer": estimate.kept_activation_bytes_per_layer,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "peak_process_bytes": memory.peak_process_bytes,
+        "context_bytes": memory.context_bytes,
+        "workspace_bytes": memory.workspace_bytes,
+        "peak_instant": estimate.peak_instant,
+        "instants": instants_document(estimate),
+        "upper_bound_bytes": estimate.upper_bound_bytes,
+        "confidence": CONFIDENCE,
+        "step_time_s": None if estimate.step_time is None else estimate.step_time.total_s,
+        "fits": estimate.fits,
+        "headroom_bytes": estimate.headroom_bytes,
+        "ways_out": [] if plan is None else ways_to_reach(plan),
+        "ledger": [row_document(row) for row in estimate.ledger],
+        "assumptions": assumptions_document(estimate),
+        "unmodelled": unmodelled_document(estimate),
+    }
+
+
+def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = ()) -> Document:
+    """What to run.
+
+    Args:
+        plan: The answer.
+        origin: Why it is this model.
+        cards: Where nothing fits: the smallest cards that hold the nearest configuration (`cards_that_hold`).
+    """
+    goal, best = plan.goal, plan.best
+    return {
+        **envelope("plan"),
+        "model": model_document(plan.model, origin),
+        "gpu": gpu_document(plan.gpu),
+        "target": target_document(plan.target, goal.setup),
+        "budget": {
+            "usable_bytes": goal.usable_bytes,
+            "reserve_bytes": goal.reserve_bytes,
+            "headroom_percent": goal.headroom_percent,
+            "margin_bytes": goal.margin_bytes,
+        },
+        "confidence": CONFIDENCE,
+        "speed_source": plan.speed_source,
+        "fits": best is not None,
+        "best": None if best is None else candidate_document(best),
+        "trainer": None if best is None else trainer_arguments(best.setup),
+        "alternatives": [candidate_document(candidate) for candidate in plan.alternatives],
+        "rejections": [
+            {
+                "setup": setup_document(rejection.candidate.setup),
+                "short_by_bytes": rejection.candidate.short_by_bytes,
+                "reason": rejection.reason,
+                "peak_process_bytes": rejection.candidate.memory.peak_process_bytes,
+            }
+            for rejection in plan.rejections
+        ],
+        "levers": [lever_document(lever) for lever in plan.levers],
+        "nearest": None if plan.nearest is None else candidate_document(plan.nearest),
+        "ways_out": [way_document(way) for way in plan.ways_out],
+        "cards": list(cards),
+        "peak_instant": plan.estimate.peak_instant,
+        "instants": instants_document(plan.estimate),
+        "assumptions": assumptions_document(plan.estimate),
+        "unmodelled": unmodelled_document(plan.estimate),
+    }
+
+
+def model_document(model: ModelSummary, origin: str) -> Document:
+    """Which model, and why this one."""
+    return {
+        "name": model.name,
+        "model_type": model.model_type,
+        "num_parameters": model.num_parameters,
+        "num_trainable_parameters": model.num_trainable_parameters,
+        "origin": origin,
+    }
+
+
+def setup_document(setup: Setup) -> Document:
+    """How it is trained."""
+    return {
+        "micro_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "data_parallel_size": setup.data_parallel_size,
+        "global_batch_size": setup.global_batch_size,
+        "seq_len": setup.seq_len,
+        "tokens_per_micro_batch": setup.tokens_per_micro_batch,
+        "tokens_per_step": setup.tokens_per_step,
+        "precision": setup.precision,
+        "optimizer": setup.optimizer,
+        "activation_checkpointing": setup.activation_checkpointing,
+        "attention": setup.attention,
+        "loss": setup.loss,
+        "dropout": setup.dropout,
+    }
+
+
+def target_document(target: Target, setup: Setup) -> Document:
+    """The batch to reach; `rounding` says what became of a number of tokens."""
+    return {
+        "global_batch_size": target.global_batch_size,
+        "seq_len": setup.seq_len,
+        "tokens_per_step": target.global_batch_size * setup.seq_len,
+        "target_tokens": target.target_tokens,
+        "rounding": target.rounding(setup.seq_len),
+    }
+
+
+def gpu_document(gpu: GpuSpec) -> Document:
+    """The card, its bytes and why these."""
+    return {
+        "name": gpu.name,
+        "label": gpu.label,
+        "total_bytes": gpu.total_bytes,
+        "usable_bytes": gpu.usable_bytes,
+        "usable_basis": gpu.usable_basis,
+        "notes": " ".join(gpu.notes.split()),
+    }
+
+
+def candidate_document(candidate: Candidate) -> Document:
+    """A configuration with its bytes and its time."""
+    return {
+        "setup": setup_document(candidate.setup),
+        "peak_allocated_bytes": candidate.memory.peak_allocated_bytes,
+        "peak_reserved_bytes": candidate.memory.peak_reserved_bytes,
+        "peak_process_bytes": candidate.memory.peak_process_bytes,
+        "upper_bound_bytes": candidate.upper_bound_bytes,
+        "headroom_bytes": candidate.headroom_bytes,
+        "step_time_s": candidate.step_time.total_s,
+        "tokens_per_s": candidate.tokens_per_s,
+    }
+
+
+def lever_document(lever: Lever) -> Document:
+    """One change and its price."""
+    return {
+        "lever": lever.name,
+        "flag": lever.flag,
+        "delta_bytes": lever.delta_bytes,
+        "delta_step_time_s": lever.delta_step_time_s,
+        "peak_process_bytes": lever.candidate.memory.peak_process_bytes,
+        "fits": lever.candidate.fits,
+        "same_update": lever.same_update,
+    }
+
+
+def way_document(way: WayOut) -> Document:
+    """Some changes that together make it fit."""
+    return {
+        "options": " ".join(lever.flag for lever in way.levers),
+        "same_update": way.same_update,
+        **candidate_document(way.candidate),
+    }
+
+
+def ways_to_reach(plan: Plan) -> list[Document]:
+    """How the batch of a configuration that does not fit can be reached: the plan's best, or its ways out."""
+    if plan.best is None:
+        smallest = options_of(plan.nearest.setup) if plan.nearest is not None else ""
+        ways = [way_document(way) for way in plan.ways_out]
+        return [{**way, "options": f"{smallest} {way['options']}".strip()} for way in ways]
+    best = candidate_document(plan.best)
+    return [{"options": options_of(plan.best.setup), "same_update": True, **best}]
+
+
+def options_of(setup: Setup) -> str:
+    """The options that split a batch like this."""
+    return (
+        f"--micro-batch {setup.micro_batch_size} --accumulation {setup.gradient_accumulation_steps} "
+        f"--checkpointing {setup.activation_checkpointing}"
+    )
+
+
+def instants_document(estimate: Estimate) -> list[Document]:
+    """The highest point of each part of a step."""
+    return [
+        {
+            "name": instant.name,
+            "allocated_bytes": instant.allocated_bytes,
+            "first_step_allocated_bytes": instant.first_step_allocated_bytes,
+        }
+        for instant in estimate.instants
+    ]
+
+
+def row_document(row: LedgerRow) -> Document:
+    """Some equal tensors."""
+    return {
+        "module": row.module,
+        "tensor": row.tensor,
+        "kind": row.kind,
+        "bytes": row.num_bytes,
+        "bytes_at_peak": row.bytes_at_peak,
+        "count": row.num,
+        "shape": None if row.shape is None else list(row.shape),
+        "dtype": row.dtype,
+        "formula": row.formula,
+        "source": row.source,
+    }
+
+
+def assumptions_document(estimate: Estimate) -> list[Document]:
+    """What was taken for granted; `effect_bytes` is the change of the peak in the case `otherwise`."""
+    return [assumption._asdict() for assumption in estimate.assumptions]
+
+
+def unmodelled_document(estimate: Estimate) -> list[Document]:
+    """What the numbers leave out."""
+    return [{"what": what, "why": why} for what, why in estimate.unmodelled]
+
+
+def gpus_document(gpus: Iterable[GpuSpec]) -> Document:
+    """The catalogue of GPUs."""
+    return {
+        **envelope("gpus"),
+        "gpus": [
+            {
+                **gpu_document(gpu),
+                "aliases": list(gpu.aliases),
+                "label_bytes": gpu.label_bytes,
+                "physical_bytes": gpu.physical_bytes,
+                "torch_bytes": gpu.torch_bytes,
+                "context_bytes": gpu.context_bytes,
+                "memory_bandwidth_bytes_per_s": gpu.memory_bandwidth_bytes_per_s,
+                "link_bytes_per_s": gpu.link_bytes_per_s,
+                "flops_per_s": dict(gpu.flops_per_s),
+                "unsupported_dtypes": list(gpu.unsupported_dtypes),
+                "compute_capability": gpu.compute_capability,
+                "sources": dict(gpu.sources),
+            }
+            for gpu in gpus
+        ],
+    }

@@ -1,0 +1,147 @@
+"""An estimate as text: three totals, by kind, by instant, the largest rows, what was assumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.ansi import Line
+from memplan.report.layout import bar
+from memplan.report.plan import way_lines
+from memplan.report.text import (
+    assumption_lines,
+    choices,
+    equation,
+    exactly,
+    gib,
+    gpu_lines,
+    model_lines,
+    paragraph,
+    table,
+    title,
+    unmodelled_lines,
+)
+from memplan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    Document = dict[str, Any]
+
+BAR_CELLS = 30
+MOST_ROWS = 12
+SMALL = 0.005
+"""Kinds with a smaller share of the process than this are listed together."""
+
+
+def render_estimate(estimate: Document, *, quiet: bool = False) -> list[Line]:
+    """The text of an estimate document; `quiet`: the totals alone."""
+    if quiet:
+        return [line for line in _totals(estimate) if line.text][1:]
+    return [
+        *_asked(estimate),
+        *_totals(estimate),
+        *(way_lines(estimate["ways_out"]) if estimate["fits"] is False else ()),
+        *_kinds(estimate),
+        *_instants(estimate),
+        *_rows(estimate["ledger"]),
+        *assumption_lines(estimate["assumptions"]),
+        *unmodelled_lines(estimate["unmodelled"]),
+    ]
+
+
+def _asked(estimate: Document) -> Iterator[Line]:
+    setup = estimate["setup"]
+    yield from model_lines(estimate["model"])
+    if estimate["gpu"]:
+        yield from gpu_lines(estimate["gpu"], num=setup["data_parallel_size"])
+    if estimate["target"] and estimate["target"]["rounding"]:
+        yield from paragraph("", f"{estimate['target']['rounding']}.")
+    yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
+    yield from paragraph("length", f"{setup['seq_len']:,} tokens")
+    yield Line(f"  {equation(setup)}")
+
+
+def _totals(estimate: Document) -> Iterator[Line]:
+    yield from title(f"The peak, at its highest: {estimate['peak_instant']}")
+    rows = [
+        ("allocated", gib(estimate["peak_allocated_bytes"]), "tensors, in blocks of 512 bytes"),
+        ("reserved", gib(estimate["peak_reserved_bytes"]), "in segments of 2 MiB; fragmentation comes on top"),
+        (
+            "process",
+            gib(estimate["peak_process_bytes"]),
+            f"with {format_bytes(estimate['context_bytes'])} CUDA context, "
+            f"{format_bytes(estimate['workspace_bytes'])} cuBLAS",
+        ),
+    ]
+    margin = estimate["upper_bound_bytes"] - estimate["peak_process_bytes"]
+    if margin:
+        rows.append(
+            ("bound", gib(estimate["upper_bound_bytes"]), f"with {format_bytes(margin)} of headroom and reserve")
+        )
+    yield from table([("", "GiB", ""), *rows], left=(0, 2))
+    if estimate["step_time_s"] is not None:
+        yield from paragraph("time", f"at least {format_seconds(estimate['step_time_s'])} per step (roofline)")
+    yield from _verdict(estimate)
+
+
+def _verdict(estimate: Document) -> Iterator[Line]:
+    spare, gpu = estimate["headroom_bytes"], estimate["gpu"]
+    if gpu is None:
+        return
+    usable = format_bytes(gpu["usable_bytes"])
+    if estimate["fits"]:
+        text, style = f"It fits: {format_bytes(spare)} of {usable} are to spare", "good"
+    else:
+        text, style = f"It does not fit: {exactly(-spare)} are missing of {usable}", "bad"
+    yield from title(text, style)
+
+
+def _kinds(estimate: Document) -> Iterator[Line]:
+    by_kind: dict[str, int] = {}
+    for row in estimate["ledger"]:
+        by_kind[row["kind"]] = by_kind.get(row["kind"], 0) + row["bytes_at_peak"]
+    whole = estimate["peak_process_bytes"]
+    small = {kind: num for kind, num in by_kind.items() if num < SMALL * whole}
+    shown = [(kind, num) for kind, num in by_kind.items() if kind not in small]
+    if any(small.values()):
+        shown.append(("the rest", sum(small.values())))
+    yield from title("What the process is made of, at the peak")
+    rows = [
+        (kind.replace("_", " "), gib(num), f"{100 * num / whole:.0f} %", bar(num / whole, BAR_CELLS))
+        for kind, num in shown
+    ]
+    yield from table([("kind", "GiB", "", ""), *rows], left=(0, 3))
+
+
+def _instants(estimate: Document) -> Iterator[Line]:
+    highest = estimate["peak_allocated_bytes"]
+    yield from title("Over a step (allocated)")
+    rows = [("", "GiB", "first step", "")]
+    rows += [
+        (
+            one["name"],
+            gib(one["allocated_bytes"]),
+            gib(one["first_step_allocated_bytes"]),
+            bar(one["allocated_bytes"] / highest, BAR_CELLS),
+        )
+        for one in estimate["instants"]
+    ]
+    yield from table(rows, left=(0, 3))
+
+
+def _rows(ledger: Sequence[Document]) -> Iterator[Line]:
+    largest = sorted(ledger, key=lambda row: -max(row["bytes_at_peak"], row["bytes"]))[:MOST_ROWS]
+    yield from title(f"The largest {len(largest)} of {len(ledger)} rows (all: --format csv or --json)")
+    rows = [("module", "tensor", "count", "dtype", "GiB", "at peak")]
+    rows += [
+        (
+            row["module"],
+            row["tensor"],
+            str(row["count"]),
+            row["dtype"],
+            gib(row["bytes"]),
+            gib(row["bytes_at_peak"]),
+        )
+        for row in largest
+    ]
+    yield from table(rows, left=(0, 1, 3))

@@ -1,0 +1,217 @@
+"""A plan as text: the plan first, then the next ones, what was refused, the levers, what was assumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.ansi import Line
+from memplan.report.layout import bar, wrap
+from memplan.report.text import (
+    assumption_lines,
+    choices,
+    equation,
+    exactly,
+    gib,
+    gpu_lines,
+    model_lines,
+    paragraph,
+    signed,
+    signed_seconds,
+    split_of,
+    table,
+    title,
+    unmodelled_lines,
+)
+from memplan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    Document = dict[str, Any]
+
+BAR_CELLS = 24
+MOST_LEVERS = 6
+MOST_REFUSED = 2
+
+
+def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
+    """The text of a plan document; `quiet`: the verdict alone."""
+    verdict = _best if plan["best"] else _nothing_fits
+    if quiet:
+        return list(verdict(plan))[1:]
+    return [
+        *_asked(plan),
+        *verdict(plan),
+        *_alternatives(plan["alternatives"]),
+        *_rejections(plan),
+        *assumption_lines(plan["assumptions"]),
+        *_levers(plan),
+        *unmodelled_lines(plan["unmodelled"], briefly=True),
+    ]
+
+
+def _asked(plan: Document) -> Iterator[Line]:
+    target = plan["target"]
+    setup = (plan["best"] or plan["nearest"])["setup"]
+    yield from model_lines(plan["model"])
+    yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"])
+    yield from paragraph(
+        "target",
+        f"{target['global_batch_size']:,} sequences of {target['seq_len']:,} tokens = "
+        f"{target['tokens_per_step']:,} tokens per step",
+    )
+    if target["rounding"]:
+        yield from paragraph("", f"{target['rounding']}.")
+    yield from paragraph("setup", choices(setup))
+
+
+# -- it fits -----------------------------------------------------------------------------------------------------------
+
+
+def _best(plan: Document) -> Iterator[Line]:
+    best = plan["best"]
+    setup = best["setup"]
+    yield from title("The plan", "good")
+    yield Line(f"  {equation(setup)}", "title")
+    yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
+    yield from paragraph("memory", _memory(plan, best))
+    yield from paragraph("free", _free(plan, best))
+    yield from paragraph("time", _time(plan, best))
+    if plan["trainer"]:
+        yield from paragraph("Trainer", _trainer(plan["trainer"]))
+
+
+def _kept(mode: str) -> str:
+    meanings = {
+        "none": "all activations",
+        "selective": "all activations but those of attention, which is computed again",
+        "full": "the input of each layer, which is computed again in the backward pass",
+    }
+    some = f"one layer in {mode[6:]} is computed again in the backward pass, of the others all is kept"
+    return f"{meanings.get(mode, some)} (checkpointing {mode})"
+
+
+def _memory(plan: Document, best: Document) -> str:
+    usable = plan["gpu"]["usable_bytes"]
+    peak = best["peak_process_bytes"]
+    return (
+        f"{format_bytes(peak)} of {format_bytes(usable)} {bar(peak / usable, BAR_CELLS)} "
+        f"at its highest: {plan['peak_instant']}"
+    )
+
+
+def _free(plan: Document, best: Document) -> str:
+    budget = plan["budget"]
+    text = (
+        f"{format_bytes(best['headroom_bytes'])} beyond {budget['headroom_percent']:g} % headroom "
+        f"({format_bytes(budget['margin_bytes'])})"
+    )
+    return f"{text} and {format_bytes(budget['reserve_bytes'])} reserved" if budget["reserve_bytes"] else text
+
+
+def _time(plan: Document, best: Document) -> str:
+    gpu, source = plan["gpu"], plan["speed_source"]
+    rates = source if source == gpu["label"] else f"{source}, as those of {gpu['name']} are not known"
+    return (
+        f"at least {format_seconds(best['step_time_s'])} per step, at most {best['tokens_per_s']:,.0f} tokens/s: "
+        f"a lower bound, at the rates of {rates}"
+    )
+
+
+def _trainer(trainer: Document) -> str:
+    shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}), TrainingArguments({arguments})"
+
+
+def _alternatives(alternatives: Sequence[Document]) -> Iterator[Line]:
+    if not alternatives:
+        return
+    yield from title("The next ones")
+    rows = [("micro", "accum.", "checkpointing", "peak GiB", "spare GiB", "step >=", "tokens/s <=")]
+    rows += [
+        (
+            str(one["setup"]["micro_batch_size"]),
+            str(one["setup"]["gradient_accumulation_steps"]),
+            one["setup"]["activation_checkpointing"],
+            gib(one["peak_process_bytes"]),
+            gib(one["headroom_bytes"]),
+            format_seconds(one["step_time_s"]),
+            f"{one['tokens_per_s']:,.0f}",
+        )
+        for one in alternatives
+    ]
+    yield from table(rows, left=(2,))
+
+
+def _rejections(plan: Document) -> Iterator[Line]:
+    rejections = plan["rejections"][:MOST_REFUSED]
+    if not rejections or not plan["best"]:
+        return
+    yield from title("Refused")
+    for one in rejections:
+        setup = one["setup"]
+        text = (
+            f"{split_of(setup)}, checkpointing {setup['activation_checkpointing']}: takes "
+            f"{format_bytes(one['peak_process_bytes'])}, short by {exactly(one['short_by_bytes'])}"
+        )
+        yield from (Line(line) for line in wrap(text, first="  ", rest="    "))
+
+
+# -- it does not -------------------------------------------------------------------------------------------------------
+
+
+def _nothing_fits(plan: Document) -> Iterator[Line]:
+    nearest, budget = plan["nearest"], plan["budget"]
+    setup = nearest["setup"]
+    yield from title(f"Nothing fits: {exactly(-nearest['headroom_bytes'])} are missing", "bad")
+    yield from paragraph("smallest", f"{split_of(setup)}, checkpointing {setup['activation_checkpointing']}")
+    margins = f"{budget['headroom_percent']:g} % headroom ({format_bytes(budget['margin_bytes'])})"
+    if budget["reserve_bytes"]:
+        margins += f" and {format_bytes(budget['reserve_bytes'])} reserved"
+    yield from paragraph(
+        "needs",
+        f"{format_bytes(nearest['peak_process_bytes'])} at its highest ({plan['peak_instant']}), and {margins}; "
+        f"usable are {format_bytes(plan['gpu']['usable_bytes'])}",
+    )
+    cards = [f"{card['name']} ({format_bytes(card['usable_bytes'])})" for card in plan["cards"]]
+    text = ", ".join(cards) or "no card of the catalogue; sharding over several GPUs is not modelled yet"
+    yield from paragraph("held by", text)
+    yield from way_lines(plan["ways_out"])
+
+
+def way_lines(ways: Sequence[Document]) -> Iterator[Line]:
+    """What would make it fit, as options to add to the command."""
+    yield from title("Ways out, cheapest first: add these options")
+    if not ways:
+        yield Line("  no combination of up to three single changes is enough")
+    for way in ways:
+        update = "stays the same" if way["same_update"] else "changes"
+        price = (
+            f"takes {format_bytes(way['peak_process_bytes'])}, at least {format_seconds(way['step_time_s'])} "
+            f"per step; the update {update}"
+        )
+        yield from (Line(line, "title") for line in wrap(way["options"], first="  "))
+        yield from (Line(line) for line in wrap(price, first="      "))
+
+
+# -- levers ------------------------------------------------------------------------------------------------------------
+
+
+def _levers(plan: Document) -> Iterator[Line]:
+    levers = [lever for lever in plan["levers"] if plan["best"] or lever["delta_bytes"] < 0][:MOST_LEVERS]
+    if not levers:
+        return
+    of = "the plan" if plan["best"] else "the smallest configuration"
+    yield from title(f"Levers: single changes to {of}")
+    rows = [("option", "memory", "step time", "the update")]
+    rows += [
+        (
+            lever["flag"],
+            signed(lever["delta_bytes"]) if lever["delta_bytes"] else "the same",
+            signed_seconds(lever["delta_step_time_s"]),
+            "stays the same" if lever["same_update"] else "changes",
+        )
+        for lever in levers
+    ]
+    yield from table(rows, left=(0, 3))

@@ -1,0 +1,139 @@
+"""What the texts of all answers share: whom it is about, what was assumed, what is left out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.ansi import Line
+from memplan.report.layout import columns, plural, wrap
+from memplan.units import GIB, format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    Document = dict[str, Any]
+
+LABEL_WIDTH = 9
+"""Columns of the words to the left of a paragraph."""
+
+
+def paragraph(label: str, text: str) -> Iterator[Line]:
+    """`text`, with a word to its left."""
+    for line in wrap(text, first=f"  {label:<{LABEL_WIDTH}}"):
+        yield Line(line)
+
+
+def title(text: str, style: str = "title") -> Iterator[Line]:
+    """A heading after an empty line."""
+    yield Line("")
+    yield from (Line(line, style) for line in wrap(text, rest="  "))
+
+
+def table(
+    rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), shrink: int = 0, faint_header: bool = True
+) -> Iterator[Line]:
+    """Aligned columns, the first row being their names."""
+    for n, line in enumerate(columns(rows, left=left, shrink=shrink)):
+        yield Line(line, "faint" if n == 0 and faint_header else "")
+
+
+# -- quantities --------------------------------------------------------------------------------------------------------
+
+
+def gib(num_bytes: int) -> str:
+    """A number for a column that is headed GiB."""
+    return f"{num_bytes / GIB:.2f}"
+
+
+def signed(num_bytes: int) -> str:
+    """A change: ``+1.64 GiB``."""
+    return f"{'+' if num_bytes > 0 else ''}{format_bytes(num_bytes)}"
+
+
+def signed_seconds(seconds: float) -> str:
+    """A change: ``+1.64 s``."""
+    return f"{'+' if seconds > 0 else ''}{format_seconds(seconds)}"
+
+
+def exactly(num_bytes: int) -> str:
+    """``8.81 GiB (9,459,996,385 bytes)``."""
+    return f"{format_bytes(num_bytes)} ({num_bytes:,} bytes)"
+
+
+def split_of(setup: Document) -> str:
+    """``micro 4 x accumulation 8 x 1 GPU``."""
+    return (
+        f"micro {setup['micro_batch_size']} x accumulation {setup['gradient_accumulation_steps']} x "
+        f"{plural(setup['data_parallel_size'], 'GPU')}"
+    )
+
+
+def equation(setup: Document) -> str:
+    """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``."""
+    return (
+        f"{split_of(setup)} = {plural(setup['global_batch_size'], 'sequence')} = "
+        f"{plural(setup['tokens_per_step'], 'token')} per step"
+    )
+
+
+# -- whom it is about --------------------------------------------------------------------------------------------------
+
+
+def model_lines(model: Document) -> Iterator[Line]:
+    """The model, and why it is this one where nobody named it."""
+    text = f"{model['name']} ({model['model_type']}), {format_count(model['num_parameters'])} parameters"
+    yield from paragraph("model", text)
+    if model["origin"] not in {"", "as asked for"}:
+        yield from paragraph("", f"None was named: {_reason(model['origin'])}.")
+
+
+def _reason(origin: str) -> str:
+    return f"this is {origin}" if origin.startswith("the ") else f"this is the one in {origin}"
+
+
+def gpu_lines(gpu: Document, *, num: int = 1) -> Iterator[Line]:
+    """The card, and how many bytes of it are planned with."""
+    name = gpu["name"] if gpu["name"] == gpu["label"] else f"{gpu['name']} ({gpu['label']})"
+    each = " each" if num > 1 else ""
+    text = f"{name}: {format_bytes(gpu['usable_bytes'])} usable{each}, {gpu['usable_basis']}"
+    yield from paragraph("GPU", f"{num} x {text}" if num > 1 else text)
+    if gpu["name"] == gpu["label"] and gpu["notes"]:
+        yield from paragraph("", gpu["notes"])
+
+
+def choices(setup: Document) -> str:
+    """How it is trained, in one line."""
+    parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
+    if setup["dropout"] is not None:
+        parts.append(f"dropout {setup['dropout']:g}")
+    return ", ".join(parts)
+
+
+# -- what stands behind it ---------------------------------------------------------------------------------------------
+
+
+def assumption_lines(assumptions: Iterable[Document]) -> Iterator[Line]:
+    """What was taken for granted, and by how much the peak would change otherwise."""
+    yield from title("Assumed (in brackets: how the peak would change otherwise)")
+    for assumption in assumptions:
+        effect = ""
+        if assumption["effect_bytes"] is not None and assumption["otherwise"]:
+            effect = f" [{assumption['otherwise']}: {_change(assumption['effect_bytes'])}]"
+        for line in wrap(f"{assumption['value']}{effect}", first=f"  {assumption['what']:<18}"):
+            yield Line(line)
+
+
+def _change(num_bytes: int) -> str:
+    return signed(num_bytes) if num_bytes else "no change"
+
+
+def unmodelled_lines(unmodelled: Sequence[Document], *, briefly: bool = False) -> Iterator[Line]:
+    """What the numbers leave out; `briefly`: without the reasons."""
+    yield from title("Not modelled (why: memplan estimate, or --json)" if briefly else "Not modelled")
+    if briefly:
+        for line in wrap("; ".join(item["what"] for item in unmodelled), first="  "):
+            yield Line(line, "faint")
+        return
+    for item in unmodelled:
+        for line in wrap(f"{item['what']}: {item['why']}", first="  - "):
+            yield Line(line, "faint")
