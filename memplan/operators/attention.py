@@ -14,7 +14,7 @@ from __future__ import annotations
 from memplan.operators.elementwise import add, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.matrix import matmul
-from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, count, num_bytes, Shape
+from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, count, num_bytes
 from memplan.operators.tape import Gradient, Tape, Tensor, elements
 
 
@@ -64,10 +64,12 @@ def eager(
     scaled: bool = True,
     softmax_dtype: str | None = "fp32",
     softcap: bool = False,
+    weights_dtype: str | None = None,
 ) -> Tensor:
     """Attention written out, as ``eager_attention_forward`` of transformers: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores;
+    `weights_dtype`: None casts the probabilities to that of q;
     `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2).
     """
     b, heads, s, head_dim = q.shape
@@ -76,7 +78,7 @@ def eager(
             repeat_heads(t, k, heads, _ratio(heads, k.shape[1])),
             repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
         )
-        q, k, v = _dense(t, q, k, v)
+        q, k, v = slices_batched(t, q, k, v)
         scores = matmul(t, q, k, (b, heads, s, s), head_dim)
         if scaled:
             scores = scale(t, scores)
@@ -84,7 +86,7 @@ def eager(
             scores = softcapped(t, scores)
         if mask is not None:
             scores = add(t, scores, mask)
-        weights = t.cast(softmax(t, scores, dtype=softmax_dtype), q.dtype)
+        weights = t.cast(softmax(t, scores, dtype=softmax_dtype), weights_dtype or q.dtype)
         t.keep_alive(scores)
         weights = dropout(t, weights, p)
         out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
@@ -96,8 +98,8 @@ def softcapped(t: Tape, x: Tensor) -> Tensor:
     return scale(t, keeps_result(t, "tanh", scale(t, x)))
 
 
-def _dense(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
-    """`parts` with a copy of each that is a slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
+def slices_batched(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
+    """`parts` with a copy of each slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
 
     A micro-batch of one needs no copy and keeps the larger tensor, counted here as the copies and a rest of it.
     """
@@ -200,6 +202,7 @@ def attention(
     softmax_dtype: str | None = "fp32",
     by_head: bool = False,
     softcap: bool = False,
+    weights_dtype: str | None = None,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
@@ -208,7 +211,18 @@ def attention(
     (transformers' own fallback).
     """
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
-        return eager(t, q, k, v, mask, p=p, scaled=scaled, softmax_dtype=softmax_dtype, softcap=softcap)
+        return eager(
+            t,
+            q,
+            k,
+            v,
+            mask,
+            p=p,
+            scaled=scaled,
+            softmax_dtype=softmax_dtype,
+            softcap=softcap,
+            weights_dtype=weights_dtype,
+        )
     if mask is not None:
         k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
         v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
