@@ -22,7 +22,7 @@ def cat(t: Tape, parts: Sequence[Tensor], shape: Shape) -> Tensor:
 
 
 def take(t: Tape, x: Tensor, shape: Shape) -> Tensor:
-    """``x[..., a:b]``: a view; its backward fills a new tensor of the size of `x` (slice_backward)."""
+    """``x[..., a:b]`` or ``x.expand(...)``: a view whose backward is a new tensor of the size of `x`."""
     out = Tensor(len(t.tensors), shape, x.dtype, x.storage, x.requires_grad)
     t.tensors.append(out)
     t.ops.append(
@@ -57,8 +57,13 @@ def split(t: Tape, x: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
 
 
 def repeat_heads(t: Tape, x: Tensor, heads: Dim, times: int) -> Tensor:
-    """``repeat_kv``: (b, kv, s, d) to (b, heads, s, d), a copy where `times` > 1; the backward sums."""
+    """``repeat_kv``: (b, kv, s, d) to (b, heads, s, d), a copy where `times` > 1; the backward sums.
+
+    A single head is shown `times` times without a copy (``expand``, and a ``reshape`` that has nothing to move).
+    """
     if times == 1:
         return x
-    b, _, s, d = x.shape
+    b, kv_heads, s, d = x.shape
+    if kv_heads == 1:
+        return take(t, x, (b, heads, s, d))
     return t.op("repeat_kv", (x,), (b, heads, s, d))
