@@ -176,7 +176,7 @@ class Layout:
         """The backward of the layers; a shared tensor goes after that of the first layer that keeps it."""
         first: dict[str, int] = {}
         for number in reversed(range(len(self.modes))):
-            first |= dict.fromkeys(self.layer(number).kept_shared(), number)
+            first |= dict.fromkeys(self.layers[number].kept_shared(), number)
         early = {number for number in first.values() if number > 0}
         for part in parts:
             start = 0
