@@ -297,5 +297,6 @@ class StepProgram:
         clip, step = self.end_temporaries
         peaks[CLIP] = base + gradients + clip.total(sizes)
         peaks[OPTIMIZER] = base + gradients + states + step.total(sizes)
-        kept_by_layer = sizes.extent(self.layout.layers[len(self.layout.layers) // 2].forward).net
+        middle = self.layout.layers[len(self.layout.layers) // 2]
+        kept_by_layer = sizes.extent(middle.forward).net + sizes.extent(middle.autocast_exit).net
         return Peaks(peaks, after_forward - base, kept_by_layer)
