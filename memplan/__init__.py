@@ -13,12 +13,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["MemplanError", "UsageError", "__version__", "estimate", "suggest"]
+__all__ = ["MemplanError", "UsageError", "__version__", "estimate", "estimate_grid", "suggest"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `import memplan` alone costs nothing."""
-    if name in {"estimate", "suggest"}:
+    if name in {"estimate", "estimate_grid", "suggest"}:
         from memplan import api
 
         return getattr(api, name)

@@ -23,7 +23,10 @@ from memplan.units import parse_count, parse_size
 
 if TYPE_CHECKING:
     from memplan.architectures.architecture import Architecture
+    from numpy.typing import ArrayLike
+
     from memplan.estimation.estimate import Estimate
+    from memplan.estimation.grid import Grid
     from memplan.planner.plan import Plan
     from memplan.specs.gpu import GpuSpec
 
@@ -146,6 +149,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     attention: str | None = None,
     loss: str | None = None,
     dropout: float | None = None,
+    padding: bool = False,
     reserve: str | None = None,
     headroom: float = DEFAULT_HEADROOM_PERCENT,
     target_batch: int | None = None,
@@ -166,6 +170,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         attention: eager, sdpa or flash (sdpa).
         loss: full.
         dropout: Overrides every dropout probability of the config.
+        padding: Micro-batches hold padding, so that an attention mask is passed.
         reserve: Bytes that something else on the card needs, as ``1GiB``.
         headroom: Percent of the usable bytes that has to stay free.
         target_batch: Sequences per optimizer step over all GPUs, from which the accumulation follows; or
@@ -176,7 +181,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         MemplanError: the model cannot be read or modelled.
     """
     found = find_model(model, dropout=dropout)
-    spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, gpus or 1)
+    spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     setup = make_setup(
         found,
         num,
@@ -190,6 +195,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
             "attention": attention,
             "loss": loss,
             "dropout": dropout,
+            "padding": padding,
         },
     )
     target = find_target(setup, target_batch, target_tokens)
@@ -199,6 +205,50 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     if spec is not None:
         margin += int(spec.usable_bytes * _percent(headroom) / 100)
     return Estimator(found.architecture, found.name, spec).estimate(setup, margin_bytes=margin)
+
+
+def estimate_grid(  # noqa: PLR0913 -- all but the model are named at the call
+    model: str | Model | None = None,
+    *,
+    micro_batch: ArrayLike,
+    seq_len: ArrayLike,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    accumulation: int | None = None,
+    precision: str | None = None,
+    optimizer: str | None = None,
+    checkpointing: str | None = None,
+    attention: str | None = None,
+    loss: str | None = None,
+    dropout: float | None = None,
+    padding: bool = False,
+) -> Grid:
+    """The bytes of many micro-batches and lengths at once: a million points take about a second.
+
+    Args as for `estimate`; `micro_batch` and `seq_len` are numbers or arrays that broadcast against each other.
+
+    Raises:
+        UsageError: a value or a combination has no meaning.
+        MemplanError: the model cannot be read or modelled.
+    """
+    from memplan.estimation.grid import estimate_grid as evaluate
+
+    found = find_model(model, dropout=dropout)
+    spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
+    choices = {
+        "seq_len": 1,
+        "gradient_accumulation_steps": accumulation,
+        "precision": precision,
+        "optimizer": optimizer,
+        "activation_checkpointing": checkpointing,
+        "attention": attention,
+        "loss": loss,
+        "dropout": dropout,
+        "padding": padding,
+    }
+    return evaluate(
+        Estimator(found.architecture, found.name, spec), make_setup(found, num, choices), micro_batch, seq_len
+    )
 
 
 def suggest(  # noqa: PLR0913 -- all but the model are named at the call
@@ -217,6 +267,7 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     attention: str | None = None,
     loss: str | None = None,
     dropout: float | None = None,
+    padding: bool = False,
     reserve: str | None = None,
     headroom: float = DEFAULT_HEADROOM_PERCENT,
 ) -> Plan:
@@ -246,6 +297,7 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
             "attention": attention,
             "loss": loss,
             "dropout": dropout,
+            "padding": padding,
         },
     )
     target = find_target(setup, target_batch, target_tokens)

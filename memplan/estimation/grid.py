@@ -1,0 +1,119 @@
+"""A whole grid of micro-batches and lengths at once: the same formulas on arrays.
+
+The points are worked through in blocks, so that memory stays bounded whatever the size of the grid; lengths on either
+side of an attention window are different programs and go into different blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memplan.errors import UsageError
+from memplan.estimation.estimate import SEGMENT_BYTES, context_bytes, workspace_bytes
+from memplan.memory.events import Sizes
+from memplan.operators.sizes import bind
+from memplan.specs.tabular import Tabular
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from memplan.estimation.estimate import Estimator
+    from memplan.specs.training import Setup
+
+BLOCK_POINTS = 1 << 15
+"""Points worked out together: the arrays of a block stay in the processor's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Tabular):
+    """Bytes at every point; arrays of shape (num_points,)."""
+
+    setup: Setup
+    """What all points have in common; its micro-batch and length are placeholders."""
+    micro_batch_size: NDArray[np.int64]
+    seq_len: NDArray[np.int64]
+    kept_activation_bytes: NDArray[np.int64]
+    peak_allocated_bytes: NDArray[np.int64]
+    peak_process_bytes: NDArray[np.int64]
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of the table."""
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "seq_len": self.seq_len,
+            "kept_activation_bytes": self.kept_activation_bytes,
+            "peak_allocated_bytes": self.peak_allocated_bytes,
+            "peak_process_bytes": self.peak_process_bytes,
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One row a point, as plain ints."""
+        columns = {name: values.tolist() for name, values in self.columns().items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def to_pandas(self) -> Any:
+        """One row a point."""
+        return self.frame(self.columns())
+
+
+def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLike, seq_len: ArrayLike) -> Grid:
+    """Bytes at every pair of a micro-batch and a length.
+
+    Args:
+        estimator: The model and the GPU.
+        setup: Everything else.
+        micro_batch_size: Micro-batches, any shape that broadcasts with `seq_len`.
+        seq_len: Tokens per sequence.
+
+    Raises:
+        UsageError: a length beyond the model's positions, or a number below 1.
+    """
+    batches, lengths = np.broadcast_arrays(np.asarray(micro_batch_size, np.int64), np.asarray(seq_len, np.int64))
+    batches, lengths = batches.ravel(), lengths.ravel()
+    if batches.size:
+        for b, s in ((batches.min(), lengths.min()), (batches.max(), lengths.max())):
+            _check(estimator, replace(setup, micro_batch_size=int(b), seq_len=int(s)))
+    kept = np.empty(batches.shape, np.int64)
+    peak = np.empty(batches.shape, np.int64)
+    for points in _blocks(lengths, sorted(estimator.architecture.windows)):
+        b, s = batches[points], lengths[points]
+        program = estimator.program(replace(setup, seq_len=int(s[0])))
+        found = program.peaks(Sizes(bind(b, s)), setup.gradient_accumulation_steps)
+        kept[points], peak[points] = found.kept_activation_bytes, found.peak
+    reserved = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
+    return Grid(
+        setup=setup,
+        micro_batch_size=batches,
+        seq_len=lengths,
+        kept_activation_bytes=kept,
+        peak_allocated_bytes=peak,
+        peak_process_bytes=reserved + context_bytes(estimator.gpu) + workspace_bytes(estimator.gpu),
+    )
+
+
+def _check(estimator: Estimator, setup: Setup) -> None:
+    """The corners of the grid have to be setups, and their bytes to be numbers that an array can hold."""
+    estimator.check(setup)
+    if estimator.memory(setup).peak_process_bytes > np.iinfo(np.int64).max:
+        raise UsageError(
+            f"A micro-batch of {setup.micro_batch_size} with {setup.seq_len} tokens has more bytes than 64 bits can count.",
+            "Ask for smaller ones.",
+        )
+
+
+def _blocks(lengths: NDArray[np.int64], windows: list[int]) -> Iterator[Any]:
+    """Positions of the points, in blocks whose lengths exceed the same windows."""
+    if not windows:
+        for start in range(0, lengths.size, BLOCK_POINTS):
+            yield slice(start, start + BLOCK_POINTS)
+        return
+    side = np.searchsorted(np.asarray(windows), lengths, side="left")
+    for value in np.unique(side):
+        positions = np.flatnonzero(side == value)
+        for start in range(0, positions.size, BLOCK_POINTS):
+            yield positions[start : start + BLOCK_POINTS]
