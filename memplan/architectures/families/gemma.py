@@ -301,6 +301,11 @@ def gemma3(config: Config) -> Architecture:
                 "the micro-batch is text only: the vision tower and its projector hold their weights, but make no "
                 "activations and get no gradients or optimizer states",
             ),
+            (
+                "the key-value cache of a step under autocast without checkpointing",
+                "use_cache is switched off in the outer config only (transformers/trainer.py): the text model fills a "
+                "cache; its fp32 keys and values live until the loss, and a peak there is predicted too low",
+            ),
         ),
     )
 
