@@ -8,8 +8,8 @@ Each reads the catalogue, builds the question and lets the core answer it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.architectures.registry import read_architecture
 from memplan.catalog.gpus import parse_gpu, read_gpu
@@ -22,9 +22,9 @@ from memplan.specs.training import Setup, check_count
 from memplan.units import parse_count, parse_size
 
 if TYPE_CHECKING:
-    from memplan.architectures.architecture import Architecture
     from numpy.typing import ArrayLike
 
+    from memplan.architectures.architecture import Architecture
     from memplan.estimation.estimate import Estimate
     from memplan.estimation.grid import Grid
     from memplan.planner.plan import Plan
@@ -40,8 +40,7 @@ SPEED_STAND_INS = ((32 * 10**9, "rtx4090"), (None, "a100-80gb"))
 """Whose rates time a step on a card of which only the size is known: (largest size in bytes, catalogue name)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(NamedTuple):
     """A model that was found and described."""
 
     architecture: Architecture
@@ -207,7 +206,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     return Estimator(found.architecture, found.name, spec).estimate(setup, margin_bytes=margin)
 
 
-def estimate_grid(  # noqa: PLR0913 -- all but the model are named at the call
+def estimate_grid(
     model: str | Model | None = None,
     *,
     micro_batch: ArrayLike,

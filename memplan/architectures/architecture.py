@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     Head = Callable[[Tape, Tensor, Shared], Tensor]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
 class Handed:
     """A layer that is handed only some of the tensors that layers share, because others are for layers of another type.
 
     It matters to checkpointing, which keeps all that a layer is handed.
     """
 
-    kind: LayerKind
-    names: tuple[tuple[str, str], ...]
-    """(the layer's name for it, its name among the shared tensors); those that do not exist are left out."""
+    def __init__(self, *, kind: LayerKind, names: tuple[tuple[str, str], ...]) -> None:
+        """`names`: (the layer's name for it, its name among the shared tensors); those that are not there are skipped."""
+        self.kind = kind
+        self.names = names
 
     def __call__(self, t: Tape, x: Tensor, shared: Shared) -> Tensor:
         """Record the layer."""
@@ -76,8 +76,7 @@ class Architecture:
     """(what, why) of everything that this description leaves out."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """A recorded part of the model."""
 
     tape: Tape
@@ -88,8 +87,7 @@ class Piece:
     """Tensors shared by all layers: made here (stem) or used here."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recording:
+class Recording(NamedTuple):
     """The tapes of a whole model."""
 
     architecture: Architecture

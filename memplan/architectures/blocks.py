@@ -48,7 +48,7 @@ def rotary_tables(
 
 
 def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
-    """The additive mask of (b, 1, s, s) that eager attention is given; fused kernels take none, unless there is padding.
+    """The additive mask of (b, 1, s, s) that eager attention is given; fused kernels need none without padding.
 
     With padding scaled_dot_product_attention is given a boolean mask; flash attention unpads by itself.
     """
@@ -86,7 +86,7 @@ def additive_mask(t: Tape, dtype: str) -> Tensor:
 def boolean_mask(t: Tape) -> Tensor:
     """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows).
 
-    Without padding it depends on positions alone, so that it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).
+    Without padding it depends on positions alone: it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).
     """
     if t.padded:
         return t.op("mask", (), ("b", 1, "s", "s"), dtype="bool")

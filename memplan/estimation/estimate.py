@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions
@@ -39,8 +39,7 @@ Stands in for cards whose context nobody has measured.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSummary:
+class ModelSummary(NamedTuple):
     """Which model was estimated."""
 
     name: str
@@ -49,8 +48,7 @@ class ModelSummary:
     num_trainable_parameters: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Instant:
+class Instant(NamedTuple):
     """A moment of the step."""
 
     name: str
@@ -60,8 +58,7 @@ class Instant:
     """The same in the first step, before optimizer states exist."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
+class Memory(NamedTuple):
     """The bytes of one configuration, without the tensors behind them: what a plan compares."""
 
     peak_allocated_bytes: int
@@ -188,9 +185,8 @@ class Estimator:
         program = self.program(setup)
         key = id(program.recording)
         if key not in self._timed:
-            self._timed[key] = TimedModel(program.recording)
+            self._timed[key] = TimedModel(program.recording, self._speed)
         return self._timed[key].step(
-            self._speed,
             bind(setup.micro_batch_size, setup.seq_len),
             program.layout.modes,
             accumulation=setup.gradient_accumulation_steps,

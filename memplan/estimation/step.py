@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.architectures.architecture import record
-from memplan.memory.events import Event, Row, Segment, maximum
+from memplan.memory.events import Event, Row, Segment, Sizes, maximum
 from memplan.memory.lifetimes import PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
     from memplan.architectures.architecture import Architecture, Piece, Recording
-    from memplan.memory.events import Sizes
     from memplan.specs.training import Setup
 
 FORWARD = "forward"
@@ -131,6 +130,21 @@ class Layout:
         self.stem = known.setdefault(key, PieceLifetimes(recording.stem, lasting=lasting))
 
     @cached_property
+    def states(self) -> ModelStates:
+        """Parameters and gradients; the optimizer is left open."""
+        return ModelStates(tuple(self.recording.parameter_groups()), self.recording.numerics.parameters, "")
+
+    @cached_property
+    def parameters(self) -> Tensors:
+        """The parameters."""
+        return self.states.parameters()
+
+    @cached_property
+    def gradients(self) -> Tensors:
+        """One gradient for each trained parameter."""
+        return self.states.gradients()
+
+    @cached_property
     def forward(self) -> tuple[Part, ...]:
         """Ids to loss; autocast's cache goes at its end."""
         return (
@@ -220,8 +234,7 @@ class StepProgram:
         self.layout = layout
         self.recording = layout.recording
         self.data_parallel_size = data_parallel_size
-        groups = tuple(layout.recording.parameter_groups())
-        self.states = ModelStates(groups, layout.recording.numerics.parameters, optimizer)
+        self.states = layout.states._replace(optimizer=optimizer)
 
     # -- what is there all the time ----------------------------------------------------------------------------------
 
@@ -244,10 +257,15 @@ class StepProgram:
             rows.append((Row("inputs", s.name, "input", s.shape, s.dtype), s.size, times))
         return Tensors(tuple(rows))
 
-    @cached_property
+    @property
     def parameters(self) -> Tensors:
         """The parameters."""
-        return self.states.parameters()
+        return self.layout.parameters
+
+    @property
+    def gradients(self) -> Tensors:
+        """One gradient for each trained parameter."""
+        return self.layout.gradients
 
     @cached_property
     def _buckets(self) -> Tensors:
@@ -264,21 +282,33 @@ class StepProgram:
         return self.states.optimizer_states()
 
     @cached_property
-    def gradients(self) -> Tensors:
-        """One gradient for each trained parameter."""
-        return self.states.gradients()
-
-    @cached_property
     def end_temporaries(self) -> tuple[Tensors, Tensors]:
         """What the gradient clip and the optimizer step need for a moment."""
         return self.states.clip_temporaries(), self.states.step_temporaries()
+
+    @cached_property
+    def _fixed(self) -> tuple[int, int, int, int, int]:
+        """Bytes that do not depend on the micro-batch.
+
+        Parameters, buffers and buckets; optimizer states; gradients; temporaries of the clip; those of the update.
+        """
+        sizes = Sizes({})
+        clip, step = self.end_temporaries
+        always = self.parameters.total(sizes) + self.buffers.total(sizes) + self._buckets.total(sizes)
+        return (
+            always,
+            self.optimizer_states.total(sizes),
+            self.gradients.total(sizes),
+            clip.total(sizes),
+            step.total(sizes),
+        )
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def peaks(self, sizes: Sizes, accumulation: int, *, first_step: bool = False) -> Peaks:
         """Allocated bytes at every instant of a step: the first one, or any later one."""
-        gradients = self.gradients.total(sizes)
-        base: Any = sum(x.total(sizes) for x in self.resident(accumulation, with_states=not first_step))
+        fixed, states, gradients, clip, step = self._fixed
+        base: Any = fixed + self.inputs(accumulation).total(sizes) + (0 if first_step else states)
         peaks: dict[str, Any] = dict.fromkeys(INSTANTS, 0)
 
         def climb(parts: Sequence[Part], start: Any) -> Any:
@@ -293,10 +323,8 @@ class StepProgram:
         climb(self.layout.backward, after_forward)
         if accumulation > 1:
             climb(self.layout.backward_again, climb(self.layout.forward, base + gradients))
-        states = self.optimizer_states.total(sizes) if first_step else 0
-        clip, step = self.end_temporaries
-        peaks[CLIP] = base + gradients + clip.total(sizes)
-        peaks[OPTIMIZER] = base + gradients + states + step.total(sizes)
+        peaks[CLIP] = base + gradients + clip
+        peaks[OPTIMIZER] = base + gradients + (states if first_step else 0) + step
         middle = self.layout.layers[len(self.layout.layers) // 2]
         kept_by_layer = sizes.extent(middle.forward).net + sizes.extent(middle.autocast_exit).net
         return Peaks(peaks, after_forward - base, kept_by_layer)

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     module: str
     tensor: str
     kind: str
-    """``parameter``, ``buffer``, ``input``, ``activation``, ``loss``, ``gradient``, ``optimizer_state`` or ``temporary``."""
+    """parameter, buffer, input, activation, loss, gradient, optimizer_state or temporary."""
     shape: Shape | None
     dtype: str
     reason: str = ""

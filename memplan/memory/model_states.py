@@ -12,8 +12,8 @@ sgd-momentum       1 x its dtype                none
 =================  ===========================  =====================================================================
 
 torch.optim keeps its states in the dtype of the parameter (``zeros_like``): bf16 parameters have bf16 moments.
-Sources: torch/optim/adamw.py, adam.py, sgd.py (2.13); bitsandbytes/optim/optimizer.py (0.50): ``block_wise`` with blocks
-of 256, ``min_8bit_size`` 4096; transformers/trainer_optimizer.py registers embeddings with 32-bit states.
+Sources: torch/optim/adamw.py, adam.py, sgd.py (2.13); bitsandbytes/optim/optimizer.py (0.50): ``block_wise`` with
+blocks of 256, ``min_8bit_size`` 4096; transformers/trainer.py registers embeddings with 32-bit states.
 """
 
 from __future__ import annotations

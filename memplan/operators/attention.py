@@ -132,8 +132,8 @@ def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
     """One fused kernel: (b, heads, s, d) to (b, s, heads, d).
 
     Its backward (mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp) needs for a moment the
-    gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer heads, their gradients
-    for every query head before they are summed.
+    gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer heads, their
+    gradients for every query head before they are summed.
 
     The flash kernel lays its output out like q (``empty_like`` in flash_api.cpp): where q lies head by head, as after
     ``cat`` or a reshape that copies (`by_head`), the caller's ``transpose(1, 2).contiguous()`` is a copy.

@@ -51,6 +51,15 @@ def add(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     return t.op("add", (a, b), shape, dtype=dtype, gradients=gradients, flops=elements(a))
 
 
+def add_into(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """``a += b``: the same as `add` on the storage of `a`."""
+    out = Tensor(len(t.tensors), a.shape, a.dtype, a.storage, a.requires_grad or b.requires_grad)
+    t.tensors.append(out)
+    gradients = tuple(_reduced(x, a.shape, a.dtype, computed=False) for x in (a, b) if x.requires_grad)
+    t.ops.append(Op("add_", t.module, (a, b), (out,), (), False, gradients, (), (), elements(a), ""))
+    return out
+
+
 def sub(t: Tape, a: Tensor, b: Tensor) -> Tensor:
     """``a - b``: keeps nothing; the gradient of `a` is the incoming one, that of `b` is computed."""
     shape, dtype = broadcast(a.shape, b.shape), promoted(a.dtype, b.dtype)
@@ -197,7 +206,7 @@ ACTIVATION_BY_NAME: dict[str, Activation] = {
 
 
 def dropout(t: Tape, x: Tensor, p: float) -> Tensor:
-    """``F.dropout`` in training: nothing happens at p = 0, else CUDA's fused kernel keeps a mask of one byte an element."""
+    """``F.dropout`` in training: nothing at p = 0, else CUDA's fused kernel keeps a mask of one byte an element."""
     if p == 0:
         return x
     return t.op(

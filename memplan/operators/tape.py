@@ -237,7 +237,7 @@ class Tape:
     ) -> Tensor:
         """Record an operator with one result of `shape` (and `extra_outputs` that only its backward uses).
 
-        `gradients` defaults to a new tensor for every input that requires one; entries of inputs that do not are dropped.
+        `gradients` defaults to a new tensor for every input that requires one; those of other inputs are dropped.
         """
         requires_grad = any(x.requires_grad for x in inputs)
         out = self._new(

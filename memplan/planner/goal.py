@@ -97,7 +97,7 @@ class Goal:
         if target < ranks:
             raise UsageError(
                 f"A batch of {target} is smaller than the number of GPUs, {ranks}.",
-                f"Every GPU needs a sequence: ask for --target-batch {ranks} or more, or use {target} GPUs.",
+                f"Every GPU needs a sequence: ask for --target-batch {ranks} or more, or use fewer GPUs.",
             )
         if micro is not None and steps is not None and micro * steps * ranks != target:
             product = micro * steps * ranks

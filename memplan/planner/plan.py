@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.specs.tabular import Tabular
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from memplan.steptime.step import StepTime
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A configuration with its bytes and its time."""
 
     setup: Setup
@@ -43,16 +42,14 @@ class Candidate:
         return self.setup.tokens_per_step / self.step_time.total_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rejection:
+class Rejection(NamedTuple):
     """A candidate that was refused."""
 
     candidate: Candidate
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lever:
+class Lever(NamedTuple):
     """One change to a configuration, and what it brings."""
 
     name: str
@@ -66,8 +63,7 @@ class Lever:
     """Whether the optimizer sees the same gradients: no change of mathematics, batch or data."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WayOut:
+class WayOut(NamedTuple):
     """Some levers that together make the nearest configuration fit."""
 
     levers: tuple[Lever, ...]

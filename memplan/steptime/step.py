@@ -8,7 +8,7 @@ and states (torch/optim/adamw.py, sgd.py of PyTorch 2.13, one kernel after the o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.steptime.roofline import Speed, Timed, seconds, timed
 
@@ -57,16 +57,18 @@ class StepTime(NamedTuple):
 class TimedModel:
     """The work of a recorded model, ready to be timed for any size."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, speed: Speed) -> None:
+        """`speed`: what the GPU can do."""
+        self.speed = speed
         self.stem = timed(recording.stem.tape)
         self.head = timed(recording.head.tape)
         self.kinds = tuple(timed(kind.tape) for kind in recording.kinds)
         self.order = recording.order
+        self._known: dict[tuple[int, int, int], tuple[float, float, float]] = {}
 
     def step(
         self,
-        speed: Speed,
-        env: Mapping[str, Any],
+        env: Mapping[str, int],
         modes: tuple[str, ...],
         *,
         accumulation: int,
@@ -77,7 +79,6 @@ class TimedModel:
         """The time of a step.
 
         Args:
-            speed: What the GPU can do.
             env: The dimensions of one micro-batch.
             modes: For each layer ``none``, ``selective`` or ``full``.
             accumulation: Micro-steps in the step.
@@ -86,17 +87,22 @@ class TimedModel:
             trained: Number of them.
         """
 
-        def both(piece: Timed) -> tuple[float, float]:
-            return seconds(piece.forward, speed, env), seconds(piece.backward, speed, env)
+        def of(piece: Timed) -> tuple[float, float, float]:
+            key = (id(piece), env["b"], env["s"])
+            if key not in self._known:
+                works = (piece.forward, piece.backward, piece.spans)
+                forward, backward, spans = (seconds(work, self.speed, env) for work in works)
+                self._known[key] = (forward, backward, spans)
+            return self._known[key]
 
-        pieces = [both(kind) for kind in self.kinds]
-        spans = [seconds(kind.spans, speed, env) for kind in self.kinds]
-        stem, head = both(self.stem), both(self.head)
+        speed = self.speed
+        pieces = [of(kind) for kind in self.kinds]
+        stem, head = of(self.stem), of(self.head)
         forward = stem[0] + head[0] + sum(pieces[kind][0] for kind in self.order)
         backward = stem[1] + head[1] + sum(pieces[kind][1] for kind in self.order)
         again = 0.0
         for kind, mode in zip(self.order, modes, strict=True):
-            again += pieces[kind][0] if mode == "full" else spans[kind] if mode == "selective" else 0.0
+            again += pieces[kind][0] if mode == "full" else pieces[kind][2] if mode == "selective" else 0.0
         later = (accumulation - 1) * ACCUMULATION_ACCESSES * trained_bytes / speed.bytes_per_s
         update = CLIP_ACCESSES * trained_bytes
         if optimizer == "adamw-8bit":
