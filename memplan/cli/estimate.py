@@ -11,6 +11,7 @@ from memplan.cli.options import Options, SetupCommand, setup_options
 from memplan.cli.output import say, write_answer
 from memplan.report.document import estimate_document
 from memplan.report.estimate import render_estimate
+from memplan.specs.training import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimate
@@ -34,7 +35,7 @@ def estimate(**given: Any) -> int:
     model = api.find_model(options.model, dropout=options.dropout)
     answer = api.estimate(model, gpu=options.gpu, **options.choices())
     target = api.find_target(answer.setup, options.target_batch, options.target_tokens)
-    way_out = _plan(model, options, answer) if answer.fits is False else None
+    way_out = _plan(model, options, answer)
     document = estimate_document(answer, origin=model.origin, target=target, plan=way_out)
     write_answer(
         document,
@@ -47,9 +48,10 @@ def estimate(**given: Any) -> int:
     return DOES_NOT_FIT if answer.fits is False else 0
 
 
-def _plan(model: api.Model, options: Options, answer: Estimate) -> Plan:
-    """What reaches the same batch on the same card."""
-    assert options.gpu is not None
+def _plan(model: api.Model, options: Options, answer: Estimate) -> Plan | None:
+    """Where it does not fit: what reaches the same batch on the same card."""
+    if answer.fits is not False or options.gpu is None or answer.setup.global_batch_size > LARGEST_COUNT:
+        return None
     free = ("micro_batch", "accumulation", "checkpointing", "target_batch", "target_tokens")
     fixed = {name: value for name, value in options.choices().items() if name not in free}
     return api.suggest(model, gpu=options.gpu, target_batch=answer.setup.global_batch_size, **fixed)

@@ -114,17 +114,17 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as fault:  # noqa: BLE001 -- the last resort: every fault ends in two lines and a status
         if "--traceback" in given:
             _print_traceback()
-        return _report(fault)
+        return _report(fault, given)
     return status if isinstance(status, int) else 0
 
 
-def _report(fault: Exception) -> int:
+def _report(fault: Exception, given: Sequence[str]) -> int:
     """Cause and cure on stderr; the exit status."""
     if isinstance(fault, MemplanError):
         _say(fault.cause, fault.cure)
         return fault.exit_status
     if isinstance(fault, click.ClickException):
-        _say(*_translated(fault))
+        _say(*_translated(fault, given))
         return fault.exit_code
     text = " ".join(str(fault).split())
     _say(
@@ -134,15 +134,16 @@ def _report(fault: Exception) -> int:
     return 1
 
 
-def _translated(fault: click.ClickException) -> tuple[str, str]:
+def _translated(fault: click.ClickException, given: Sequence[str]) -> tuple[str, str]:
     """A fault of click as cause and cure."""
     ctx = getattr(fault, "ctx", None)
-    cure = f"See {ctx.command_path if ctx else 'memplan'} --help."
+    command = next((arg for arg in given if arg in COMMANDS), None)
+    cure = f"See memplan {command} --help." if command else "See memplan --help."
     option = getattr(fault, "option_name", None)
     if isinstance(fault, click.NoSuchOption) and ctx is not None:
         known = [name for param in ctx.command.params if not getattr(param, "hidden", False) for name in param.opts]
         return f"There is no option {option}.", did_you_mean(str(option), known, otherwise=cure)
-    return fault.format_message(), cure
+    return f"{fault.format_message().rstrip('.')}.", cure
 
 
 def _say(cause: str, cure: str = "") -> None:

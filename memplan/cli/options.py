@@ -132,12 +132,15 @@ class Tokens(Kind):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number."""
-        if isinstance(value, int):
-            return value
         try:
-            return parse_count(str(value))
+            number = parse_count(str(value))
         except UsageError as fault:
             raise UsageError(f"{flag_of(param)}: {fault.cause}", fault.cure) from None
+        if number > LARGEST_COUNT:
+            raise UsageError(
+                f"{flag_of(param)} is {quoted(str(value))}.", f"It has to be {LARGEST_COUNT:,} at most, such as 4M."
+            )
+        return number
 
 
 class ByteSize(Kind):
@@ -175,7 +178,7 @@ class Fraction(Kind):
             number = float("nan")
         if (number > 0 if self.above_zero else number >= 0) and number < self.limit:
             return number
-        start = "above 0" if self.above_zero else "from 0"
+        start = "above 0" if self.above_zero else "of at least 0"
         raise UsageError(
             f"{flag_of(param)} is {quoted(text)}.", f"It has to be a number {start} and below {self.limit}."
         )
@@ -229,7 +232,7 @@ class Checkpointing(Name):
                     f"{flag_of(param)} {name!r} is not known.", "N of every-N is a whole number from 1, as in every-2."
                 ) from None
             return name
-        return super().convert("every-n" if name == "every" else value, param, ctx)
+        return super().convert(value, param, ctx)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

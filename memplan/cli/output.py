@@ -27,6 +27,8 @@ def write_answer(
 ) -> None:
     """Write `document` in the format that was asked for, to stdout or to the file `output`."""
     to_file = output if output not in {None, "-"} else None
+    if to_file is None and sys.stdout is None:  # closed by whoever started the program
+        raise MemplanError("There is no stdout to write the answer to.", "Write it to a file, with --output FILE.")
     if format == "json":
         import json
 
@@ -98,9 +100,9 @@ def write_file(path: str, text: str) -> None:
     Raises:
         MemplanError: it cannot be written; nothing is left behind.
     """
-    target = os.path.realpath(path)
     content = text.encode("utf-8", "backslashreplace")
     try:
+        target = os.path.realpath(path)
         if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
             with open(target, "wb") as file:
                 file.write(content)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from memplan.specs.training import Setup
 
+WELL_DIVIDED = 8
+"""A number of sequences that is a multiple of this can be split into micro-batches of 1, 2, 4 and 8."""
+
 CHECKPOINTING_CHOICES = ("none", "selective", "every-2", "full")
 """What the planner may choose from where the user leaves checkpointing free."""
 
@@ -117,6 +120,18 @@ class Goal:
                 f"A batch of {target} cannot be divided exactly over {' and '.join(fixed)}.",
                 f"The nearest that can: {near}.",
             )
+
+    def coarseness(self) -> str | None:
+        """A sentence about a target that hardly divides, with the nearest that does; None where there is choice."""
+        ranks = self.setup.data_parallel_size
+        each = self.target.global_batch_size // ranks
+        if each <= WELL_DIVIDED or len(divisors(each)) > 2:
+            return None
+        near = round(each / WELL_DIVIDED) * WELL_DIVIDED
+        return (
+            f"{each:,} sequences on each GPU are a prime number: micro-batches can be 1 or {each:,}. "
+            f"--target-batch {near * ranks} leaves more choice"
+        )
 
     def splits(self) -> Iterator[tuple[int, int]]:
         """Every (micro-batch, accumulation steps) that reaches the target exactly, largest micro-batch first."""

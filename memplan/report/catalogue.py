@@ -53,8 +53,9 @@ def render_gpus(gpus: Sequence[Document]) -> list[Line]:
     return [
         *table(rows, left=(0, 1), shrink=1),
         *_note(
-            "usable: what torch sees of the card; with * what nvidia-smi shows, where that is not known. TFLOP/s: dense "
-            "bf16. context: MiB of a CUDA context, where measured. Sources: --json. Any other card: a size such as 24GB."
+            "usable: what torch sees of the card; with * what nvidia-smi shows, where that is not known. "
+            "TFLOP/s: dense bf16. context: MiB of a CUDA context, where measured. Sources: --json. "
+            "Any other card: a size such as 24GB."
         ),
     ]
 

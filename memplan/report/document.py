@@ -71,7 +71,7 @@ def estimate_document(
         "step_time_s": None if estimate.step_time is None else estimate.step_time.total_s,
         "fits": estimate.fits,
         "headroom_bytes": estimate.headroom_bytes,
-        "ways_out": [] if plan is None else ways_to_reach(plan),
+        "ways_out": [] if plan is None else ways_to_reach(plan, estimate.setup),
         "ledger": [row_document(row) for row in estimate.ledger],
         "assumptions": assumptions_document(estimate),
         "unmodelled": unmodelled_document(estimate),
@@ -91,7 +91,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         **envelope("plan"),
         "model": model_document(plan.model, origin),
         "gpu": gpu_document(plan.gpu),
-        "target": target_document(plan.target, goal.setup),
+        "target": {**target_document(plan.target, goal.setup), "coarseness": goal.coarseness()},
         "budget": {
             "usable_bytes": goal.usable_bytes,
             "reserve_bytes": goal.reserve_bytes,
@@ -213,22 +213,24 @@ def way_document(way: WayOut) -> Document:
     }
 
 
-def ways_to_reach(plan: Plan) -> list[Document]:
-    """How the batch of a configuration that does not fit can be reached: the plan's best, or its ways out."""
+def ways_to_reach(plan: Plan, setup: Setup) -> list[Document]:
+    """How the batch of a `setup` that does not fit can be reached: the plan's best, or its ways out."""
     if plan.best is None:
-        smallest = options_of(plan.nearest.setup) if plan.nearest is not None else ""
+        smallest = options_of(plan.nearest.setup, beside=setup) if plan.nearest is not None else ""
         ways = [way_document(way) for way in plan.ways_out]
         return [{**way, "options": f"{smallest} {way['options']}".strip()} for way in ways]
     best = candidate_document(plan.best)
-    return [{"options": options_of(plan.best.setup), "same_update": True, **best}]
+    return [{"options": options_of(plan.best.setup, beside=setup), "same_update": True, **best}]
 
 
-def options_of(setup: Setup) -> str:
-    """The options that split a batch like this."""
-    return (
-        f"--micro-batch {setup.micro_batch_size} --accumulation {setup.gradient_accumulation_steps} "
-        f"--checkpointing {setup.activation_checkpointing}"
-    )
+def options_of(setup: Setup, *, beside: Setup) -> str:
+    """The options that split the batch of `beside` like `setup`, and compute the same again."""
+    options = []
+    if setup.micro_batch_size != beside.micro_batch_size:
+        options.append(f"--micro-batch {setup.micro_batch_size} --accumulation {setup.gradient_accumulation_steps}")
+    if setup.activation_checkpointing != beside.activation_checkpointing:
+        options.append(f"--checkpointing {setup.activation_checkpointing}")
+    return " ".join(options)
 
 
 def instants_document(estimate: Estimate) -> list[Document]:

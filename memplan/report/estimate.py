@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
-from memplan.report.layout import bar
+from memplan.report.layout import bar, wrap
 from memplan.report.plan import way_lines
 from memplan.report.text import (
     assumption_lines,
@@ -58,7 +58,7 @@ def _asked(estimate: Document) -> Iterator[Line]:
         yield from paragraph("", f"{estimate['target']['rounding']}.")
     yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
     yield from paragraph("length", f"{setup['seq_len']:,} tokens")
-    yield Line(f"  {equation(setup)}")
+    yield from (Line(line) for line in wrap(equation(setup), first="  "))
 
 
 def _totals(estimate: Document) -> Iterator[Line]:
@@ -130,7 +130,7 @@ def _instants(estimate: Document) -> Iterator[Line]:
 
 
 def _rows(ledger: Sequence[Document]) -> Iterator[Line]:
-    largest = sorted(ledger, key=lambda row: -max(row["bytes_at_peak"], row["bytes"]))[:MOST_ROWS]
+    largest = sorted(ledger, key=lambda row: (-row["bytes_at_peak"], -row["bytes"]))[:MOST_ROWS]
     yield from title(f"The largest {len(largest)} of {len(ledger)} rows (all: --format csv or --json)")
     rows = [("module", "tensor", "count", "dtype", "GiB", "at peak")]
     rows += [

@@ -62,6 +62,8 @@ def _asked(plan: Document) -> Iterator[Line]:
     )
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
+    if target["coarseness"]:
+        yield from paragraph("", f"{target['coarseness']}.")
     yield from paragraph("setup", choices(setup))
 
 
@@ -72,7 +74,7 @@ def _best(plan: Document) -> Iterator[Line]:
     best = plan["best"]
     setup = best["setup"]
     yield from title("The plan", "good")
-    yield Line(f"  {equation(setup)}", "title")
+    yield from (Line(line, "title") for line in wrap(equation(setup), first="  "))
     yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
     yield from paragraph("free", _free(plan, best))

@@ -17,6 +17,9 @@ LABEL_WIDTH = 9
 """Columns of the words to the left of a paragraph."""
 
 
+MANY_GIB = 10**6
+
+
 def paragraph(label: str, text: str) -> Iterator[Line]:
     """`text`, with a word to its left."""
     for line in wrap(text, first=f"  {label:<{LABEL_WIDTH}}"):
@@ -41,8 +44,9 @@ def table(
 
 
 def gib(num_bytes: int) -> str:
-    """A number for a column that is headed GiB."""
-    return f"{num_bytes / GIB:.2f}"
+    """A number for a column that is headed GiB; in exponent notation where nobody has so many."""
+    number = num_bytes / GIB
+    return f"{number:.2f}" if number < MANY_GIB else f"{number:.3g}"
 
 
 def signed(num_bytes: int) -> str:

@@ -1,0 +1,166 @@
+"""Bad input: one sentence of cause, one of cure, the right exit status, nothing on stdout, no traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+PLAN = "suggest gpt2 --gpu 24GB --target-batch 32"
+
+USAGE = [
+    ("sugest", "no command 'sugest'", "Did you mean suggest?"),
+    ("banana", "no command 'banana'", "estimate, suggest, models, gpus"),
+    ("suggest", "--gpu is missing", "--gpu 24GB"),
+    ("suggest --gpu 24GB", "--target-batch or --target-tokens is missing", "--target-batch 32"),
+    ("suggest --gpu banana --target-batch 32", "'banana'", "memplan gpus"),
+    ("suggest --gpu 24 --target-batch 32", "'24' does not say", "24GB (24 x 10^9 bytes) or 24GiB"),
+    ("suggest --gpu a100 --target-batch 32", "'a100'", "Did you mean a100-40gb"),
+    ("suggest --gpu -24GB --target-batch 32", "negative", "24GB"),
+    ("suggest --gpu nan --target-batch 32", "'nan'", "24GB"),
+    ("suggest --gpu 0GB --target-batch 32", "zero", "24GB"),
+    ("suggest --gpu --target-batch 32", "--gpu has no value", "--gpu VALUE"),
+    ("suggest --gpu 24GB --target-batch", "--target-batch", "memplan suggest --help"),
+    ("suggest --gpu 24GB --target-batch 0", "--target-batch is '0'", "from 1 to 1,000,000,000"),
+    ("suggest --gpu 24GB --target-batch -1", "--target-batch is '-1'", "from 1 to"),
+    ("suggest --gpu 24GB --target-batch 1.5", "not a whole number", "from 1 to"),
+    ("suggest --gpu 24GB --target-batch nan", "not a whole number", "from 1 to"),
+    ("suggest --gpu 24GB --target-batch inf", "not a whole number", "from 1 to"),
+    ("suggest --gpu 24GB --target-batch " + "9" * 5000, "--target-batch is '999", "from 1 to"),
+    ("suggest --gpu 24GB --target-batch ²", "not a whole number", "from 1 to"),
+    ("suggest --gpu 24GB --target-tokens 0", "--target-tokens", "4M"),
+    ("suggest --gpu 24GB --target-tokens 1e9", "--target-tokens", "4M"),
+    ("suggest --gpu 24GB --target-tokens 900T", "--target-tokens is '900T'", "1,000,000,000 at most"),
+    ("suggest --gpu 24GB --target-batch 32 --target-tokens 4M", "--target-batch and --target-tokens", "Leave one"),
+    ("suggest --gpu 24GB --target-tokens 4M --target-batch 32", "--target-batch and --target-tokens", "Leave one"),
+    ("suggest --gpu 2x24GB --target-batch 1", "smaller than the number of GPUs", "--target-batch 2"),
+    ("suggest --gpu 2x24GB --target-batch 33", "cannot be divided exactly", "32 or 34"),
+    ("suggest --gpu 2x24GB --gpus 3 --target-batch 6", "--gpu 2x24GB names 2 GPUs and --gpus says 3", "Leave one"),
+    (f"{PLAN} --micro-batch 5", "cannot be divided exactly", "30 or 35"),
+    (f"{PLAN} --micro-batch 4 --accumulation 4", "is 16, not the target batch 32", "--target-batch 16"),
+    (f"{PLAN} --seq-len 4096", "positions for 1024", "--seq-len 1024"),
+    (f"{PLAN} --seq-len 0", "--seq-len is '0'", "from 1 to"),
+    (f"{PLAN} --gpus 0", "--gpus is '0'", "from 1 to"),
+    (f"{PLAN} --precision bf61", "--precision 'bf61'", "Did you mean bf16?"),
+    (f"{PLAN} --optimizer adam", "--optimizer 'adam'", "Did you mean adamw?"),
+    (f"{PLAN} --attention flesh", "--attention 'flesh'", "Did you mean flash?"),
+    (f"{PLAN} --checkpointing every-0", "--checkpointing 'every-0'", "every-2"),
+    (f"{PLAN} --checkpointing every-x", "--checkpointing 'every-x'", "every-2"),
+    (f"{PLAN} --checkpointing all", "--checkpointing 'all'", "Known: none, selective, full, every-N"),
+    (f"{PLAN} --headroom 100", "--headroom is '100'", "below 100"),
+    (f"{PLAN} --headroom nan", "--headroom is 'nan'", "below 100"),
+    (f"{PLAN} --headroom -3", "--headroom is '-3'", "below 100"),
+    (f"{PLAN} --confidence 0", "--confidence is '0'", "above 0 and below 1"),
+    (f"{PLAN} --dropout 1", "--dropout is '1'", "below 1"),
+    (f"{PLAN} --dropout inf", "--dropout is 'inf'", "below 1"),
+    (f"{PLAN} --reserve 5", "--reserve", "5GiB"),
+    (f"{PLAN} --reserve 30GB", "reserve takes all", "smaller --reserve"),
+    (f"{PLAN} --json --format csv", "--json and --format csv", "Leave one"),
+    (f"{PLAN} --format xml", "--format 'xml'", "text, json, csv, markdown"),
+    (f"{PLAN} --target-bach 8", "no option --target-bach", "--target-batch"),
+    (f"{PLAN} more", "more", "memplan suggest --help"),
+    ("estimate gpt2 --micro-batch 3 --target-batch 32", "cannot be divided exactly", "30 or 33"),
+    ("estimate gpt2 --target-batch 32 --accumulation 3", "is 3, not the target batch 32", "Leave one"),
+    ("estimate gpt2 --gpu banana", "'banana'", "memplan gpus"),
+    ("estimate gpt2 --micro-batch -4", "--micro-batch is '-4'", "from 1 to"),
+    ("models --json --format markdown", "--json and --format markdown", "Leave one"),
+    ("models gpt2", "gpt2", "memplan models --help"),
+]
+
+FAULTS = [
+    ("estimate lama-3-8b", "'lama-3-8b'", "Did you mean llama-3-8b"),
+    ("estimate no/such/config.json", "no/such/config.json", "memplan models"),
+    ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
+    ("estimate rwkv-4-3b", "'rwkv'", "Known: bert"),
+    ("suggest gpt2 --gpu 24GB --target-batch 32 --optimizer lion", "--optimizer lion is not modelled yet", "adamw"),
+    ("suggest gpt2 --gpu 24GB --target-batch 32 --loss fused", "--loss fused is not modelled yet", "full"),
+    ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
+    ("sweep gpt2", "memplan sweep is not there yet", "estimate"),
+    *[
+        (f"{command} gpt2 --gpu 24GB --target-batch 32 {flag} 8", f"{flag} is not modelled yet", "Leave it out")
+        for command in ("estimate", "suggest")
+        for flag in ("--lora-rank", "--quantize", "--freeze", "--zero-stage", "--offload")
+    ],
+]
+
+
+def assert_two_lines(ran, status: int, cause: str, cure: str) -> None:
+    assert ran.status == status
+    assert ran.out == ""
+    first, second = ran.err.splitlines()
+    assert first.startswith("memplan: ")
+    assert first.endswith(".")
+    assert cause in first
+    assert cure in second
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(("command", "cause", "cure"), USAGE)
+def test_usage(run, command: str, cause: str, cure: str) -> None:
+    """A value or a combination without meaning is exit status 2."""
+    assert_two_lines(run(command), 2, cause, cure)
+
+
+@pytest.mark.parametrize(("command", "cause", "cure"), FAULTS)
+def test_fault(run, command: str, cause: str, cure: str) -> None:
+    """What cannot be read or modelled is exit status 1."""
+    assert_two_lines(run(command), 1, cause, cure)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "not an object"),
+        ("{}", "model_type"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"model_type": "llama"}', "hidden_size"),
+        ('{"model_type": "llama", "hidden_size": NaN}', "NaN"),
+        ('{"model_type": "llama", "hidden_size": -8}', "."),
+        (" " * (5 << 20), "larger than 4 MiB"),
+    ],
+)
+def test_a_broken_config(run, tmp_path, content: str, cause: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert_two_lines(run("estimate", str(tmp_path / "config.json")), 1, cause, "")
+
+
+def test_heads_that_do_not_divide_the_hidden_size(run, tmp_path) -> None:
+    values = {"model_type": "llama", "hidden_size": 4097, "num_attention_heads": 32, "num_hidden_layers": 2}
+    values |= {"intermediate_size": 64, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert_two_lines(run("estimate", str(tmp_path)), 1, "hidden_size", "heads")
+
+
+def test_an_empty_model(run) -> None:
+    assert_two_lines(run("estimate", ""), 2, "MODEL is empty", "MODEL")
+
+
+def test_no_command_shows_the_help(run) -> None:
+    ran = run()
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith("Usage: memplan")
+
+
+def test_an_unexpected_fault_is_two_lines(run, monkeypatch) -> None:
+    """GIVEN a bug, THEN it is exit status 1 and no traceback, unless one was asked for."""
+
+    def broken(*args: object, **settings: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("memplan.api.find_model", broken)
+    assert_two_lines(run("estimate gpt2"), 1, "an unexpected KeyError", "--traceback")
+    ran = run("estimate gpt2 --traceback")
+    assert ran.status == 1
+    assert "Traceback (most recent call last)" in ran.err
+
+
+def test_an_interrupt(run, monkeypatch) -> None:
+    def interrupted(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memplan.api.find_model", interrupted)
+    ran = run("estimate gpt2")
+    assert (ran.status, ran.out) == (130, "")
+    assert "interrupted" in ran.err

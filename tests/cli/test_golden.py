@@ -1,0 +1,37 @@
+"""Whole screens, as text in `golden/`.
+
+`MEMPLAN_UPDATE_GOLDEN=1 python -m pytest tests/cli/test_golden.py` writes them anew; the difference is to be read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+SCREENS = {
+    "suggest": "suggest --gpu 24GB --target-batch 32",
+    "suggest_two_gpus": "suggest llama-3.2-3b --gpu 2xa100-80gb --target-tokens 4M --precision bf16-mixed",
+    "suggest_nothing_fits": "suggest qwen2.5-1.5b --gpu 24GB --target-batch 32 --precision bf16-mixed",
+    "suggest_quiet": "suggest qwen2.5-0.5b --gpu rtx4090 --target-batch 64 --seq-len 1024 --quiet",
+    "estimate": "estimate llama-3-8b --gpu a100-80gb --seq-len 4096",
+    "estimate_does_not_fit": "estimate qwen2.5-1.5b --micro-batch 8 --gpu rtx3090",
+    "gpus": "gpus",
+}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_screen(run, name: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    ran = run(SCREENS[name])
+    text = f"$ memplan {SCREENS[name]}\n{ran.out}exit status {ran.status}\n"
+    if os.environ.get("MEMPLAN_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_every_golden_text_is_used() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == SCREENS.keys()
