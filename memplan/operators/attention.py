@@ -14,7 +14,7 @@ from __future__ import annotations
 from memplan.operators.elementwise import add, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.matrix import matmul
-from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, count, num_bytes
+from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
 from memplan.operators.tape import Gradient, Tape, Tensor, elements
 
 
@@ -101,25 +101,35 @@ def softcapped(t: Tape, x: Tensor) -> Tensor:
 def slices_batched(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
     """`parts` with a copy of each slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
 
-    A micro-batch of one needs no copy and keeps the larger tensor, counted here as the copies and a rest of it.
+    So has a single head that is shown for every head.  A micro-batch of one needs no copy and keeps the larger tensor
+    (counted here as the copies and a rest of it), or the single head.
     """
-    slices = [x for x in parts if x.bytes != t.storages[x.storage].size]
-    if not slices:
-        return parts
-    x = slices[0]
-    rest = t.storages[x.storage].size.factor - len(slices) * x.bytes.factor
-    where_one: Shape = ("[b=1]", "s", max(rest, 0) // BYTES_PER_ELEMENT[x.dtype])
+    slices = [x for x in parts if x.bytes.factor < t.storages[x.storage].size.factor]
     copies = []
     for part in parts:
-        if part not in slices:
+        whole = t.storages[part.storage].size.factor
+        rest = whole - len(slices) * part.bytes.factor
+        if part.bytes.factor > whole:
+            copies.append(_copy_keeping(t, part, whole, nothing_for_one=True))
+        elif part not in slices:
             copies.append(part)
         elif part is slices[-1] and rest > 0:
-            extra = [("slices beside it", where_one, x.dtype)]
-            gradient = Gradient(part, alias=True)
-            copies.append(t.op("clone", (part,), part.shape, gradients=[gradient], extra_outputs=extra))
+            copies.append(_copy_keeping(t, part, rest))
         else:
             copies.append(copy(t, part))
     return tuple(copies)
+
+
+def _copy_keeping(t: Tape, x: Tensor, num: int, *, nothing_for_one: bool = False) -> Tensor:
+    """A copy of `x` that for a micro-batch of one keeps `num` bytes a token besides, or instead (`nothing_for_one`)."""
+    kept: Shape = ("[b=1]", "s", num // BYTES_PER_ELEMENT[x.dtype])
+    extra = [("what it shows", kept, x.dtype)]
+    out = t.op("clone", (x,), x.shape, gradients=[Gradient(x, alias=True)], extra_outputs=extra)
+    if nothing_for_one:
+        storage = t.storages[out.storage]
+        size = Size(storage.size.factor, (*storage.size.dims, "[b>1]"))
+        t.storages[out.storage] = storage._replace(size=size)
+    return out
 
 
 def _ratio(heads: Dim, kv_heads: Dim) -> int:

@@ -90,6 +90,7 @@ def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
         "s+1": seq_len + 1,
         "s+[b=1]": seq_len + (micro_batch_size == 1),
         "[b=1]": (micro_batch_size == 1) * 1,
+        "[b>1]": (micro_batch_size > 1) * 1,
         "s to 16": to_16,
         "s to 32": -(-seq_len // 32) * 32,
         "s[not 16s]": seq_len * (to_16 != seq_len),

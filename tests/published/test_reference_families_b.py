@@ -103,6 +103,25 @@ EAGER_ONLY_BY_NAME: dict[str, dict[str, Any]] = {
     "bloom, residual after the norm": BLOOM | {"apply_residual_connection_post_layernorm": True},
     "mpt, q, k and v clamped": MPT | {"attn_config": {"clip_qkv": 3.0}},
 }
+FALCON: dict[str, Any] = {
+    "model_type": "falcon",
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 1000,
+}
+FALCON_BY_NAME: dict[str, dict[str, Any]] = {
+    "falcon, one key head": FALCON,
+    "falcon, key heads for groups": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, alibi and one after the other": FALCON
+    | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "hidden_dropout": 0.1},
+}
+FALCON_VARIANTS = [
+    ("sdpa", "bf16", "none", 2, None),
+    ("sdpa", "fp32", "full", 2, None),
+    ("eager", "bf16", "none", 2, None),
+    ("eager", "bf16-mixed", "none", 2, None),
+]
 
 VARIANTS = [
     # attention, precision, checkpointing, batch, dropout (None: the config's)
@@ -120,6 +139,7 @@ CASES = [
     *((CONFIG_BY_NAME[name], variant) for name in CONFIG_BY_NAME for variant in VARIANTS),
     *((config, ("sdpa", "fp32", "none", 2, None)) for name, config in CONFIG_BY_NAME.items() if name != GROUPED),
     *((config, variant) for config in EAGER_ONLY_BY_NAME.values() for variant in VARIANTS if variant[0] == "eager"),
+    *((config, variant) for config in FALCON_BY_NAME.values() for variant in FALCON_VARIANTS),
 ]
 
 
