@@ -373,16 +373,21 @@ class _Backward:
             self.events += self.lifetimes._scratch(op, " backward", op.backward_scratch, -1)
         if recomputed:
             self._let_all_go(kept)
-        for n, (g, number) in enumerate(results):
-            if g.computed_at is not None:
-                results[n] = (g, self._allocate(g.of.bytes, self._gradient_row(op, g.of)))
-                self._release(number)
+        results = [(g, self._reduced(op, g, number)) for g, number in results]
         if not recomputed:
             self._let_all_go(kept)
         for number in incoming:
             self._release(number)
         for g, number in results:
             self._accumulate(i, g.of, number)
+
+    def _reduced(self, op: Op, g: Gradient, number: int) -> int:
+        """The gradient in the form of its input."""
+        if g.computed_at is None:
+            return number
+        final = self._allocate(g.of.bytes, self._gradient_row(op, g.of))
+        self._release(number)
+        return final
 
     def _let_all_go(self, kept: list[tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]]) -> None:
         for s, held, keys in kept:
