@@ -8,7 +8,6 @@ Each reads the catalogue, builds the question and lets the core answer it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.architectures.registry import read_architecture
@@ -19,6 +18,7 @@ from memplan.estimation.estimate import Estimator, speed_of
 from memplan.planner.goal import Goal, Target, target_from_tokens
 from memplan.planner.search import search
 from memplan.specs.training import Setup, check_count
+from memplan.specs.values import replace
 from memplan.units import parse_count, parse_size
 
 if TYPE_CHECKING:

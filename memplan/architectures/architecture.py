@@ -6,11 +6,11 @@ change what runs (dtypes, attention implementation, windows shorter than the seq
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class Handed:
     """
 
     def __init__(self, *, kind: LayerKind, names: tuple[tuple[str, str], ...]) -> None:
-        """`names`: (the layer's name for it, its name among the shared tensors); those that are not there are skipped."""
+        """`names`: (the layer's name for it, its name among the shared tensors); absent ones are skipped."""
         self.kind = kind
         self.names = names
 
@@ -72,7 +72,7 @@ class Architecture:
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flash")
     """Attention implementations that the model has."""
-    unmodelled: tuple[tuple[str, str], ...] = field(default=())
+    unmodelled: tuple[tuple[str, str], ...] = ()
     """(what, why) of everything that this description leaves out."""
 
 

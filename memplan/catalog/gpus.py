@@ -15,12 +15,12 @@ a size.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 from memplan.catalog.profiles import profile_path, read_profile
 from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.specs.gpu import GpuSpec
+from memplan.specs.values import replace
 from memplan.units import GIB, MIB, describe_size, parse_size
 
 FOLDER = "gpus"

@@ -7,11 +7,11 @@ size.  Where the other case is a setup that is modelled, it is evaluated; else t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.estimation.step import LOSS, OPTIMIZER
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.values import replace
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:

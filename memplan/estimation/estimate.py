@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.errors import UsageError
@@ -13,6 +12,7 @@ from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.values import dataclass
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
 

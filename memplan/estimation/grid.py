@@ -6,7 +6,6 @@ side of an attention window are different programs and go into different blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from memplan.estimation.estimate import SEGMENT_BYTES, context_bytes, workspace_
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
+from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

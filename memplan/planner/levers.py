@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.planner.plan import Candidate, Lever
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,12 +7,12 @@ estimated time of a step, then by headroom.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from memplan.planner.levers import levers_of
 from memplan.planner.plan import Candidate, Lever, Plan, Rejection, WayOut
+from memplan.specs.values import replace
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ and a display hold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memplan.errors import MemplanError
+from memplan.specs.values import dataclass, field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from memplan.errors import UsageError, did_you_mean
+from memplan.specs.values import dataclass
 
 LARGEST_COUNT = 10**9
 """No batch, accumulation or length beyond this is taken seriously."""

@@ -1,6 +1,5 @@
 """The GPU catalogue: its facts, its names, and what `--gpu` understands."""
 
-from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -227,7 +226,7 @@ def test_a_card_is_frozen_and_hashable():
     """A card is a value: it can be a key and cannot be changed."""
     card = read_gpu("t4")
     assert {card: 1}[read_gpu("t4")] == 1
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         card.torch_bytes = 1
 
 

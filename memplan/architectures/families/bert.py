@@ -10,7 +10,6 @@ labelled tokens, taken in the dtype of the logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.losses import masked_lm_loss
 from memplan.operators.matrix import embedding, linear, project
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,6 @@ There is no fused attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from memplan.operators.matrix import embedding, linear, matmul
 from memplan.operators.normalisation import layer_norm
 from memplan.operators.sizes import count
 from memplan.operators.tape import Gradient, elements
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,6 @@ The norm is a LayerNorm without bias, written out in Python operators in fp32; r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import add, scale
 from memplan.operators.matrix import linear
 from memplan.operators.normalisation import written_out_layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,7 +14,6 @@ pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from memplan.operators.layout import copy
 from memplan.operators.losses import masked_lm_loss
 from memplan.operators.matrix import embedding, linear, matmul
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,6 @@ copying and always makes a mask.  With one key head scaled_dot_product_attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ from memplan.operators.layout import copy, repeat_heads, take
 from memplan.operators.matrix import embedding, linear, matmul
 from memplan.operators.normalisation import layer_norm
 from memplan.operators.sizes import count
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,6 @@ The multimodal model is that of training on text: the vision tower and its proje
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from memplan.operators.attention import attention, rotary, softcapped
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, mul
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
+from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -10,7 +10,6 @@ q, k and v are slices of one projection, so that keeping v keeps all three; only
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

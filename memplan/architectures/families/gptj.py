@@ -11,7 +11,6 @@ scaled_dot_product_attention here; the flash-attention package's kernel is not d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, d
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,6 @@ x = x + o(attention(rotary(q(n(x))), rotary(k(n(x))), v(n(x))));  x = x + down(a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, scale
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,7 +10,6 @@ need a mask once the sequence is not shorter than w / 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from memplan.operators.layout import split
 from memplan.operators.losses import masked_lm_loss
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,6 @@ fp32 from there on.  There is no fused attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from memplan.operators.layout import copy
 from memplan.operators.matrix import embedding, linear, matmul
 from memplan.operators.normalisation import layer_norm
 from memplan.operators.tape import elements
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

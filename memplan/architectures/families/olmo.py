@@ -11,7 +11,6 @@ OLMo 2  norms after attention and MLP instead of before; q and k are normalised 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import add, clamp_in_place
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm, rms_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

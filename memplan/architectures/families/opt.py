@@ -10,7 +10,6 @@ side.  Positions are learned, two rows more than the longest sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout, mul, scale
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

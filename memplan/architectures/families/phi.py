@@ -9,7 +9,6 @@ Every linear layer has a bias, the head included; only part of each head is rota
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,7 @@ from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,6 @@ it again even where it is nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, mul
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,6 @@ normalised by one LayerNorm for each head; attention and MLP side by side on one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,7 @@ from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.layout import cat, split
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
