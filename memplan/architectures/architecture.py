@@ -162,7 +162,9 @@ def record(
             for name, x in shared.items()
             if name in handed
         }
-        return Piece(tape=t, hidden=inside, output=part(t, inside, used), shared=used)
+        output = part(t, inside, used)
+        t.close()
+        return Piece(tape=t, hidden=inside, output=output, shared=used)
 
     kinds: list[Piece] = []
     number_of: dict[int, int] = {}

@@ -319,7 +319,10 @@ class _Backward:
     def _recompute(self, span: Span) -> tuple[dict[int, int], dict[int, tuple[Any, ...]]]:
         """Run the forward of the span again, as far as something is still to be kept; what it keeps, and its keys."""
         ops = self.tape.ops[span.start : span.stop]
+        stay: set[int] = set()
         while ops and not ops[-1].keeps:
+            if ops[-1].name == "hold":
+                stay |= {x.storage for x in ops[-1].inputs}
             ops = ops[:-1]
         made = {x.storage for op in ops for x in op.outputs if self.tape.storages[x.storage].role == "activation"}
         made -= {x.storage for x in span.inputs}
@@ -328,7 +331,7 @@ class _Backward:
             _hold(held, [x for x in op.keeps if x.storage in made])
         tag = f"again {span.name}"
         stops_before = bool(ops) and not ops[-1].keeps_output
-        events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(), skip_last_outputs=stops_before)
+        events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before)
         alive = {event.key: event for event in events if event.sign > 0}
         for event in events:
             if event.sign < 0:

@@ -78,6 +78,7 @@ def eager(
             repeat_heads(t, k, heads, _ratio(heads, k.shape[1])),
             repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
         )
+        variables = (k, v)
         q, k, v = slices_batched(t, q, k, v)
         scores = matmul(t, q, k, (b, heads, s, s), head_dim)
         if scaled:
@@ -89,7 +90,9 @@ def eager(
         weights = t.cast(softmax(t, scores, dtype=softmax_dtype), weights_dtype or q.dtype)
         t.keep_alive(scores)
         weights = dropout(t, weights, p)
+        t.hold_in_piece(weights)
         out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
+        t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
 
 
@@ -220,6 +223,7 @@ def attention(
     fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
     (transformers' own fallback).
     """
+    t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
         return eager(
             t,

@@ -153,6 +153,7 @@ class Tape:
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self._path: list[str] = []
+        self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
 
     # -- where we are ------------------------------------------------------------------------------------------------
@@ -166,9 +167,11 @@ class Tape:
     def scope(self, name: str) -> Iterator[None]:
         """Record what follows as part of the submodule `name`."""
         self._path.append(name)
+        self._held.append([])
         try:
             yield
         finally:
+            self._let_variables_go()
             self._path.pop()
 
     # -- values ------------------------------------------------------------------------------------------------------
@@ -214,6 +217,23 @@ class Tape:
     def keep_alive(self, *tensors: Tensor) -> None:
         """These are held by a Python variable up to this point, although no operator needs them any more."""
         self._record("hold", tensors, ())
+
+    def hold_in_module(self, *tensors: Tensor) -> None:
+        """These are held by variables of the module's ``forward`` until it returns."""
+        self._held[-1].extend(tensors)
+
+    def hold_in_piece(self, tensor: Tensor) -> None:
+        """A variable of the layer holds this one until it returns (``out, _ = self.attention(...)``)."""
+        self._held[0].append(tensor)
+
+    def close(self) -> None:
+        """The piece has run."""
+        self._let_variables_go()
+
+    def _let_variables_go(self) -> None:
+        held = self._held.pop()
+        if held:
+            self.keep_alive(*held)
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
