@@ -6,11 +6,11 @@ change what runs (dtypes, attention implementation, windows shorter than the seq
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
-from memplan.specs.values import dataclass
+from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

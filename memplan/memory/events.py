@@ -12,9 +12,10 @@ for 200.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import Size, allocated
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -262,19 +262,21 @@ class _Backward:
         return Segment("backward", tuple(stays)), Segment("backward", tuple(passes))
 
     def _walk(self) -> None:
-        """The operators in reverse."""
+        """The operators in reverse; a span is computed again when the first of them needs something of it."""
         held = dict(self.lifetimes.keepers)
         keys = {s: ("hidden",) if self.tape.storages[s].role == "hidden" else ("", s) for s in held}
-        ends = {span.stop - 1: span for span in self.lifetimes.spans}
+        waiting = set(self.lifetimes.spans)
         starts = {span.start: span for span in self.lifetimes.spans}
         again: dict[int, int] = {}
         again_keys: dict[int, tuple[Any, ...]] = {}
         for i in range(len(self.tape.ops) - 1, -1, -1):
-            if i in ends:
-                again, again_keys = self._recompute(ends[i])
             op = self.tape.ops[i]
             kept = {x.storage for x in op.keeps}
-            if i in self.lifetimes._span_of:  # what comes from outside the span stays until its start is reached
+            span = self.lifetimes._span_of.get(i)
+            if span in waiting and kept:
+                waiting.discard(span)
+                again, again_keys = self._recompute(span)
+            if span is not None:  # what comes from outside the span stays until its start is reached
                 self._step(i, op, [(s, again, again_keys) for s in kept if s in again], recomputed=True)
             else:
                 self._step(i, op, [(s, held, keys) for s in kept])

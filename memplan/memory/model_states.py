@@ -18,10 +18,11 @@ blocks of 256, ``min_8bit_size`` 4096; transformers/trainer.py registers embeddi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.memory.events import Row
 from memplan.operators.sizes import Size, count, num_bytes
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,7 +10,9 @@ CUDA's caching allocator hands out blocks in steps of 512 bytes (kMinBlockSize i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

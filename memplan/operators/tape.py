@@ -164,10 +164,10 @@ class Tape:
         return ".".join(self._path)
 
     @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        """Record what follows as part of the submodule `name`."""
+    def scope(self, name: str, *held: Tensor) -> Iterator[None]:
+        """Record what follows as part of the submodule `name`; variables of its caller hold `held` until it returns."""
         self._path.append(name)
-        self._held.append([])
+        self._held.append(list(held))
         try:
             yield
         finally:

@@ -104,10 +104,10 @@ def self_attention(m: Bloom, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -
 def layer(m: Bloom, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One block."""
     normed = layer_norm(t, x, "input_layernorm")
-    with t.scope("self_attention"):
+    with t.scope("self_attention", normed):
         x = add(t, normed if m.residual_after_norm else x, self_attention(m, t, normed, shared))
     normed = layer_norm(t, x, "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         bent = gelu(t, linear(t, normed, 4 * m.hidden_size, "dense_h_to_4h", bias=True))
         fed = dropout(t, linear(t, bent, m.hidden_size, "dense_4h_to_h", bias=True), m.hidden_dropout)
     return add(t, normed if m.residual_after_norm else x, fed)

@@ -59,9 +59,9 @@ def self_attention(m: Cohere, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) 
 def layer(m: Cohere, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = written_out_layer_norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = gated_mlp(t, normed, m.intermediate_size, m.activation)
     return add(t, add(t, x, attended), fed)
 

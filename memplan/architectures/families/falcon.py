@@ -188,7 +188,7 @@ def self_attention(m: Falcon, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) 
 
 def feed_forward(m: Falcon, t: Tape, x: Tensor) -> Tensor:
     """Two layers."""
-    with t.scope("mlp"):
+    with t.scope("mlp", x):
         bent = ACTIVATION_BY_NAME[m.activation](t, projection(m, t, x, m.intermediate_size, "dense_h_to_4h"))
         return projection(m, t, bent, m.hidden_size, "dense_4h_to_h")
 
@@ -197,7 +197,7 @@ def layer(m: Falcon, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor
     """One decoder layer."""
     normed = layer_norm(t, x, "ln_attn" if m.two_norms else "input_layernorm")
     for_mlp = layer_norm(t, x, "ln_mlp") if m.two_norms else normed
-    with t.scope("self_attention"):
+    with t.scope("self_attention", normed):
         attended = self_attention(m, t, normed, shared)
     if m.parallel:
         fed = add_into(t, feed_forward(m, t, for_mlp), attended)

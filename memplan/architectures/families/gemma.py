@@ -126,13 +126,13 @@ def self_attention(m: Gemma, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -
 def layer(m: Gemma, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     if m.post_norms:
         attended = norm(t, attended, "post_attention_layernorm")
     x = add(t, x, attended)
     normed = norm(t, x, "pre_feedforward_layernorm" if m.post_norms else "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = gated_mlp(t, normed, m.intermediate_size, m.activation)
     if m.post_norms:
         fed = norm(t, fed, "post_feedforward_layernorm")

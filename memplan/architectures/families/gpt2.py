@@ -69,11 +69,11 @@ def self_attention(m: GPT2, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
 def layer(m: GPT2, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One block."""
     normed = layer_norm(t, x, "ln_1")
-    with t.scope("attn"):
+    with t.scope("attn", normed):
         attended = self_attention(m, t, normed, shared)
     x = add(t, attended, x)
     normed = layer_norm(t, x, "ln_2")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         bent = ACTIVATION_BY_NAME[m.activation](t, conv1d(t, normed, m.intermediate_size, "c_fc"))
         fed = dropout(t, conv1d(t, bent, m.hidden_size, "c_proj"), m.residual_dropout)
     return add(t, x, fed)

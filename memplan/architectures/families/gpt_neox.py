@@ -79,7 +79,7 @@ def self_attention(m: GPTNeoX, t: Tape, x: Tensor, shared: Mapping[str, Tensor])
 def feed_forward(m: GPTNeoX, t: Tape, x: Tensor) -> Tensor:
     """Norm, two layers and dropout."""
     normed = layer_norm(t, x, "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         bent = ACTIVATION_BY_NAME[m.activation](t, linear(t, normed, m.intermediate_size, "dense_h_to_4h", bias=True))
         fed = linear(t, bent, m.hidden_size, "dense_4h_to_h", bias=True)
     return dropout(t, fed, m.hidden_dropout)
@@ -88,7 +88,7 @@ def feed_forward(m: GPTNeoX, t: Tape, x: Tensor) -> Tensor:
 def layer(m: GPTNeoX, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One layer."""
     normed = layer_norm(t, x, "input_layernorm")
-    with t.scope("attention"):
+    with t.scope("attention", normed):
         attended = self_attention(m, t, normed, shared)
     attended = dropout(t, attended, m.hidden_dropout)
     if m.parallel:

@@ -102,9 +102,9 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
 def layer(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One block: attention and MLP side by side on one norm."""
     normed = layer_norm(t, x, "ln_1")
-    with t.scope("attn"):
+    with t.scope("attn", normed):
         attended = self_attention(m, t, normed, shared)
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         bent = ACTIVATION_BY_NAME[m.activation](t, linear(t, normed, m.intermediate_size, "fc_in", bias=True))
         fed = dropout(t, linear(t, bent, m.hidden_size, "fc_out", bias=True), m.residual_dropout)
     return add(t, add(t, attended, fed), x)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def layer(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = rms_norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = llama.self_attention(m, t, normed, shared)
     x = add(t, x, scale(t, attended))
     normed = rms_norm(t, x, "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = gated_mlp(t, normed, m.intermediate_size, m.activation, bias=m.mlp_bias)
     return add(t, x, scale(t, fed))
 

@@ -53,11 +53,11 @@ def self_attention(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -
 def layer(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = rms_norm(t, x, "attention_norm")
-    with t.scope("attention"):
+    with t.scope("attention", normed):
         attended = self_attention(m, t, normed, shared)
     x = add(t, x, attended)
     normed = rms_norm(t, x, "ffn_norm")
-    with t.scope("feed_forward"):
+    with t.scope("feed_forward", normed):
         gate = ACTIVATION_BY_NAME[m.activation](t, linear(t, normed, m.intermediate_size, "w1"))
         up = linear(t, normed, m.intermediate_size, "w3")
         fed = linear(t, mul(t, gate, up), m.hidden_size, "w2")

@@ -108,11 +108,11 @@ def self_attention(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor], *
 def layer(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor], *, rotated: bool = True) -> Tensor:
     """One decoder layer."""
     normed = rms_norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared, rotated=rotated)
     x = add(t, x, attended)
     normed = rms_norm(t, x, "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = gated_mlp(t, normed, m.intermediate_size, m.activation, bias=m.mlp_bias)
     return add(t, x, fed)
 

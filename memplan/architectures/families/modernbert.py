@@ -111,11 +111,11 @@ def mlp(m: ModernBert, t: Tape, x: Tensor) -> Tensor:
 def layer(m: ModernBert, t: Tape, x: Tensor, shared: Mapping[str, Tensor], *, first: bool) -> Tensor:
     """One encoder layer."""
     normed = x if first else layer_norm(t, x, "attn_norm", bias=m.norm_bias)
-    with t.scope("attn"):
+    with t.scope("attn", normed):
         attended = self_attention(m, t, normed, shared)
     x = add(t, x, attended)
     normed = layer_norm(t, x, "mlp_norm", bias=m.norm_bias)
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = mlp(m, t, normed)
     return add(t, x, fed)
 

@@ -85,11 +85,11 @@ def self_attention(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
 def layer(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One block."""
     normed = layer_norm(t, x, "norm_1", bias=False)
-    with t.scope("attn"):
+    with t.scope("attn", normed):
         attended = self_attention(m, t, normed, shared)
     x = add(t, dropout(t, attended, m.dropout), x)
     normed = layer_norm(t, x, "norm_2", bias=False)
-    with t.scope("ffn"):
+    with t.scope("ffn", normed):
         bent = keeps_input(t, "gelu", linear(t, normed, 4 * m.hidden_size, "up_proj"))
         return add(t, dropout(t, linear(t, bent, m.hidden_size, "down_proj"), m.dropout), x)
 

@@ -93,11 +93,11 @@ def plain_norm(t: Tape, x: Tensor, name: str) -> Tensor:
 def layer(m: Olmo, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One layer of the first OLMo."""
     normed = plain_norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     x = add(t, x, attended)
     normed = plain_norm(t, x, "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = gated_mlp(t, normed, m.intermediate_size, m.activation)
     return add(t, x, fed)
 

@@ -81,7 +81,7 @@ def self_attention(m: OPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
 def layer(m: OPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = layer_norm(t, x, "self_attn_layer_norm", affine=m.affine) if m.norm_first else x
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     x = add(t, x, dropout(t, attended, m.dropout))
     if not m.norm_first:

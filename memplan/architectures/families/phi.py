@@ -83,10 +83,10 @@ def self_attention(m: Phi, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
 def layer(m: Phi, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer: attention and MLP side by side on one norm."""
     normed = layer_norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     attended = dropout(t, attended, m.residual_dropout)
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         bent = ACTIVATION_BY_NAME[m.activation](t, linear(t, normed, m.intermediate_size, "fc1", bias=True))
         fed = linear(t, bent, m.hidden_size, "fc2", bias=True)
     return add(t, add(t, attended, dropout(t, fed, m.residual_dropout)), x)

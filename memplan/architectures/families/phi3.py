@@ -78,11 +78,11 @@ def layer(m: Phi3, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer; `shared` has one mask, whichever the model makes."""
     normed = rms_norm(t, x, "input_layernorm")
     mask = shared.get("window_mask", shared.get("mask"))
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared if mask is None else {**shared, "mask": mask})
     x = add(t, x, dropout(t, attended, m.residual_dropout))
     normed = rms_norm(t, x, "post_attention_layernorm")
-    with t.scope("mlp"):
+    with t.scope("mlp", normed):
         fed = mlp(m, t, normed)
     return add(t, x, dropout(t, fed, m.residual_dropout))
 

@@ -102,7 +102,7 @@ def feed_forward(m: StableLM, t: Tape, x: Tensor) -> Tensor:
 def layer(m: StableLM, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = layer_norm(t, x, "input_layernorm")
-    with t.scope("self_attn"):
+    with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     if m.parallel:
         fed = feed_forward(m, t, normed)
