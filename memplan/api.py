@@ -3,22 +3,20 @@
     memplan.estimate("llama-3-8b", gpu="a100-80gb", seq_len=4096)
     memplan.suggest("llama-3.2-3b", gpu="24GB", target_batch=32)
 
-Each reads the catalogue, builds the question and lets the core answer it.
+Each reads the catalogue, builds the question and lets the core answer it; what an estimate without GPU and target does
+not need is imported where it is used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.registry import read_architecture
-from memplan.catalog.gpus import parse_gpu, read_gpu
 from memplan.catalog.models import find_default_model, read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator, speed_of
-from memplan.planner.goal import Goal, Target, target_from_tokens
-from memplan.planner.search import search
 from memplan.specs.training import Setup, check_count
-from memplan.specs.values import replace
+from memplan.specs.values import NamedTuple, replace
 from memplan.units import parse_count, parse_size
 
 if TYPE_CHECKING:
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from memplan.architectures.architecture import Architecture
     from memplan.estimation.estimate import Estimate
     from memplan.estimation.grid import Grid
+    from memplan.planner.goal import Target
     from memplan.planner.plan import Plan
     from memplan.specs.gpu import GpuSpec
 
@@ -64,6 +63,8 @@ def find_model(model: str | Model | None, *, dropout: float | None = None) -> Mo
 
 def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
     """The card and how many of them; ``2xa100-80gb`` and ``gpus=2`` say the same."""
+    from memplan.catalog.gpus import parse_gpu
+
     num, spec = parse_gpu(gpu)
     if gpus is not None:
         check_count("gpus", gpus)
@@ -75,6 +76,8 @@ def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
 
 def find_speed(gpu: GpuSpec) -> GpuSpec:
     """The card whose rates time the steps: itself, or a stand-in of about its size where they are not known."""
+    from memplan.catalog.gpus import read_gpu
+
     if speed_of(gpu) is not None:
         return gpu
     names = [name for most, name in SPEED_STAND_INS if most is None or gpu.usable_bytes <= most]
@@ -108,11 +111,14 @@ def find_target(setup: Setup, target_batch: int | None, target_tokens: int | str
     """
     if target_batch is not None and target_tokens is not None:
         raise UsageError("--target-batch and --target-tokens both say how large a step is.", "Leave one of them out.")
+    if target_batch is None and target_tokens is None:
+        return None
+    from memplan.planner.goal import Target, target_from_tokens
+
     if target_batch is not None:
         check_count("target_batch", target_batch)
         return Target(target_batch)
-    if target_tokens is None:
-        return None
+    assert target_tokens is not None
     tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else target_tokens
     return target_from_tokens(tokens, setup.seq_len, setup.data_parallel_size)
 
@@ -123,6 +129,8 @@ def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:
     Raises:
         UsageError: none do, or `accumulation` says otherwise.
     """
+    from memplan.planner.goal import Goal
+
     goal = Goal(
         setup=setup,
         target=target,
@@ -279,6 +287,9 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
         UsageError: a value or a combination has no meaning, or the target cannot be divided exactly.
         MemplanError: the model cannot be read or modelled.
     """
+    from memplan.planner.goal import Goal
+    from memplan.planner.search import search
+
     if target_batch is None and target_tokens is None:
         raise UsageError(
             "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."

@@ -53,11 +53,27 @@ def read_gpu(name: str) -> GpuSpec:
     gpu_id = name.strip().lower()
     if _is_id(gpu_id):
         return _read_gpu_file(gpu_id)
-    index = read_profile(FOLDER, INDEX_FILE)
+    index = read_index()
     known_id = _id_by_folded_name(index).get(_fold(name))
     if known_id is None:
         raise UsageError(f"No GPU is known by the name {name!r}.", _near_names(name, index))
     return _read_gpu_file(known_id)
+
+
+def read_index() -> dict[str, Any]:
+    """Aliases and `label_gb` of every card by id.
+
+    Its lines are cut rather than parsed, so that a card given as a size needs no TOML: each is
+    ``id = { label_gb = 24, aliases = ["a", "b"] }``, and a test holds the result equal to what a parser reads.
+    """
+    index: dict[str, Any] = {}
+    with open(profile_path(FOLDER, INDEX_FILE), encoding="utf-8") as file:
+        for line in file:
+            gpu_id, entry, rest = line.partition(" = { label_gb = ")
+            if entry:
+                label_gb, _, aliases = rest.partition(", aliases = ")
+                index[gpu_id] = {"label_gb": float(label_gb), "aliases": aliases.split('"')[1::2]}
+    return index
 
 
 def parse_gpu(text: str) -> tuple[int, GpuSpec]:
@@ -71,7 +87,7 @@ def parse_gpu(text: str) -> tuple[int, GpuSpec]:
     if kind.lower() == "auto":
         return num_gpus, _read_local_gpu(num_gpus)
     if _looks_like_size(kind):
-        index = read_profile(FOLDER, INDEX_FILE)
+        index = read_index()
         if _fold(kind) not in _id_by_folded_name(index):
             return num_gpus, _parse_sized_gpu(kind, index)
     return num_gpus, read_gpu(kind)
@@ -191,7 +207,7 @@ def _read_local_gpu(num_gpus: int) -> GpuSpec:
         )
     name, total_bytes = found[0]
     source = "nvidia-smi, this machine"
-    known_id = _find_driver_name(name, total_bytes, read_profile(FOLDER, INDEX_FILE))
+    known_id = _find_driver_name(name, total_bytes, read_index())
     card = _read_gpu_file(known_id) if known_id else None
     if card and abs(card.total_bytes - total_bytes) <= SAME_CARD_TOLERANCE * total_bytes:
         return replace(card, physical_bytes=total_bytes, sources={**card.sources, "physical_bytes": source})

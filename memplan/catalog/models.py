@@ -16,10 +16,11 @@ Left out: hub revisions, and names without an organisation that the catalogue do
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from memplan.catalog.profiles import parse_toml, profile_path
 from memplan.errors import ConfigError, MemplanError, UnknownModelError, UsageError, did_you_mean
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -381,7 +382,7 @@ def _read_model_key(path: str, tables: tuple[str, ...]) -> str | None:
             content = file.read(MAX_CONFIG_BYTES)
     except OSError:
         return None
-    if not all(word.encode() in content for word in (*tables, "model")):
+    if b"model" not in content or (tables and not _may_hold(content, tables)):
         return None
     cure = "Correct the file, or name the model on the command line."
     try:
@@ -395,6 +396,18 @@ def _read_model_key(path: str, tables: tuple[str, ...]) -> str | None:
     if not isinstance(table, str) or not table.strip():
         raise MemplanError(f"model in {path} is {table!r}, not the name of a model.", cure)
     return table.strip()
+
+
+def _may_hold(content: bytes, tables: tuple[str, ...]) -> bool:
+    """Whether a line of a TOML file begins a table within these, however it is spelt; looking is quicker than parsing.
+
+    For ``("tool", "memplan")``: ``[tool.memplan]``, ``tool.memplan.model = ``, ``tool = {``, ``memplan = {`` and
+    ``memplan.model = ``, where quotes and blanks make no difference.
+    """
+    dotted = ".".join(tables).encode()
+    starts = (b"[" + dotted, dotted, *(table.encode() + end for table in tables for end in (b"={", b".model")))
+    bare = content.translate(None, b" \t\"'")
+    return any(line.startswith(starts) for line in bare.splitlines())
 
 
 def _relative_to(folder: str, name: str) -> str:

@@ -1,131 +1,68 @@
-"""`memplan`: finds the command, runs it, and turns faults into two lines and an exit status.
+"""`memplan`: reads the command line, answers, and turns faults into two lines and an exit status.
 
 0 done, or it fits · 1 a fault · 2 usage · 3 it does not fit (the answer is printed all the same) · 130 interrupted
 
-A command's module is imported when it is called, and nothing is imported for `--version`.
+A command's module is imported when it is called, and click when a command line is not a plain one.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from memplan.errors import MemplanError, UsageError, did_you_mean
+from memplan.cli.output import write_stderr
+from memplan.cli.plain import read_plain
+from memplan.errors import MemplanError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = {
-    "estimate": "the bytes of one configuration",
-    "suggest": "the fastest configuration that fits and keeps the batch",
-    "models": "the models that are known",
-    "gpus": "the GPUs that are known",
-}
-"""Name -> what it answers; module and function are called like the command."""
-
-PLANNED = (
-    "sweep",
-    "trace",
-    "probe",
-    "validate",
-    "calibrate",
-    "lengths",
-    "same-update",
-    "check",
-    "export",
-    "report",
-    "doctor",
-)
-"""Commands to come; asking for one is a fault that says so."""
-
 INTERRUPTED = 130
-
-
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, in the order in which they are useful."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, None where there is none."""
-        if cmd_name not in COMMANDS:
-            return None
-        command = getattr(import_module(f"memplan.cli.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does; an unknown name is answered with near ones."""
-        name = args[0]
-        if name in PLANNED:
-            raise MemplanError(f"memplan {name} is not there yet.", f"This version has {', '.join(COMMANDS)}.")
-        if name not in COMMANDS and not name.startswith("-"):
-            known = f"The commands are {', '.join(COMMANDS)}."
-            raise UsageError(f"There is no command {name!r}.", did_you_mean(name, COMMANDS, otherwise=known))
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Their list, without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        click.echo(f"memplan {sys.modules['memplan'].__version__}")
-        ctx.exit()
-
-
-@click.group(
-    cls=LazyGroup,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done, or it fits; 1 a fault; 2 usage; 3 it does not fit; 130 interrupted.",
-)
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
-)
-@click.pass_context
-def memplan(ctx: click.Context) -> None:
-    """Say whether a training run fits on a GPU, and plan the fastest that does.
-
-    For example: memplan suggest --gpu 24GB --target-batch 32
-    """
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help(), err=True)
-        ctx.exit(2)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    given = list(sys.argv[1:] if args is None else args)
+    if args is not None:
+        return _main(list(args))
+    gc.disable()  # the program ends when it has answered, and leaves hardly any cycles behind
+    status = _main(sys.argv[1:])
+    gc.freeze()  # nor has the interpreter to look for them at its end
+    return status
+
+
+def _main(given: list[str]) -> int:
     try:
-        status: Any = memplan.main(given, prog_name="memplan", standalone_mode=False)
-    except (click.Abort, KeyboardInterrupt):
+        return _run(given)
+    except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
     except Exception as fault:  # noqa: BLE001 -- the last resort: every fault ends in two lines and a status
         if "--traceback" in given:
             _print_traceback()
-        return _report(fault, given)
-    return status if isinstance(status, int) else 0
+        return _report(fault)
 
 
-def _report(fault: Exception, given: Sequence[str]) -> int:
+def _run(given: Sequence[str]) -> int:
+    plain = read_plain(given, os.environ)
+    if plain is None:
+        from memplan.cli.commands import run
+
+        return run(given)
+    command, options = plain
+    if command == "suggest":
+        from memplan.cli.suggest import answer
+    else:
+        from memplan.cli.estimate import answer
+    return answer(options)
+
+
+def _report(fault: Exception) -> int:
     """Cause and cure on stderr; the exit status."""
     if isinstance(fault, MemplanError):
         _say(fault.cause, fault.cure)
         return fault.exit_status
-    if isinstance(fault, click.ClickException):
-        _say(*_translated(fault, given))
-        return fault.exit_code
     text = " ".join(str(fault).split())
     _say(
         f"an unexpected {type(fault).__name__}{f': {text}' if text else ''}.",
@@ -134,22 +71,8 @@ def _report(fault: Exception, given: Sequence[str]) -> int:
     return 1
 
 
-def _translated(fault: click.ClickException, given: Sequence[str]) -> tuple[str, str]:
-    """A fault of click as cause and cure."""
-    ctx = getattr(fault, "ctx", None)
-    command = next((arg for arg in given if arg in COMMANDS), None)
-    cure = f"See memplan {command} --help." if command else "See memplan --help."
-    option = getattr(fault, "option_name", None)
-    if isinstance(fault, click.NoSuchOption) and ctx is not None:
-        known = [name for param in ctx.command.params if not getattr(param, "hidden", False) for name in param.opts]
-        return f"There is no option {option}.", did_you_mean(str(option), known, otherwise=cure)
-    return f"{fault.format_message().rstrip('.')}.", cure
-
-
 def _say(cause: str, cure: str = "") -> None:
-    click.echo(f"memplan: {cause}", err=True)
-    if cure:
-        click.echo(cure, err=True)
+    write_stderr(f"memplan: {cause}\n{cure}\n" if cure else f"memplan: {cause}\n")
 
 
 def _print_traceback() -> None:

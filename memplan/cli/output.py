@@ -12,8 +12,14 @@ from memplan.report.layout import ASCII
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import TextIO
 
     from memplan.report.ansi import Line
+
+DOES_NOT_FIT = 3
+"""The exit status where the answer is that it does not fit."""
+
+NO_BOUND = "--confidence: nothing is calibrated yet; the bound is the headroom, not a statistical one"
 
 
 def write_answer(
@@ -53,7 +59,18 @@ def write_answer(
 def say(text: str, *, quiet: bool) -> None:
     """A word on stderr, beside the result."""
     if not quiet:
-        sys.stderr.write(f"memplan: {text}\n")
+        write_stderr(f"memplan: {text}\n")
+
+
+def write_stderr(text: str) -> None:
+    """The text, where there is a stderr and somebody reads it."""
+    if sys.stderr is None:  # closed by whoever started the program
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _forget(sys.stderr)
 
 
 def write_stdout(text: str) -> None:
@@ -67,9 +84,9 @@ def write_stdout(text: str) -> None:
         sys.stdout.write(encodable(text, encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(sys.stdout)
     except OSError as fault:
-        _forget_stdout()
+        _forget(sys.stdout)
         raise MemplanError(
             f"The answer could not be written to stdout: {fault.strerror}.", "Write it elsewhere, with --output FILE."
         ) from None
@@ -84,13 +101,13 @@ def encodable(text: str, encoding: str) -> str:
     return text
 
 
-def _forget_stdout() -> None:
+def _forget(stream: TextIO) -> None:
     """What is still in the buffer goes nowhere, so that the interpreter's own flush at the end does not fail again."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-    except (OSError, ValueError):  # stdout has no file behind it
+    except (OSError, ValueError):  # it has no file behind it
         pass
 
 

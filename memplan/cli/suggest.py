@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from memplan import api
-from memplan.cli.estimate import DOES_NOT_FIT, NO_BOUND
-from memplan.cli.options import Options, SetupCommand, setup_options
-from memplan.cli.output import say, write_answer
+from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, write_answer
 from memplan.errors import UsageError
 from memplan.report.document import plan_document
 from memplan.report.plan import render_plan
 
 if TYPE_CHECKING:
+    from memplan.cli.values import Options
     from memplan.planner.plan import Plan
 
 
-@click.command(cls=SetupCommand, short_help="the fastest configuration that fits and keeps the batch")
-@setup_options
-def suggest(**given: Any) -> int:
-    """Plan: micro-batch, accumulation steps and checkpointing that reach the batch on this GPU, the fastest first.
-
-    MODEL is a name that `memplan models` lists, a config.json, a folder holding one, or a hub id. Micro-batch,
-    accumulation and checkpointing are kept where they are given, and else free.
-    """
-    options = Options(**given)
+def answer(options: Options) -> int:
+    """Print the plan; the exit status."""
     if options.gpu is None:
         raise UsageError("A plan needs a GPU: --gpu is missing.", "Say --gpu rtx4090, --gpu 24GB or --gpu auto.")
     if options.target_batch is None and options.target_tokens is None:
@@ -36,19 +26,19 @@ def suggest(**given: Any) -> int:
     if options.confidence is not None:
         say(NO_BOUND, quiet=options.quiet)
     model = api.find_model(options.model, dropout=options.dropout)
-    answer = api.suggest(model, gpu=options.gpu, **options.choices())
-    document = plan_document(answer, origin=model.origin, cards=_cards(answer))
+    plan = api.suggest(model, gpu=options.gpu, **options.choices())
+    document = plan_document(plan, origin=model.origin, cards=_cards(plan))
     write_answer(
         document,
         format=options.format,
         output=options.output,
         quiet=options.quiet,
         lines=lambda: render_plan(document, quiet=options.quiet),
-        records=answer.records,
+        records=plan.records,
     )
-    if answer.best is None and options.format in {"csv", "markdown"}:
+    if plan.best is None and options.format in {"csv", "markdown"}:
         say("nothing fits, so the table is empty; see --format text or --json", quiet=options.quiet)
-    return DOES_NOT_FIT if answer.best is None else 0
+    return DOES_NOT_FIT if plan.best is None else 0
 
 
 def _cards(plan: Plan) -> list[dict[str, Any]]:

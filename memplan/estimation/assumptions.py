@@ -7,11 +7,12 @@ size.  Where the other case is a setup that is modelled, it is evaluated; else t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
-from memplan.specs.values import replace
+from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def assumptions(
         *_optimizer_temporaries(case),
         *_gradients(case),
         *_attention(case),
+        *_padding(case),
         *_logits(case),
         *_autocast_cache(case),
     ]
@@ -167,6 +169,20 @@ def _attention(case: _Case) -> Iterator[Assumption]:
     effect = case.effect(replace(case.setup, attention=other)) if known else None
     value, why = values[now]
     yield Assumption("attention", value, other if known else "", effect, why)
+
+
+def _padding(case: _Case) -> Iterator[Assumption]:
+    other = replace(case.setup, padding=not case.setup.padding)
+    if case.setup.padding:
+        why = "a kernel that is given a mask is another one, and the mask is a tensor"
+        yield Assumption("padding", "padded, so a mask is passed", "packed batches", case.effect(other), why)
+        return
+    try:
+        case.estimator.check(other)
+    except UsageError:  # it is not modelled what padding does to this architecture
+        return
+    why = "the mask is left out where it would hide nothing: packed or equally long sequences"
+    yield Assumption("padding", "none, so no mask", "padded batches", case.effect(other), why)
 
 
 def _logits(case: _Case) -> Iterator[Assumption]:

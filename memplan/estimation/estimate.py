@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions
@@ -12,7 +12,7 @@ from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
-from memplan.specs.values import dataclass
+from memplan.specs.values import NamedTuple, dataclass
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
 

@@ -8,9 +8,10 @@ point of the step.  The rows' `bytes_at_peak` add up to the peak exactly.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.estimation.step import HEAD, STEM
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

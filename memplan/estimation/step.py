@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import record
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
@@ -22,6 +22,7 @@ from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
 from memplan.operators.tape import Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence, Set

@@ -7,11 +7,11 @@ Nothing is rounded silently: a batch that cannot be reached is a fault that name
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.specs.training import check_checkpointing, check_count
-from memplan.specs.values import dataclass, replace
+from memplan.specs.values import NamedTuple, dataclass, replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

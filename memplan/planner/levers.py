@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.planner.plan import Candidate, Lever
-from memplan.specs.values import replace
+from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

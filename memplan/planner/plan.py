@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.specs.tabular import Tabular
-from memplan.specs.values import dataclass
+from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimate, Memory, ModelSummary

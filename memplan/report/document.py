@@ -151,6 +151,7 @@ def setup_document(setup: Setup) -> Document:
         "attention": setup.attention,
         "loss": setup.loss,
         "dropout": setup.dropout,
+        "padding": setup.padding,
     }
 
 

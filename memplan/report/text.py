@@ -110,6 +110,8 @@ def choices(setup: Document) -> str:
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
     if setup["dropout"] is not None:
         parts.append(f"dropout {setup['dropout']:g}")
+    if setup["padding"]:
+        parts.append("padded batches")
     return ", ".join(parts)
 
 

@@ -1,8 +1,11 @@
-"""Frozen, keyword-only values that cost nothing to declare.
+"""Frozen values that cost nothing to declare: keyword-only ones, and named tuples.
 
 `value` and `replace` are `dataclasses.dataclass(frozen=True, kw_only=True)` and `dataclasses.replace` in all that
 memplan's values need, without generating source code for each class and without importing `inspect`: a plan from a cold
 start takes a third less time.  Type checkers see the real ones; the functions of `dataclasses` work on the values, too.
+
+`NamedTuple` is `typing.NamedTuple` that takes the annotations as they stand: typing compiles each of them, which takes
+longer than all else that it does for a class.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dataclasses import dataclass, field, replace
+    from typing import NamedTuple
 else:
+    from collections import namedtuple
 
     class _Default:
         def __init__(self, make, hashed):
@@ -95,5 +100,19 @@ else:
         """The same value with some fields changed; its checks run again."""
         return type(value)(**{**{name: value.__dict__[name] for name in type(value).__value_fields__}, **changes})
 
+    class _Named(type):
+        """Makes a class statement with the base `NamedTuple` a named tuple."""
 
-__all__ = ["dataclass", "field", "replace"]
+        def __new__(cls, name, bases, body):
+            fields = body.pop("__annotations__", {})
+            defaults = [body.pop(field) for field in fields if field in body]
+            made = namedtuple(name, fields, defaults=defaults, module=body.pop("__module__"))
+            made.__annotations__ = fields
+            for key, member in body.items():
+                setattr(made, key, member)
+            return made
+
+    NamedTuple = type.__new__(_Named, "NamedTuple", (), {})
+
+
+__all__ = ["NamedTuple", "dataclass", "field", "replace"]

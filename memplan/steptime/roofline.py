@@ -13,9 +13,10 @@ take longer, mostly by a factor of 1.2 to 3; what is compared, configurations of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import Size
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

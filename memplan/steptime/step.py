@@ -8,8 +8,9 @@ and states (torch/optim/adamw.py, sgd.py of PyTorch 2.13, one kernel after the o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from memplan.specs.values import NamedTuple
 from memplan.steptime.roofline import Speed, Timed, seconds, timed
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import get_type_hints
 
 import pytest
 
-from memplan.cli.options import SETUP_OPTIONS, Options
-from memplan.cli.suggest import suggest
+from memplan.cli.commands import suggest
+from memplan.cli.values import MODEL, SETUP_ROWS, Options
 from memplan.report.layout import WIDTH
 
 FITS = "suggest gpt2 --gpu 24GB --target-batch 32 --seq-len 512"
@@ -155,6 +155,17 @@ def test_the_ways_out_of_a_plan_are_ways_out(run) -> None:
         assert again["fits"]
 
 
+def test_padding_is_assumed_away_or_counted(run) -> None:
+    """GIVEN padded micro-batches, THEN the peak is what the assumption of unpadded ones says, and the setup says so."""
+    plain, padded = (json.loads(run(f"estimate llama-3-8b --json {flag}").out) for flag in ("", "--padding"))
+    (assumed,) = (one for one in plain["assumptions"] if one["what"] == "padding")
+    (counted,) = (one for one in padded["assumptions"] if one["what"] == "padding")
+    assert assumed["effect_bytes"] == padded["peak_allocated_bytes"] - plain["peak_allocated_bytes"] > 0
+    assert counted["effect_bytes"] == -assumed["effect_bytes"]
+    assert (plain["setup"]["padding"], padded["setup"]["padding"]) == (False, True)
+    assert "padded batches" in run("suggest gpt2 --gpu t4 --target-batch 8 --padding").out
+
+
 def test_the_cards_that_hold_it_do(run) -> None:
     """GIVEN nothing fits 24 GB, THEN the cards named hold the same configuration."""
     command = "suggest qwen2.5-1.5b --gpu {} --target-batch 32 --precision bf16-mixed"
@@ -174,18 +185,16 @@ def test_the_default_model_is_named(run, tmp_path) -> None:
 
 
 def test_options_and_their_types_agree() -> None:
-    """Every option becomes the field of `Options` that has its name, and is of the field's type."""
-    params = {param.name: param for param in suggest.params if param.expose_value and param.name != "as_json"}
+    """Every row of the table fills the field of `Options` that has its name, with values of the field's type."""
+    rows = {row.field: row for row in (MODEL, *SETUP_ROWS) if not row.hidden and row.field != "json"}
     fields = get_type_hints(Options)
-    assert params.keys() == fields.keys()
-    for name, param in params.items():
-        of_type = (
-            bool
-            if getattr(param, "is_flag", False)
-            else {"str": str, "int": int, "float": float}[param.type.annotation]
-        )
+    assert rows.keys() == fields.keys()
+    for name, row in rows.items():
+        of_type = bool if row.read is None else get_type_hints(row.read)["return"]
         assert fields[name] in {of_type, of_type | None}, name
-    assert len(SETUP_OPTIONS) == len(suggest.params)
+    params = {param.name: param for param in suggest.params}
+    assert len(params) == len(suggest.params) == 1 + len(SETUP_ROWS)
+    assert {name for name, param in params.items() if param.expose_value} == {*fields, "json"}
 
 
 @pytest.mark.parametrize("command", ["estimate", "suggest"])

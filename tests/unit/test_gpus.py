@@ -1,10 +1,9 @@
 """The GPU catalogue: its facts, its names, and what `--gpu` understands."""
 
-
 import pytest
 
 from memplan.catalog import gpus, profiles
-from memplan.catalog.gpus import parse_gpu, read_gpu, read_gpus
+from memplan.catalog.gpus import parse_gpu, read_gpu, read_gpus, read_index
 from memplan.catalog.profiles import profiles_dir, read_profile
 from memplan.errors import MemplanError, UsageError
 from memplan.specs.gpu import FLOPS_DTYPES, GpuSpec
@@ -279,7 +278,12 @@ def test_a_look_up_reads_no_more_files_than_it_must(monkeypatch):
         opened.append(parts[-1])
         return read_profile(*parts)
 
+    def read_index_and_note():
+        opened.append("index.toml")
+        return read_index()
+
     monkeypatch.setattr(gpus, "read_profile", read_and_note)
+    monkeypatch.setattr(gpus, "read_index", read_index_and_note)
     for text, files in [
         ("rtx4090", ["rtx4090.toml"]),
         ("2xt4", ["t4.toml"]),
