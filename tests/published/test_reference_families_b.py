@@ -113,8 +113,8 @@ FALCON: dict[str, Any] = {
 FALCON_BY_NAME: dict[str, dict[str, Any]] = {
     "falcon, one key head": FALCON,
     "falcon, key heads for groups": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "falcon, alibi and one after the other": FALCON
-    | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "hidden_dropout": 0.1},
+    "falcon, one after the other": FALCON
+    | {"bias": True, "multi_query": False, "parallel_attn": False, "hidden_dropout": 0.1},
 }
 FALCON_VARIANTS = [
     ("sdpa", "bf16", "none", 2, None),

@@ -56,7 +56,6 @@ class Falcon:
     activation: str
     tied: bool
     bias: bool
-    alibi: bool
     grouped: bool
     """The new decoder architecture."""
     parallel: bool
@@ -67,15 +66,12 @@ class Falcon:
 
 
 def stem(m: Falcon, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embedding, mask (with ALiBi in it, if there is one) and rotary tables."""
+    """Embedding, mask and rotary tables."""
     with t.scope("transformer"):
         x = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "word_embeddings")
         position_ids = add_scalar(t, positions(t))
         shared: dict[str, Tensor] = {}
-        mask = additive_mask(t, x.dtype) if t.attention == "eager" or m.alibi else boolean_mask(t)
-        if m.alibi:
-            shared["alibi"] = t.op("alibi", (), ("b", m.num_heads, 1, "s"), dtype=x.dtype)
-            mask = t.op("masked_fill", (scale(t, shared["alibi"]), mask), ("b", m.num_heads, "s", "s"))
+        mask = additive_mask(t, x.dtype) if t.attention == "eager" else boolean_mask(t)
         with t.scope("rotary_emb"):
             shared |= rotary_tables(t, x, m.head_dim, position_ids=position_ids)
     return x, shared | {"mask": mask}
@@ -129,17 +125,11 @@ def written_out(
     else:
         q, k, v = factors(m, t, q, k, v)
     product = matmul(t, q, k, ("b", m.num_heads, "s", "s"), m.head_dim)
-    scores, logits = product, product
-    if m.alibi:
-        scores = t.cast(product, "fp32")
-        logits = add(t, scores, shared["alibi"])
-    weights = softmax(t, add(t, logits, shared["mask"]), dtype=dtype)
-    if m.alibi:
-        weights = dropout(t, weights, m.attention_dropout)
+    weights = softmax(t, add(t, product, shared["mask"]), dtype=dtype)
     if single:
         (v,) = factors(m, t, v)
     out = matmul(t, weights, v, ("b", m.num_heads, "s", m.head_dim), "s")
-    return copy(t, out, ("b", "s", m.num_heads, m.head_dim)), (product, scores, logits, weights)
+    return copy(t, out, ("b", "s", m.num_heads, m.head_dim)), (product, weights)
 
 
 def _heads(x: Tensor) -> int:
@@ -172,8 +162,7 @@ def self_attention(m: Falcon, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) 
     """Attention on one joint projection."""
     joint = projection(m, t, x, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim, "query_key_value")
     q, k, v = queries_keys_values(m, t, joint)
-    if not m.alibi:
-        q, k = rotary(t, q, shared["cos"], shared["sin"]), rotary(t, k, shared["cos"], shared["sin"])
+    q, k = rotary(t, q, shared["cos"], shared["sin"]), rotary(t, k, shared["cos"], shared["sin"])
     variables: tuple[Tensor, ...] = ()
     if t.attention == "eager":
         out, variables = written_out(m, t, q, k, v, shared, x.dtype)
@@ -240,13 +229,16 @@ def falcon(config: Config) -> Architecture:
         activation=config.choice("activation", known=ACTIVATION_BY_NAME, default="gelu"),
         tied=config.flag("tie_word_embeddings", default=True),
         bias=config.flag("bias", default=False),
-        alibi=config.flag("alibi", default=False),
         grouped=grouped,
         parallel=parallel,
         two_norms=grouped and parallel and norms == 2,
         attention_dropout=config.fraction("attention_dropout", default=0.0),
         hidden_dropout=config.fraction("hidden_dropout", default=0.0),
     )
+    if config.flag("alibi", default=False):
+        raise ConfigError(
+            f"alibi in {config.origin} is not modelled for Falcon.", "Falcon models with rotary positions are."
+        )
     if grouped and not parallel:
         raise ConfigError(
             f"new_decoder_architecture without parallel_attn in {config.origin} is not modelled.",
@@ -260,7 +252,7 @@ def falcon(config: Config) -> Architecture:
         layer_prefix="transformer.h.{}",
         head=partial(head, m),
         vocab_size=m.vocab_size,
-        max_positions=None if m.alibi else config.integer("max_position_embeddings", default=2048),
+        max_positions=config.integer("max_position_embeddings", default=2048),
         hidden_size=hidden,
         buffers=tuple(
             Buffer(f"transformer.rotary_emb.{name}", (head_dim // 2,), "fp32")
