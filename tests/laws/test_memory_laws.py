@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from hypothesis import given
@@ -15,13 +16,15 @@ from memplan.estimation.step import INSTANTS, Recordings
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
-from memplan.specs.training import Setup
 from tests.laws.models import CONFIGS, RECORDINGS, models, peaks, setups
+
+if TYPE_CHECKING:
+    from memplan.specs.training import Setup
 
 
 @given(model=models, setup=setups)
 def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) -> None:
-    """Unrolled event by event, a run reaches at every instant exactly the peak that the formula gives, in both steps."""
+    """Unrolled event by event, a run reaches at every instant exactly the formula's peak, in both steps."""
     program = RECORDINGS[model].program(setup)
     sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
     accumulation = setup.gradient_accumulation_steps
@@ -41,7 +44,7 @@ def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) ->
 
 @given(model=models, setup=setups)
 def test_every_release_names_a_block_that_is_there(model: str, setup: Setup) -> None:
-    """No block is freed twice or before it exists, no name is taken while in use, and only the model outlives a step."""
+    """No block is freed twice or before it exists, no name taken while in use; only the model outlives a step."""
     program = RECORDINGS[model].program(setup)
     sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
     alive: dict[tuple[object, ...], int] = {}

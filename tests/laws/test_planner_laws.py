@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +12,13 @@ from memplan.architectures.registry import read_architecture
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
 from memplan.planner.goal import Goal, Target, divisors, target_from_tokens
-from memplan.planner.plan import Plan
 from memplan.planner.search import search
 from memplan.specs.gpu import GpuSpec
 from memplan.specs.training import Setup
 from tests.laws.models import CONFIGS, models
+
+if TYPE_CHECKING:
+    from memplan.planner.plan import Plan
 
 GPU = GpuSpec(
     name="test",
@@ -46,7 +50,7 @@ def plan(model: str, *, target: int, ranks: int, usable: int, precision: str, se
     precision=st.sampled_from(["fp32", "bf16", "bf16-mixed"]),
 )
 def test_plans_reach_the_target_exactly_and_fit(model: str, each: int, ranks: int, usable: int, precision: str) -> None:
-    """Micro-batch x accumulation x ranks is the target in every plan; plans fit with their headroom, refusals do not."""
+    """Micro-batch x accumulation x ranks is the target; plans fit with their headroom, refusals do not."""
     found = plan(model, target=each * ranks, ranks=ranks, usable=usable, precision=precision)
     plans = ([found.best] if found.best else []) + list(found.alternatives)
     for candidate in plans:

@@ -51,5 +51,6 @@ def test_the_recorded_parameters_are_those_of_the_real_model(model):
     if model.model_type in NOT_MODELLED and model.model_type not in READER_BY_MODEL_TYPE:
         pytest.skip(f"{model.model_type} is not modelled yet")
     values, origin = read_config(model.id)
-    table = record(read_architecture(values, origin), Numerics("bf16")).parameters()
+    architecture = read_architecture(values, origin)
+    table = record(architecture, Numerics("bf16"), attention=architecture.attentions[0]).parameters()
     assert sum(prod(row.shape) for row in table) == model.parameters

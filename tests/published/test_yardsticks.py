@@ -104,7 +104,7 @@ def test_the_loss_peaks_at_three_logits_in_fp32(precision: str, copies: int, hid
 
 
 PADDED = Setup(seq_len=4096, padding=True)
-"""transformers 4.57 hands scaled_dot_product_attention a mask in every training run, as 5.23 does for padded batches."""
+"""transformers 4.57 hands fused attention a mask in every training run, as 5.23 does for padded batches."""
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_gpt2_under_mem_tracker() -> None:
 
 
 def test_bert_large_under_mem_tracker() -> None:
-    """BERT-large in fp32, batch 4, 512 tokens: 7.87 GiB on a CPU: hidden dropout as fp32 noise, 49 of (4, 512, 1024)."""
+    """BERT-large in fp32, batch 4, 512 tokens: 7.87 GiB on a CPU, dropout as fp32 noise: 49 of (4, 512, 1024)."""
     config = api.read_config("bert-large-uncased")[0] | {
         "attention_probs_dropout_prob": 0.0,
         "hidden_dropout_prob": 0.1,
@@ -167,7 +167,7 @@ LLAMA_32_1B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 BENCH = Setup(seq_len=2048, gradient_accumulation_steps=2, padding=True)
-"""The bench never drops gradients (`set_to_none=False`), as if accumulating, and hands over a mask (transformers 4.57)."""
+"""The bench never drops gradients (`set_to_none=False`), as if accumulating; transformers 4.57 makes a mask."""
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ BENCH = Setup(seq_len=2048, gradient_accumulation_steps=2, padding=True)
 def test_peaks_measured_on_an_a6000(
     model: str | dict[str, Any], setup: Setup, vocab: int, logit_bytes: int, peak_gb: float
 ) -> None:
-    """The README of vramcalc 0.1.2: torch.cuda.max_memory_allocated, RTX A6000, torch 2.14.1, transformers 4.57.6: within 1 %.
+    """Within 1 % of max_memory_allocated on an RTX A6000 (README of vramcalc 0.1.2, torch 2.14.1, transformers 4.57.6).
 
     The bench keeps the model's output, so that the logits are alive until the backward pass is over.
     """
@@ -218,7 +218,7 @@ def test_peaks_measured_on_an_a6000(
 def test_where_a_model_of_one_and_a_half_billion_fits_24_gb(
     precision: str, checkpointing: str, micro: int, fits: bool
 ) -> None:
-    """Qwen2.5-1.5B at 2048 tokens with AdamW: nothing in mixed precision, 1 in bf16, 3 with checkpointing (dry runs)."""
+    """Qwen2.5-1.5B at 2048 tokens, AdamW: nothing in mixed precision, 1 in bf16, 3 with checkpointing (dry runs)."""
     plan = memplan.suggest(
         QWEN_25_15B,
         gpu="24GB",

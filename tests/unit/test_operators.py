@@ -56,7 +56,7 @@ def test_shapes_count_their_elements() -> None:
 
 
 def test_a_linear_layer_keeps_its_input() -> None:
-    """x (256 KiB) stays for the weight's gradient and y comes beside it; the backward leaves dx, dW and db."""
+    """Its input (256 KiB) stays for the weight's gradient and y comes beside it; the backward leaves dx, dW and db."""
     forward, backward = extents(piece(lambda t, x: linear(t, x, WIDTH, "proj", bias=True)))
     assert forward == Extent(FULL16, FULL16)
     weight, bias = 2 * WIDTH * WIDTH, 2 * WIDTH
@@ -72,7 +72,7 @@ def test_a_frozen_linear_layer_keeps_nothing_but_its_weight() -> None:
 
 
 def test_a_sum_keeps_nothing_and_passes_its_gradient_on() -> None:
-    """x + x: the two gradients are one block that adds to itself out of place, once."""
+    """In x + x the two gradients are one block that adds to itself out of place, once."""
     forward, backward = extents(piece(lambda t, x: add(t, x, x)))
     assert forward == Extent(0, FULL16)
     assert backward.net == 0
@@ -93,13 +93,13 @@ def test_dropout_keeps_a_byte_an_element() -> None:
 
 @pytest.mark.parametrize(("numerics", "copies"), [(BF16, FULL32 + FULL16 + FULL16 - FULL16), (FP32, FULL32 + FULL32)])
 def test_an_rms_norm_written_out_keeps_its_fp32_copy(numerics: Numerics, copies: int) -> None:
-    """bf16: x in fp32, y in bf16, the result instead of x, 4 bytes a token of rsqrt; fp32: x stays, y and the result."""
+    """In bf16 x in fp32, y and the result instead of x, rsqrt (4 bytes a token); in fp32 x stays, y and the result."""
     forward, _ = extents(piece(lambda t, x: rms_norm(t, x, "norm"), numerics))
     assert forward.net == copies + 4 * TOKENS
 
 
 def test_a_fused_layer_norm_keeps_input_and_statistics() -> None:
-    """x stays; the result and 8 bytes a token of mean and deviation come."""
+    """The input stays; the result and 8 bytes a token of mean and deviation come."""
     forward, _ = extents(piece(lambda t, x: layer_norm(t, x, "norm")))
     assert forward.net == FULL16 + 8 * TOKENS
 
@@ -159,7 +159,7 @@ def test_autocast_casts_once_and_keeps_the_copy() -> None:
 
 
 def test_runs_of_segments_compose() -> None:
-    """n equal runs have their highest point in the first or in the last, as n single ones in a row have."""
+    """Equal runs have their highest point in the first or in the last, as n single ones in a row have."""
     for one in (Extent(3, 5), Extent(-2, 4), Extent(0, 1)):
         assert one.repeated(4) == reduce(Extent.then, [one] * 4)
     assert Extent(3, 5).repeated(0) == Extent(0, 0)
