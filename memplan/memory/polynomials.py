@@ -1,0 +1,112 @@
+"""From traces at a few small sizes to the bytes at any size, exactly.
+
+A storage of a training step holds a number of bytes that is a polynomial in the micro-batch b and the length s:
+
+    bytes = c0 + c1 b + c2 s + c3 b s + c4 s^2 + c5 b s^2          (linear in b, at most quadratic in s)
+
+Six sizes, two micro-batches by three lengths, determine it; every further size has to agree, or the program is not of
+this form and that is said.  All arithmetic is exact (fractions); coefficients of real programs come out whole.
+
+Left out: programs that take another path at another size (a window, a mask, a micro-batch of one): they have another
+sequence of events, which is found out when sizes are compared.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memplan.errors import MemplanError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Point = tuple[int, int]
+
+NUM_COEFFICIENTS = 6
+
+
+class Polynomial(NamedTuple):
+    """Bytes (or FLOPs) as a function of micro-batch and length."""
+
+    coefficients: tuple[Fraction, ...]
+    """Of 1, b, s, b s, s^2 and b s^2."""
+
+    def value(self, b: Any, s: Any) -> Any:
+        """At one size (exact int) or at arrays of sizes."""
+        terms = (1, b, s, b * s, s * s, b * s * s)
+        if all(c.denominator == 1 for c in self.coefficients):
+            return sum(int(c) * term for c, term in zip(self.coefficients, terms, strict=True) if c)
+        common = 1
+        for c in self.coefficients:
+            common = common * c.denominator // _gcd(common, c.denominator)
+        whole = sum(int(c * common) * term for c, term in zip(self.coefficients, terms, strict=True) if c)
+        return whole // common
+
+    def formula(self) -> str:
+        """As text: ``512 + 8192*b*s``."""
+        names = ("", "b", "s", "b*s", "s^2", "b*s^2")
+        terms = [f"{c}*{name}" if name else str(c) for c, name in zip(self.coefficients, names, strict=True) if c]
+        return " + ".join(terms) or "0"
+
+
+def _gcd(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+def monomials(b: int, s: int) -> tuple[int, ...]:
+    """1, b, s, b s, s^2, b s^2."""
+    return (1, b, s, b * s, s * s, b * s * s)
+
+
+class Fitter:
+    """Fits values at fixed points; equal series of values are fitted once."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        """The first six of `points` have to be two micro-batches by three lengths; the others are held out.
+
+        Raises:
+            MemplanError: fewer than six points, or points that determine nothing.
+        """
+        self.points = tuple(points)
+        if len(self.points) < NUM_COEFFICIENTS:
+            raise MemplanError("A polynomial needs six sizes.", "Trace at two micro-batches and three lengths.")
+        self._inverse = _inverse([monomials(*point) for point in self.points[:NUM_COEFFICIENTS]])
+        self._known: dict[tuple[int, ...], Polynomial] = {}
+
+    def fit(self, values: Sequence[int]) -> Polynomial | None:
+        """The polynomial through `values`, one a point; None where the held-out ones disagree."""
+        key = tuple(values)
+        if key not in self._known:
+            first = key[:NUM_COEFFICIENTS]
+            rows = self._inverse
+            coefficients = tuple(sum((r * v for r, v in zip(row, first, strict=True)), Fraction(0)) for row in rows)
+            self._known[key] = Polynomial(coefficients)
+        found = self._known[key]
+        agrees = all(_exact(found, point) == value for point, value in zip(self.points, key, strict=True))
+        return found if agrees else None
+
+
+def _exact(polynomial: Polynomial, point: Point) -> Fraction:
+    terms = zip(polynomial.coefficients, monomials(*point), strict=True)
+    return sum((c * m for c, m in terms), Fraction(0))
+
+
+def _inverse(matrix: Sequence[Sequence[int]]) -> list[list[Fraction]]:
+    """By Gauss and Jordan, exactly."""
+    size = len(matrix)
+    rows = [[Fraction(x) for x in row] + [Fraction(int(i == j)) for j in range(size)] for i, row in enumerate(matrix)]
+    for column in range(size):
+        pivot = next((i for i in range(column, size) if rows[i][column]), None)
+        if pivot is None:
+            raise MemplanError("These sizes determine no polynomial.", "Take two micro-batches by three lengths.")
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        lead = rows[column][column]
+        rows[column] = [x / lead for x in rows[column]]
+        for i in range(size):
+            if i != column and rows[i][column]:
+                factor = rows[i][column]
+                rows[i] = [x - factor * y for x, y in zip(rows[i], rows[column], strict=True)]
+    return [row[size:] for row in rows]
