@@ -35,12 +35,13 @@ class Polynomial(NamedTuple):
     def value(self, b: Any, s: Any) -> Any:
         """At one size (exact int) or at arrays of sizes."""
         terms = (1, b, s, b * s, s * s, b * s * s)
+        zero = b * s * 0
         if all(c.denominator == 1 for c in self.coefficients):
-            return sum(int(c) * term for c, term in zip(self.coefficients, terms, strict=True) if c)
+            return sum((int(c) * term for c, term in zip(self.coefficients, terms, strict=True) if c), start=zero)
         common = 1
         for c in self.coefficients:
             common = common * c.denominator // _gcd(common, c.denominator)
-        whole = sum(int(c * common) * term for c, term in zip(self.coefficients, terms, strict=True) if c)
+        whole = sum((int(c * common) * term for c, term in zip(self.coefficients, terms, strict=True) if c), start=zero)
         return whole // common
 
     def formula(self) -> str:

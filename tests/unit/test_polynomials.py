@@ -35,7 +35,7 @@ def test_what_is_no_such_polynomial_is_not_fitted() -> None:
 
 
 def test_halves_are_exact() -> None:
-    """b (s^2 + s) / 2 is whole at every size."""
+    """The polynomial b (s^2 + s) / 2 is whole at every size."""
     found = Fitter(POINTS).fit([b * (s * s + s) // 2 for b, s in POINTS])
     assert found is not None
     assert found.value(3, 101) == 3 * (101 * 101 + 101) // 2
