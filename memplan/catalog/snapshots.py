@@ -193,7 +193,7 @@ class _Reader:
         address = self.number(segment, "address")
         for block in self.dicts(segment.get("blocks", []), "blocks"):
             size, state = self.number(block, "size"), block.get("state")
-            if state not in STATES:
+            if not isinstance(state, str) or state not in STATES:
                 raise self.fault("a block has no known state")
             yield address, size, self.number(block, "requested_size", size), state
             address += size

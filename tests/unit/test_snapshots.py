@@ -252,6 +252,7 @@ def test_damaged_files_are_faults(tmp_path: Path, data: bytes) -> None:
         {"segments": [{"address": True, "total_size": 5}]},
         {"segments": [{"address": 1, "total_size": 5, "blocks": {}}]},
         {"segments": [{"address": 1, "total_size": 5, "blocks": [{"size": 5, "state": "odd"}]}]},
+        {"segments": [{"address": 1, "total_size": 5, "blocks": [{"size": 5, "state": ["inactive"]}]}]},
         {"segments": [], "device_traces": {}},
         {"segments": [], "device_traces": [["alloc"]]},
         {"segments": [], "device_traces": [[{"action": "alloc", "addr": 1}]]},
