@@ -2,8 +2,7 @@
 
 The reference that memplan's formulas are compared with. The model of the installed transformers library is built on
 the meta device, whole training steps run on it as the Hugging Face Trainer runs them, and birth and death of every
-storage are recorded as CUDA would allocate them (storage_recorder, cuda_semantics). No number is computed, so a model
-of eight billion parameters takes seconds.
+storage are recorded as CUDA would allocate them (`memplan.probes.trace`, of which this is a view for tests).
 
 The step (transformers/trainer.py, accelerate): the inputs of all micro-batches are on the device throughout; for each
 micro-batch, forward with `num_items_in_batch`, the output object is dropped once the loss is taken, backward; then the
@@ -11,8 +10,8 @@ gradient norm is clipped, the optimizer updates, gradients are set to None. Mixe
 autocast and casts the model's floating-point outputs to fp32.
 
 Not modelled: CUDA context, cuBLAS workspaces, fragmentation, scratch memory inside kernels other than attention's (see
-cuda_semantics), a GradScaler, models whose inputs are not token ids. Where a model looks at its data (is there padding?
-are sequences packed?) the answer is that of a batch without padding and packing, unless `padding=True`.
+memplan.probes.kernels), a GradScaler, models whose inputs are not token ids. Where a model looks at its data (is there
+padding? are sequences packed?) the answer is that of a batch without padding and packing, unless `padding=True`.
 
     python -m tests.support.reference_trace CONFIG.json --batch 1 --seq 4096 --precision bf16 --layers 2 --rows
 """
@@ -20,44 +19,32 @@ are sequences packed?) the answer is that of a batch without padding and packing
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import inspect
 import json
 import sys
 import time
-import warnings
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from unittest import mock
 
-import torch
-from torch import nn
-
-from tests.support.cuda_semantics import SDPA_RANDOM_STATES, TRANSIENT_BYTES, CudaAutocast, cuda_semantics
-from tests.support.storage_recorder import Peak, StorageRecord, StorageRecorder, round_to_block
+from memplan.operators.sizes import allocated
+from memplan.probes.events import rows
+from memplan.probes.models import transformers_model
+from memplan.probes.trace import trace_training
+from memplan.probes.training import Loop
+from memplan.specs.training import PRECISIONS, Setup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
+
+    from memplan.probes.events import Trace, TraceEvent
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]
 Attention = Literal["eager", "sdpa", "flash"]
 Checkpointing = str
 Optimizer = Literal["adamw-foreach", "adamw-fused", "adamw-forloop", "sgd", "sgd-momentum"]
 
-PARAMETER_DTYPE = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "bf16-mixed": torch.float32,
-    "fp16-mixed": torch.float32,
-}
-AUTOCAST_DTYPE = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
-FLASH_NAME = "maskless_kernel"
-"""Under this name transformers finds our flash attention; "flash" in it would make it look for a package."""
-PHASES = ("forward", "backward", "clip", "optimizer_step")
+PHASE_BY_NAME = {"forward": "forward", "backward": "backward", "clip": "clip", "optimizer_step": "optimizer"}
+PHASES = tuple(PHASE_BY_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,30 +136,25 @@ def trace_step(  # noqa: PLR0913 - one keyword for each choice of a run
         count_random_states: Count the two scalars of random state that a fused attention kernel keeps; by default only
             for attention="flash".
     """
-    if attention == "flash" and precision == "fp32":
-        raise ValueError("flash attention has no fp32 kernel: choose attention='sdpa' or another precision")
-    autocast = CudaAutocast(AUTOCAST_DTYPE[precision]) if precision in AUTOCAST_DTYPE else None
-    count_random_states = attention == "flash" if count_random_states is None else count_random_states
-    ignored = None if count_random_states else _is_random_state
-    recorder = StorageRecorder(TRANSIENT_BYTES, ignored=ignored, all_holds=not padding)
-    with recorder:
-        model = _build_model(config, precision, attention, num_layers, auto_class)
-        _label_model(recorder, model)
-        _enable_checkpointing(model, checkpointing, autocast)
-        run = _Run(
-            model=model,
-            recorder=recorder,
-            autocast=autocast,
-            optimizer=_build_optimizer(model, optimizer),
-            keep_outputs=keep_outputs,
-            clip=clip,
-            padding=padding,
-            outputs_to_fp32=outputs_to_fp32,
-        )
-        with cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel), _named_calls(recorder):
-            for _ in range(steps):
-                run.step(batch, seq, accumulation)
-    return _summarise(model, recorder, run)
+    setup = Setup(
+        micro_batch_size=batch,
+        seq_len=seq,
+        gradient_accumulation_steps=accumulation,
+        precision=precision,
+        attention=attention,
+        activation_checkpointing=checkpointing,
+        optimizer=optimizer or "sgd",
+        padding=padding,
+    )
+    loop = Loop(
+        update=optimizer is not None,
+        clip=clip,
+        keep_outputs=keep_outputs,
+        outputs_to_fp32=outputs_to_fp32,
+        count_random_states=count_random_states,
+    )
+    model = transformers_model(_with_layers(dict(config), num_layers), auto_class=auto_class)
+    return _summarise(trace_training(model, setup, sdpa_kernel=sdpa_kernel, num_steps=steps, loop=loop))
 
 
 def kept_bytes_per_layer(config: dict[str, Any], *, layers: int = 2, **settings: Any) -> int:
@@ -180,27 +162,6 @@ def kept_bytes_per_layer(config: dict[str, Any], *, layers: int = 2, **settings:
     settings = {**settings, "steps": 1, "optimizer": None}
     more, fewer = (trace_step(config, num_layers=n, **settings) for n in (layers + 1, layers))
     return more.kept_activation_bytes - fewer.kept_activation_bytes
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def _build_model(
-    config: dict[str, Any], precision: Precision, attention: Attention, num_layers: int | None, auto_class: str
-) -> nn.Module:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    settings = _with_layers(dict(config), num_layers)
-    hf_config = transformers.AutoConfig.for_model(**settings)
-    hf_config.use_cache = False  # TrainingArguments.use_cache
-    implementation = _register_flash() if attention == "flash" else attention
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: nn.Module = getattr(transformers, auto_class).from_config(
-            hf_config, dtype=PARAMETER_DTYPE[precision], attn_implementation=implementation
-        )
-    return model.train()
 
 
 def _with_layers(config: dict[str, Any], num_layers: int | None) -> dict[str, Any]:
@@ -218,245 +179,46 @@ def _with_layers(config: dict[str, Any], num_layers: int | None) -> dict[str, An
     return config
 
 
-def _register_flash() -> str:
-    """An attention implementation that runs the flash kernel and asks for no mask, as flash_attention_2 does."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def no_mask(*_: Any, **__: Any) -> None:
-        return None
-
-    def flash(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(FLASH_NAME, flash)
-    AttentionMaskInterface.register(FLASH_NAME, no_mask)
-    return FLASH_NAME
-
-
-def _is_random_state(func: Any, index: int) -> bool:
-    return index in SDPA_RANDOM_STATES.get(func, ())
-
-
-def _label_model(recorder: StorageRecorder, model: nn.Module) -> None:
-    """Name the storages of parameters and buffers after them."""
-    gc.collect()
-    recorder.trail.describe(model)
-    for name, buffer in model.named_buffers():
-        recorder.relabel(buffer, name, "buffer")
-    for name, parameter in model.named_parameters():
-        recorder.relabel(parameter, name, "parameter")
-
-
-def _enable_checkpointing(model: Any, checkpointing: Checkpointing, autocast: CudaAutocast | None) -> None:
-    if checkpointing == "none":
-        return
-    kwargs: dict[str, Any] = {"use_reentrant": False}  # what activation_checkpointing_enable() itself defaults to
-    if autocast is not None:
-        region = autocast.region
-        kwargs["context_fn"] = lambda: (contextlib.nullcontext(), region())
-    every = 1 if checkpointing == "full" else int(checkpointing.removeprefix("every-"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(kwargs, **({"every_n_layers": every} if every > 1 else {}))
-
-
-def _build_optimizer(model: nn.Module, name: Optimizer | None) -> torch.optim.Optimizer | None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if name is None:
-        return None
-    if name == "adamw-fused":
-        return FusedAdamWAllocations(parameters)
-    if name.startswith("adamw"):
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=name == "adamw-foreach")
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9 if name == "sgd-momentum" else 0.0, foreach=True)
-
-
-class FusedAdamWAllocations(torch.optim.Optimizer):
-    """What torch.optim.AdamW(fused=True) allocates: two moments and a step counter on the device, no temporaries."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Make the states of parameters that have a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None or self.state[parameter]:
-                    continue
-                self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-@contextlib.contextmanager
-def _named_calls(recorder: StorageRecorder) -> Iterator[None]:
-    """Let the recorder know which module is running."""
-    trail, call = recorder.trail, nn.Module.__call__
-
-    def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        trail.enter(module)
-        try:
-            return call(module, *args, **kwargs)
-        finally:
-            trail.leave()
-
-    with mock.patch.object(nn.Module, "__call__", named_call):
-        yield
-
-
-# --- the step --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class _Run:
-    """Training steps of one model, with the peaks of each phase and what the last forward pass kept."""
-
-    model: Any
-    recorder: StorageRecorder
-    autocast: CudaAutocast | None
-    optimizer: torch.optim.Optimizer | None
-    keep_outputs: bool
-    clip: bool
-    padding: bool
-    outputs_to_fp32: bool
-    outputs: Any = None
-    kept: list[StorageRecord] = field(default_factory=list)
-    peaks: list[dict[str, Peak]] = field(default_factory=list)
-
-    def step(self, batch: int, seq: int, accumulation: int) -> None:
-        """One optimizer step."""
-        self.recorder.trail.forget_steps()
-        self.peaks.append({})
-        inputs = [self._inputs(batch, seq) for _ in range(accumulation)]
-        num_items = self._labelled(torch.empty((), dtype=torch.int64, device="meta"), "num_items_in_batch")
-        for micro_batch in inputs:
-            self._micro_step(micro_batch, num_items, accumulation)
-        if self.optimizer is not None:
-            if self.clip:
-                with self._phase("clip"):
-                    nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            with self._phase("optimizer_step"):
-                self.optimizer.step()
-            self._name_optimizer_states(self.optimizer)
-        del inputs, micro_batch, num_items
-        self.outputs = None
-        self.model.zero_grad(set_to_none=True)
-
-    def _micro_step(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor, accumulation: int) -> None:
-        before = {id(record) for record in self.recorder.live_records()}
-        with self._phase("forward"):
-            loss = self._forward(inputs, num_items, accumulation)
-        self.kept = [record for record in self.recorder.live_records() if id(record) not in before]
-        with self._phase("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                self.recorder.relabel(parameter.grad, name, "gradient")
-
-    def _name_optimizer_states(self, optimizer: torch.optim.Optimizer) -> None:
-        for name, parameter in self.model.named_parameters():
-            for state, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.device.type == "meta":
-                    self.recorder.relabel(value, name, state)
-
-    def _forward(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor, accumulation: int) -> torch.Tensor:
-        takes_num_items = _accepts_num_items(self.model)
-        arguments = {**inputs, "num_items_in_batch": num_items} if takes_num_items else inputs
-        with self.autocast.region() if self.autocast else contextlib.nullcontext():
-            outputs = self.model(**arguments)
-        if self.autocast and self.outputs_to_fp32:
-            _convert_to_fp32(outputs)
-        loss: torch.Tensor = outputs["loss"]
-        if self.keep_outputs:
-            self.outputs = outputs
-        if not takes_num_items and accumulation > 1:
-            loss = loss / accumulation
-        return loss
-
-    def _inputs(self, batch: int, seq: int) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "labels", "attention_mask") if self.padding else ("input_ids", "labels")
-        return {n: self._labelled(torch.empty((batch, seq), dtype=torch.int64, device="meta"), n) for n in names}
-
-    def _labelled(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        self.recorder.relabel(tensor, name, "input")
-        return tensor
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        with self.recorder.phase(name) as peak:
-            yield
-        best = self.peaks[-1].get(name)
-        if best is None or peak.allocated_bytes > best.allocated_bytes:
-            self.peaks[-1][name] = peak
-
-
-def _convert_to_fp32(outputs: Any) -> None:
-    """What accelerate's convert_outputs_to_fp32 does, for the tensors at the top of the output object."""
-    for name in outputs:
-        if isinstance(outputs[name], torch.Tensor) and outputs[name].is_floating_point():
-            outputs[name] = outputs[name].float()
-
-
-def _accepts_num_items(model: Any) -> bool:
-    """Trainer.model_accepts_loss_kwargs: the model's own word, else a **kwargs in its forward."""
-    if hasattr(model, "accepts_loss_kwargs"):
-        return bool(model.accepts_loss_kwargs)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
-# --- the answer ------------------------------------------------------------------------------------------------------
-
-
-def _summarise(model: nn.Module, recorder: StorageRecorder, run: _Run) -> ReferenceStep:
-    first, last = run.peaks[0], run.peaks[-1]
-    peak = max(last.values(), key=lambda p: p.allocated_bytes)
-    alive = [record for record in recorder.records if record.is_alive_at(peak.time)]
-    parameters, buffers = list(model.parameters()), list(model.buffers())
+def _summarise(trace: Trace) -> ReferenceStep:
+    peak, first = trace.peak(), trace.phase_peaks(0)
+    last = trace.phase_peaks()
+    alive = trace.alive_at_peak
+    scratch = [event for event in alive if event.op.startswith("scratch of ")]
+    loaded = [event for event in trace.events if event.phase == "load"]
     return ReferenceStep(
-        num_parameters=sum(p.numel() for p in parameters),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        buffer_bytes=sum(b.numel() * b.element_size() for b in buffers),
-        kept_activation_bytes=sum(record.num_bytes for record in run.kept),
-        kept_allocated_bytes=sum(round_to_block(record.num_bytes) for record in run.kept),
-        kept_rows=tuple(row for record in run.kept for row in _rows([record])),
-        phase_peaks={name: p.allocated_bytes for name, p in last.items()},
-        first_step_phase_peaks={name: p.allocated_bytes for name, p in first.items()},
-        resident_bytes=recorder.allocated_bytes,
+        num_parameters=trace.num_parameters,
+        parameter_bytes=sum(event.num_bytes for event in loaded if event.category == "parameter"),
+        buffer_bytes=sum(event.num_bytes for event in loaded if event.category == "buffer"),
+        kept_activation_bytes=trace.kept_activation_requested_bytes,
+        kept_allocated_bytes=trace.kept_activation_bytes,
+        kept_rows=tuple(row for event in trace.kept for row in _rows([event])),
+        phase_peaks={name: last[phase] for name, phase in PHASE_BY_NAME.items() if phase in last},
+        first_step_phase_peaks={name: first[phase] for name, phase in PHASE_BY_NAME.items() if phase in first},
+        resident_bytes=trace.levels[-1],
         peak_allocated_bytes=peak.allocated_bytes,
-        first_step_peak_allocated_bytes=max(p.allocated_bytes for p in first.values()),
-        peak_phase=peak.phase,
-        peak_op=peak.op,
+        first_step_peak_allocated_bytes=max(first.values()),
+        peak_phase={phase: name for name, phase in PHASE_BY_NAME.items()}.get(peak.phase, peak.phase),
+        peak_op=peak.op.removeprefix("scratch of "),
         peak_module=peak.module,
-        peak_transient_bytes=peak.transient_bytes,
-        peak_rows=tuple(sorted(_rows(alive), key=lambda row: -row.num_bytes)),
+        peak_transient_bytes=sum(allocated(event.num_bytes) for event in scratch),
+        peak_rows=_rows(event for event in alive if event not in scratch),
     )
 
 
-def _rows(records: Iterable[StorageRecord]) -> list[StorageRow]:
-    groups = Counter((r.module, r.op, r.shape, r.dtype, r.num_bytes) for r in records)
-    return [
-        StorageRow(module=module, op=op, shape=shape, dtype=dtype, count=count, num_bytes=num_bytes * count)
-        for (module, op, shape, dtype, num_bytes), count in groups.items()
-    ]
+def _rows(events: Iterable[TraceEvent]) -> tuple[StorageRow, ...]:
+    listed = list(events)
+    requested = {(e.module, e.op, e.category, e.shape, e.dtype, allocated(e.num_bytes)): e.num_bytes for e in listed}
+    return tuple(
+        StorageRow(
+            module=row.module,
+            op=row.op,
+            shape=row.shape,
+            dtype=row.dtype,
+            count=row.num,
+            num_bytes=row.num * requested[(*row[:5], row.num_bytes // row.num)],
+        )
+        for row in rows(listed)
+    )
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -506,7 +268,7 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a Hugging Face config.json")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--precision", choices=list(PARAMETER_DTYPE), default="bf16")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--attention", choices=["eager", "sdpa", "flash"], default="sdpa")
     parser.add_argument("--checkpointing", default="none", help="none, full or every-N")
     parser.add_argument(

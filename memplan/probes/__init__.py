@@ -1,0 +1,1 @@
+"""The user's real module: what a training step of it allocates, traced without a GPU."""

@@ -1,0 +1,111 @@
+"""Activation checkpointing of a module: as transformers switches it on, or around the layers of any other module.
+
+``selective`` computes attention again: the attention function that transformers looks up runs under
+torch.utils.checkpoint, and keeps its queries, keys, values and mask alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memplan.errors import UsageError
+from memplan.specs.training import checkpointed_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memplan.probes.autocast import CudaAutocast
+
+
+def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The largest list of equal modules, by path: the layers of the model; empty where there is none."""
+    best: dict[str, nn.Module] = {}
+    most = 0
+    for path, module in model.named_modules():
+        children = list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+        if len(children) > 1 and len({type(child) for child in children}) == 1:
+            size = sum(p.numel() for p in module.parameters())
+            if size > most:
+                most = size
+                best = {f"{path}.{n}" if path else str(n): child for n, child in enumerate(children)}
+    return best
+
+
+def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None) -> None:
+    """Compute activations again in the backward pass: ``none``, ``selective``, ``full`` or ``every-N`` layers.
+
+    ``selective`` is applied by `selective_checkpointing` while the model runs.
+
+    Raises:
+        UsageError: the module is not one of transformers and has no repeated layers.
+    """
+    if how in {"none", "selective"}:
+        return
+    kwargs = _kwargs(autocast)
+    if hasattr(model, "gradient_checkpointing_enable"):
+        every = 1 if how == "full" else int(how.removeprefix("every-"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable(kwargs, **({"every_n_layers": every} if every > 1 else {}))
+        return
+    layers = repeated_layers(model)
+    if not layers:
+        raise UsageError(
+            f"The module has no list of equal layers to checkpoint ({how}).", "Use --checkpointing none for it."
+        )
+    for layer, mode in zip(layers.values(), checkpointed_layers(how, len(layers)), strict=True):
+        if mode == "full":
+            layer.forward = _again(layer.forward, kwargs)
+
+
+@contextlib.contextmanager
+def selective_checkpointing(model: nn.Module, how: str, autocast: CudaAutocast | None) -> Iterator[None]:
+    """Compute attention again in the backward pass, if `how` is ``selective``.
+
+    Raises:
+        UsageError: the module does not look its attention function up.
+    """
+    if how != "selective":
+        yield
+        return
+    unfit = UsageError(
+        "Selective checkpointing can be traced in models of transformers that look their attention function up.",
+        "Use --checkpointing full, or a smaller micro-batch.",
+    )
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise unfit
+    from transformers import AttentionInterface
+
+    look_up, kwargs, times = AttentionInterface.get_interface, _kwargs(autocast), 0
+
+    def looked_up(self: Any, *args: Any, **named: Any) -> Any:
+        nonlocal times
+        times += 1
+        return _again(look_up(self, *args, **named), kwargs)
+
+    with mock.patch.object(AttentionInterface, "get_interface", looked_up):
+        yield
+    if not times:
+        raise unfit
+
+
+def _again(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def checkpointed(*args: Any, **named: Any) -> Any:
+        return checkpoint(function, *args, **kwargs, **named)
+
+    return checkpointed
+
+
+def _kwargs(autocast: CudaAutocast | None) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"use_reentrant": False}  # what transformers defaults to
+    if autocast is not None:
+        region = autocast.region
+        kwargs["context_fn"] = lambda: (contextlib.nullcontext(), region())
+    return kwargs

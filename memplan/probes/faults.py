@@ -1,0 +1,54 @@
+"""What can go wrong with a real module, as faults with a cause and a cure."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from memplan.errors import MemplanError
+
+
+class FactoryError(MemplanError):
+    """``package.module:factory`` cannot be imported, raises, or does not return what it should."""
+
+
+class TraceError(MemplanError):
+    """The module cannot be followed without its data or without a GPU; the message names operator and module."""
+
+
+class MissingLibraryError(MemplanError):
+    """A library that only some questions need is not installed."""
+
+
+EXTRA_BY_LIBRARY = {"torch": "torch", "transformers": "hf"}
+"""Library -> the optional dependency of memplan that brings it."""
+
+
+def require(library: str) -> None:
+    """Raise `MissingLibraryError` unless `library` can be imported."""
+    try:
+        import_module(library)
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"Tracing needs {library}, which cannot be imported ({error}).",
+            f"Install it with: pip install 'memplan[{EXTRA_BY_LIBRARY[library]}]'",
+        ) from error
+
+
+def explain(error: Exception, op: str, module: str) -> TraceError:
+    """The fault behind an exception that a step raised in operator `op` of `module` (either may be unknown)."""
+    text = " ".join(str(error).split())
+    place = " of ".join(x for x in (op, repr(module) if module else "") if x)
+    cause = f"{type(error).__name__}{f' in {place}' if place else ''}: {text[:400]}"
+    return TraceError(cause if cause.endswith((".", "!", "?")) else f"{cause}.", _cure(error, text))
+
+
+def _cure(error: Exception, text: str) -> str:
+    if "no fake impl or Meta kernel" in text or "meta kernel" in text.lower():
+        return "Register how the operator shapes its result: torch.library.register_fake(...)."
+    if "CUDA" in text or "NVIDIA" in text:
+        return "Leave the device to memplan: no .cuda() or .to('cuda') in the module, take it from a parameter."
+    if "meta tensor" in text.lower():
+        return "A trace has shapes but no numbers: keep data-dependent Python out of the training step."
+    if isinstance(error, TypeError):
+        return "Check that the inputs have the names and the number that forward() takes."
+    return "Check that the shapes and dtypes of the inputs are those that the module takes."

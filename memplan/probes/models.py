@@ -1,0 +1,164 @@
+"""Which module is traced, with which inputs, and what is its loss?"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memplan.errors import ConfigError, MemplanError, UsageError
+from memplan.probes.faults import TraceError, require
+from memplan.specs.values import NamedTuple, dataclass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from memplan.specs.training import Setup
+
+PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLASH_NAME = "maskless_kernel"
+"""Under this name transformers finds our flash attention; "flash" in it would make it look for a package."""
+
+
+class Built(NamedTuple):
+    """A module on the meta device and how to train it."""
+
+    module: nn.Module
+    make_inputs: Callable[[int, int], Any]
+    """(micro-batch, sequence length) -> the arguments of one forward pass: a dict, a tuple or one tensor."""
+    loss_of: Callable[[Any], Any] | None
+    """Output of the module -> loss; None: it is, or has, its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedModel:
+    """A model that can be built on the meta device."""
+
+    name: str
+    build: Callable[[Setup], Built]
+    """Runs on the default device "meta"; may run code of the user."""
+    accepts_padding: bool = False
+    """Whether it can be given an ``attention_mask``."""
+
+
+def token_inputs(micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+    """What language models are trained on: int64 ids and labels."""
+    shape = (micro_batch_size, seq_len)
+    return {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+
+
+def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class: str | None = None) -> TracedModel:
+    """The model that a Hugging Face config.json describes, as the installed transformers library builds it.
+
+    Args:
+        config: Content of the config.json.
+        name: What to call it; the ``model_type`` if empty.
+        auto_class: The auto class that builds it, such as "AutoModelForMaskedLM"; found out if None.
+    """
+    values = dict(config)
+    if not isinstance(values.get("model_type"), str):
+        raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
+
+    def build(setup: Setup) -> Built:
+        return Built(_build(values, setup, auto_class), token_inputs, None)
+
+    return TracedModel(name=name or values["model_type"], build=build, accepts_padding=True)
+
+
+def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.Module:
+    require("transformers")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.for_model(**values)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"transformers {transformers.__version__} does not accept this config: {text}", "Correct the config.json."
+        ) from error
+    config.use_cache = False  # TrainingArguments.use_cache
+    _set_dropout(config, setup.dropout)
+    dtype = PARAMETER_DTYPES[setup.precision.removeprefix("bf16-").removeprefix("fp16-").replace("mixed", "fp32")]
+    implementation = _register_flash() if setup.attention == "flash" else setup.attention
+    maker = getattr(transformers, auto_class or _auto_class(values))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: nn.Module = maker.from_config(config, dtype=dtype, attn_implementation=implementation)
+    except MemplanError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise TraceError(
+            f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {text}",
+            "Correct the config.json, or try --attention eager.",
+        ) from error
+    return model
+
+
+def _set_dropout(config: Any, dropout: float | None) -> None:
+    """Override every dropout probability; layers are not left out at random, the whole depth is traced."""
+    for name, value in list(vars(config).items()):
+        if name == "layerdrop" and value:
+            config.layerdrop = 0.0
+        elif dropout is not None and "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, dropout)
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        _set_dropout(text, dropout)
+
+
+def _auto_class(values: Mapping[str, Any]) -> str:
+    """The auto class for training a model of this config on token ids."""
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = values["model_type"]
+    named = (values.get("architectures") or [""])[0]
+    if named.endswith("ForCausalLM"):
+        return "AutoModelForCausalLM"
+    tables = (
+        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "text_config" in values),
+        ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, not values.get("is_decoder")),
+        ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, True),
+        ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, True),
+    )
+    for name, table, applies in tables:
+        if applies and model_type in table:
+            return name
+    raise UsageError(
+        f"transformers has no language model of type {model_type!r}.",
+        "Trace it with a factory of your own: package.module:factory.",
+    )
+
+
+def _register_flash() -> str:
+    """An attention implementation that runs the flash kernel and asks for no mask, as flash_attention_2 does."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def no_mask(*_: Any, **__: Any) -> None:
+        return None
+
+    def flash(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(FLASH_NAME, flash)
+    AttentionMaskInterface.register(FLASH_NAME, no_mask)
+    return FLASH_NAME

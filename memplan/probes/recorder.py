@@ -1,0 +1,265 @@
+"""Which storages are born and die while a program runs, and which operator made each of them?
+
+A dispatch mode sees every operator below autograd.  Each storage that an operator creates gets a record and a weak
+reference whose callback writes down its death.  Nothing here holds a tensor, so lifetimes are exactly those of the
+program.  Only storages on the meta device are counted: they stand for the GPU; CPU tensors (the step counters of
+foreach optimizers) do not.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memplan.probes.events import Span, TraceEvent
+from memplan.probes.faults import TraceError
+from memplan.probes.results import ResultCache
+from memplan.probes.trail import ModuleTrail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    Scratch = Mapping[Any, Callable[..., Sequence[int]]]
+    """Operator -> bytes of each buffer that its CUDA kernel allocates and frees again before it returns."""
+
+ASK_FOR_A_NUMBER = torch.ops.aten._local_scalar_dense.default
+
+
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class StorageRecord:
+    """One storage: who made it, how large it is, what it is for."""
+
+    __slots__ = ("category", "dtype", "key", "module", "num_bytes", "op", "shape")
+
+    def __init__(self, key: int, num_bytes: int, op: str, module: str, shape: tuple[int, ...], dtype: str) -> None:
+        self.key = key
+        self.num_bytes = num_bytes
+        self.op = op
+        self.module = module
+        self.shape = shape
+        self.dtype = dtype
+        self.category = "temporary"
+
+
+class _Watch(weakref.ref):  # type: ignore[type-arg]  # the class is generic for type checkers alone
+    """A weak reference to a storage that knows where it is listed."""
+
+    __slots__ = ("address",)
+    address: int
+
+
+class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Records birth and death of every meta storage made while it is active, span by span."""
+
+    def __init__(
+        self, scratch: Scratch, ignored: Mapping[Any, tuple[int, ...]], *, has_padding: bool, trust: Iterable[str]
+    ) -> None:
+        """`scratch`: see `Scratch`.
+
+        `ignored`: operator -> outputs that are not counted.
+        `has_padding`: what code that asks about its data is told, see `_answer`.
+        `trust`: packages whose questions are answered; those of others are errors.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trail = ModuleTrail()
+        self.assumptions: dict[str, None] = {}
+        self._scratch = scratch
+        self._ignored = ignored
+        self._has_padding = has_padding
+        self._trust = tuple(trust)
+        self._results = ResultCache()
+        self._names: dict[Any, str] = {}
+        self._events: list[tuple[StorageRecord, int]] = []
+        self._spans: list[tuple[str, int, int, int]] = []
+        self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
+        self._num_keys = 0
+        self._failure = (0, "", "")
+        self.enter("load", -1, -1)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: without this, torch imports its compiler, which takes longer than the trace."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator (or remember what it returns) and list the storages that are new."""
+        kwargs = kwargs or {}
+        if func is ASK_FOR_A_NUMBER and args[0].is_meta:
+            return self._answer(args[0])
+        try:
+            outputs, may_be_new = self._results.run(func, args, kwargs)
+        except Exception as error:
+            self._failure = (id(error), self._name(func), self.trail.current())
+            raise
+        if may_be_new:
+            self._adopt(func, outputs)
+        scratch = self._scratch.get(func)
+        if scratch is not None:
+            self._add_scratch(self._name(func), scratch(*args, **kwargs))
+        return outputs
+
+    # -- what the run says -------------------------------------------------------------------------------------------
+
+    def enter(self, phase: str, step: int, micro_step: int) -> None:
+        """Begin a span; it ends where the next begins."""
+        self._spans.append((phase, step, micro_step, len(self._events)))
+
+    def label(self, tensor: torch.Tensor, category: str, module: str, op: str) -> None:
+        """Say what a storage is for: a parameter, a buffer, a gradient, a state, an input."""
+        found = self._live.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return
+        record = found[0]
+        record.category, record.module, record.op = category, module, op
+        record.shape, record.dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+
+    def drop_dead(self) -> None:
+        """Forget what was only there for a moment so far: a model is built elsewhere, then moved to the device."""
+        self._events = [(record, +1) for record, _ in self._live.values()]
+        for record, _ in self._events:
+            if record.category == "temporary":
+                record.category = "buffer"
+
+    def mark_kept(self) -> None:
+        """Call activations what was made in this span and is alive."""
+        alive: dict[int, StorageRecord] = {}
+        for record, sign in self._events[self._spans[-1][3] :]:
+            if sign > 0:
+                alive[record.key] = record
+            else:
+                alive.pop(record.key, None)
+        for record in alive.values():
+            if record.category == "temporary":
+                record.category = "activation"
+
+    def failure(self, error: Exception) -> tuple[str, str]:
+        """(operator, module) that raised `error`, as far as known."""
+        if self._failure[0] == id(error):
+            return self._failure[1:]
+        return "", self.trail.failed_in(error)
+
+    # -- the answer --------------------------------------------------------------------------------------------------
+
+    def spans(self) -> tuple[Span, ...]:
+        """The spans so far."""
+        stops = [*(start for *_, start in self._spans[1:]), len(self._events)]
+        return tuple(
+            Span(phase, step, micro_step, start, stop)
+            for (phase, step, micro_step, start), stop in zip(self._spans, stops, strict=True)
+        )
+
+    def events(self) -> tuple[TraceEvent, ...]:
+        """The events so far, with what became known of their storages later."""
+        return tuple(
+            TraceEvent(
+                record.key,
+                record.num_bytes,
+                sign,
+                record.op,
+                record.module,
+                span.phase,
+                span.step,
+                span.micro_step,
+                record.category,
+                record.shape,
+                record.dtype,
+            )
+            for span in self.spans()
+            for record, sign in self._events[span.start : span.stop]
+        )
+
+    # -- storages ----------------------------------------------------------------------------------------------------
+
+    def _adopt(self, func: Any, outputs: Any) -> None:
+        if isinstance(outputs, torch.Tensor):
+            self._adopt_tensor(func, outputs)
+        elif isinstance(outputs, (tuple, list)):
+            ignored = self._ignored.get(func, ())
+            for index, output in enumerate(outputs):
+                if isinstance(output, torch.Tensor) and index not in ignored:
+                    self._adopt_tensor(func, output)
+
+    def _adopt_tensor(self, func: Any, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta:
+            if tensor.is_cuda:
+                raise TraceError(
+                    f"{self._name(func)} of {self.trail.current()!r} makes a tensor on a GPU.",
+                    "Leave the device to memplan: no .cuda() or .to('cuda') in the module.",
+                )
+            return
+        storage = tensor.untyped_storage()
+        address, num_bytes = storage._cdata, storage.nbytes()
+        if address in self._live or not num_bytes:
+            return
+        record = self._record(num_bytes, self._name(func), tuple(tensor.shape), dtype_name(tensor.dtype))
+        watch = _Watch(storage, self._on_death)
+        watch.address = address
+        self._live[address] = (record, watch)
+        self._events.append((record, +1))
+
+    def _record(self, num_bytes: int, op: str, shape: tuple[int, ...], dtype: str) -> StorageRecord:
+        self._num_keys += 1
+        return StorageRecord(self._num_keys, num_bytes, op, self.trail.current(), shape, dtype)
+
+    def _on_death(self, watch: _Watch) -> None:
+        record, _ = self._live.pop(watch.address)
+        self._events.append((record, -1))
+
+    def _add_scratch(self, op: str, sizes: Sequence[int]) -> None:
+        records = [self._record(size, f"scratch of {op}", (size,), "uint8") for size in sizes if size]
+        self._events += [(record, +1) for record in records]
+        self._events += [(record, -1) for record in reversed(records)]
+
+    def _name(self, func: Any) -> str:
+        name = self._names.get(func)
+        if name is None:
+            name = self._names[func] = str(func).removesuffix(".default")
+        return name
+
+    # -- questions about data ----------------------------------------------------------------------------------------
+
+    def _answer(self, question: torch.Tensor) -> bool:
+        """What the program is told when it looks at data that do not exist.
+
+        The questions that models of transformers ask are "is every token real?" and "is each row one sequence?".  A
+        batch without padding and packing answers yes to all() and no to any(); one with padding the other way round.
+        """
+        found = self._live.get(question.untyped_storage()._cdata)
+        op = found[0].op if found else "an operator"
+        package, where = _asker()
+        if question.dtype != torch.bool or package not in self._trust:
+            raise TraceError(
+                f"{self.trail.current() or 'The training step'!r} asks for the value of {op} ({where}): "
+                "it depends on the data.",
+                "A trace has shapes but no numbers: keep .item(), if and bool() on tensors out of the training step.",
+            )
+        answer = self._has_padding == op.startswith("aten.any")
+        batch = "has padding" if self._has_padding else "has neither padding nor packed sequences"
+        self.assumptions[f"{op} in {where} is {answer}: the batch {batch}"] = None
+        return answer
+
+
+def _asker() -> tuple[str, str]:
+    """(package, place) of the code that asked: the innermost that is neither torch nor this."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__", "")
+        package = name.split(".")[0]
+        if package != "torch" and not name.startswith("memplan.probes."):
+            return package, f"line {frame.f_lineno} of {name}"
+        frame = frame.f_back
+    return "", "an unknown place"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in memplan."""
+    name = str(dtype).removeprefix("torch.")
+    return SHORT_NAMES.get(name, name)

@@ -1,0 +1,191 @@
+"""One optimizer step after the other, as the Hugging Face Trainer runs them (transformers/trainer.py, accelerate).
+
+The inputs of all micro-batches are on the device throughout; for each micro-batch: forward with ``num_items_in_batch``
+where the model takes it, the output object is dropped once the loss is taken, backward; then the gradient norm is
+clipped, the optimizer updates, gradients are set to None.  Mixed precision wraps the forward pass in autocast and casts
+floating-point outputs to fp32.  A gradient scaler is not modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from memplan.probes.faults import TraceError
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memplan.probes.autocast import CudaAutocast
+    from memplan.probes.models import Built
+    from memplan.probes.recorder import StorageRecorder
+    from memplan.specs.training import Setup
+
+
+class Loop(NamedTuple):
+    """What training loops differ in; the Trainer's choices."""
+
+    update: bool = True
+    """Clip and update; without, a step ends after the backward pass."""
+    clip: bool = True
+    """Clip the gradient norm to 1."""
+    keep_outputs: bool = False
+    """Keep the model's output object until the end of the step."""
+    outputs_to_fp32: bool = True
+    """Under autocast, cast the outputs to fp32."""
+    count_random_states: bool | None = None
+    """Count the two scalars of random state that fused attention keeps; None: for attention "flash" alone."""
+
+
+class TrainingRun:
+    """Training steps of one module."""
+
+    def __init__(
+        self, built: Built, optimizer: Any, recorder: StorageRecorder, autocast: CudaAutocast | None, loop: Loop
+    ) -> None:
+        self.model: Any = built.module
+        self.make_inputs = built.make_inputs
+        self.loss_of = built.loss_of
+        self.optimizer = optimizer
+        self.recorder = recorder
+        self.autocast = autocast
+        self.loop = loop
+        self.takes_num_items = accepts_num_items(self.model)
+        self._outputs: Any = None
+
+    def step(self, number: int, setup: Setup) -> None:
+        """One optimizer step."""
+        enter = self.recorder.enter
+        self.recorder.trail.forget_graph()
+        enter("forward", number, -1)
+        inputs = [self._inputs(setup) for _ in range(setup.gradient_accumulation_steps)]
+        num_items = self._num_items() if self.takes_num_items else None
+        for micro_step, micro_batch in enumerate(inputs):
+            enter("forward", number, micro_step)
+            loss = self._forward(micro_batch, num_items, setup.gradient_accumulation_steps)
+            self.recorder.mark_kept()
+            enter("backward", number, micro_step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._name_gradients()
+            del loss
+        if self.loop.update:
+            if self.loop.clip:
+                enter("clip", number, -1)
+                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            enter("optimizer", number, -1)
+            self.optimizer.step()
+            self._name_states()
+        enter("zero_grad", number, -1)
+        del inputs, micro_batch, num_items
+        self._outputs = None
+        self.model.zero_grad(set_to_none=True)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def _inputs(self, setup: Setup) -> Any:
+        with torch.device("meta"):
+            inputs = self.make_inputs(setup.micro_batch_size, setup.seq_len)
+        if setup.padding:
+            inputs["attention_mask"] = torch.empty_like(inputs["input_ids"])
+        for name, tensor in _tensors(inputs):
+            self.recorder.label(tensor, "input", "inputs", name)
+        return inputs
+
+    def _num_items(self) -> torch.Tensor:
+        num_items = torch.empty((), dtype=torch.int64, device="meta")
+        self.recorder.label(num_items, "input", "inputs", "num_items_in_batch")
+        return num_items
+
+    def _forward(self, inputs: Any, num_items: torch.Tensor | None, accumulation: int) -> torch.Tensor:
+        with self.autocast.region() if self.autocast else contextlib.nullcontext():
+            outputs = self._call(inputs, num_items)
+        if self.autocast and self.loop.outputs_to_fp32:
+            outputs = _to_fp32(outputs)
+        loss = find_loss(outputs, self.loss_of)
+        if self.loop.keep_outputs:
+            self._outputs = outputs
+        return loss if self.takes_num_items or accumulation == 1 else loss / accumulation
+
+    def _call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:
+        if isinstance(inputs, dict):
+            extra = {} if num_items is None else {"num_items_in_batch": num_items}
+            return self.model(**inputs, **extra)
+        return self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    def _name_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                self.recorder.label(parameter.grad, "gradient", name, "gradient")
+
+    def _name_states(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            for state, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    self.recorder.label(value, "optimizer_state", name, state)
+        for name, value in getattr(self.optimizer, "code_books", {}).items():
+            self.recorder.label(value, "optimizer_state", "optimizer", f"code book, {name}")
+
+
+def find_loss(outputs: Any, loss_of: Callable[[Any], Any] | None) -> torch.Tensor:
+    """The loss in what a module returned.
+
+    Raises:
+        TraceError: there is none that could be differentiated.
+    """
+    loss = outputs
+    if loss_of is not None:
+        loss = loss_of(outputs)
+    elif isinstance(outputs, dict):
+        loss = outputs.get("loss")
+    elif not isinstance(outputs, torch.Tensor):
+        loss = getattr(outputs, "loss", None)
+    cure = "Return it as output.loss or output['loss'], or let the factory return (module, inputs, loss)."
+    if not isinstance(loss, torch.Tensor):
+        what = f"The loss is a {type(loss).__name__}" if loss is not None else f"A {type(outputs).__name__} has no loss"
+        raise TraceError(f"The module has no loss: {what[0].lower()}{what[1:]}.", cure)
+    if loss.numel() != 1:
+        raise TraceError(f"The module has no loss: its output has the shape {tuple(loss.shape)}.", cure)
+    if not loss.requires_grad:
+        raise TraceError("The loss depends on no parameter that is trained.", "Check requires_grad and no_grad().")
+    return loss
+
+
+def accepts_num_items(model: Any) -> bool:
+    """Trainer.model_accepts_loss_kwargs: the model's own word, else a **kwargs in its forward; of transformers only."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        return False
+    if hasattr(model, "accepts_loss_kwargs"):
+        return bool(model.accepts_loss_kwargs)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _to_fp32(outputs: Any) -> Any:
+    """What accelerate's convert_outputs_to_fp32 does, for the tensors at the top of the output."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.is_floating_point() else outputs
+    if isinstance(outputs, dict):
+        for name in list(outputs):
+            if isinstance(outputs[name], torch.Tensor):
+                outputs[name] = _to_fp32(outputs[name])
+    elif type(outputs) in {tuple, list}:
+        return type(outputs)(_to_fp32(x) if isinstance(x, torch.Tensor) else x for x in outputs)
+    return outputs
+
+
+def _tensors(inputs: Any, name: str = "input") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(inputs, torch.Tensor):
+        yield name, inputs
+    elif isinstance(inputs, dict):
+        for key, value in inputs.items():
+            yield from _tensors(value, str(key))
+    elif isinstance(inputs, (tuple, list)):
+        for n, value in enumerate(inputs):
+            yield from _tensors(value, f"{name} {n}")
