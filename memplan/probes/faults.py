@@ -47,8 +47,10 @@ def _cure(error: Exception, text: str) -> str:
         return "Register how the operator shapes its result: torch.library.register_fake(...)."
     if "CUDA" in text or "NVIDIA" in text:
         return "Leave the device to memplan: no .cuda() or .to('cuda') in the module, take it from a parameter."
-    if "meta tensor" in text.lower():
+    if "meta tensor" in text.lower() or "data-independent" in text:
         return "A trace has shapes but no numbers: keep data-dependent Python out of the training step."
     if isinstance(error, TypeError):
         return "Check that the inputs have the names and the number that forward() takes."
-    return "Check that the shapes and dtypes of the inputs are those that the module takes."
+    if any(word in text for word in ("shape", "size", "dtype", "dim")):
+        return "Check that the shapes and dtypes of the inputs are those that the module takes."
+    return "Check that a training step of the module runs with real numbers, on a CPU with small sizes."

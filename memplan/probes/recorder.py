@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.probes.events import Span, TraceEvent
 from memplan.probes.faults import TraceError
-from memplan.probes.results import ResultCache
+from memplan.probes.results import VIEW, Operator
 from memplan.probes.trail import ModuleTrail
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._ignored = ignored
         self._has_padding = has_padding
         self._trust = tuple(trust)
-        self._results = ResultCache()
-        self._names: dict[Any, str] = {}
+        self._operators: dict[int, Operator] = {}
         self._events: list[tuple[StorageRecord, int]] = []
         self._spans: list[tuple[str, int, int, int]] = []
         self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
@@ -94,16 +94,19 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         kwargs = kwargs or {}
         if func is ASK_FOR_A_NUMBER and args[0].is_meta:
             return self._answer(args[0])
+        operator = self._operators.get(id(func))
+        if operator is None:
+            operator = self._operators[id(func)] = Operator(func)
         try:
-            outputs, may_be_new = self._results.run(func, args, kwargs)
+            outputs = operator.run(args, kwargs)
         except Exception as error:
-            self._failure = (id(error), self._name(func), self.trail.current())
+            self._failure = (id(error), operator.name, self.trail.current())
             raise
-        if may_be_new:
-            self._adopt(func, outputs)
-        scratch = self._scratch.get(func)
-        if scratch is not None:
-            self._add_scratch(self._name(func), scratch(*args, **kwargs))
+        if operator.kind != VIEW:
+            self._adopt(operator, outputs)
+            scratch = self._scratch.get(func)
+            if scratch is not None:
+                self._add_scratch(operator.name, scratch(*args, **kwargs))
         return outputs
 
     # -- what the run says -------------------------------------------------------------------------------------------
@@ -178,20 +181,20 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
     # -- storages ----------------------------------------------------------------------------------------------------
 
-    def _adopt(self, func: Any, outputs: Any) -> None:
+    def _adopt(self, operator: Operator, outputs: Any) -> None:
         if isinstance(outputs, torch.Tensor):
-            self._adopt_tensor(func, outputs)
+            self._adopt_tensor(operator, outputs)
         elif isinstance(outputs, (tuple, list)):
-            ignored = self._ignored.get(func, ())
+            ignored = self._ignored.get(operator.func, ())
             for index, output in enumerate(outputs):
                 if isinstance(output, torch.Tensor) and index not in ignored:
-                    self._adopt_tensor(func, output)
+                    self._adopt_tensor(operator, output)
 
-    def _adopt_tensor(self, func: Any, tensor: torch.Tensor) -> None:
+    def _adopt_tensor(self, operator: Operator, tensor: torch.Tensor) -> None:
         if not tensor.is_meta:
             if tensor.is_cuda:
                 raise TraceError(
-                    f"{self._name(func)} of {self.trail.current()!r} makes a tensor on a GPU.",
+                    f"{operator.name} of {self.trail.current()!r} makes a tensor on a GPU.",
                     "Leave the device to memplan: no .cuda() or .to('cuda') in the module.",
                 )
             return
@@ -199,7 +202,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         address, num_bytes = storage._cdata, storage.nbytes()
         if address in self._live or not num_bytes:
             return
-        record = self._record(num_bytes, self._name(func), tuple(tensor.shape), dtype_name(tensor.dtype))
+        record = self._record(num_bytes, operator.name, tuple(tensor.shape), dtype_name(tensor.dtype))
         watch = _Watch(storage, self._on_death)
         watch.address = address
         self._live[address] = (record, watch)
@@ -217,12 +220,6 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         records = [self._record(size, f"scratch of {op}", (size,), "uint8") for size in sizes if size]
         self._events += [(record, +1) for record in records]
         self._events += [(record, -1) for record in reversed(records)]
-
-    def _name(self, func: Any) -> str:
-        name = self._names.get(func)
-        if name is None:
-            name = self._names[func] = str(func).removesuffix(".default")
-        return name
 
     # -- questions about data ----------------------------------------------------------------------------------------
 
@@ -259,6 +256,7 @@ def _asker() -> tuple[str, str]:
     return "", "an unknown place"
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in memplan."""
     name = str(dtype).removeprefix("torch.")

@@ -28,26 +28,27 @@ def kind_of(func: Any) -> int:
     return PURE
 
 
-class ResultCache:
-    """Results of operators on meta tensors."""
+class Operator:
+    """An operator and its results on meta tensors."""
 
-    def __init__(self) -> None:
-        self._kinds: dict[Any, int] = {}
+    __slots__ = ("_known", "func", "kind", "name")
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.name = str(func).removesuffix(".default")
+        self.kind = kind_of(func)
         self._known: dict[Any, Any] = {}
 
-    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
-        """The result, and whether it may hold new storages."""
-        kind = self._kinds.get(func)
-        if kind is None:
-            kind = self._kinds[func] = kind_of(func)
-        if kind == PURE:
-            return self._remembered(func, args, kwargs), True
-        if kind == NOTHING and args[0][0].is_meta:
-            return None, False
-        return func(*args, **kwargs), kind != VIEW
+    def run(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result."""
+        if self.kind == PURE:
+            return self._remembered(args, kwargs)
+        if self.kind == NOTHING and args[0][0].is_meta:
+            return None
+        return self.func(*args, **kwargs)
 
-    def _remembered(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        key: list[Any] = [func]
+    def _remembered(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        key: list[Any] = []
         try:
             on_meta = _describe(args, key)
             for name, value in kwargs.items():
@@ -56,14 +57,14 @@ class ResultCache:
             question = tuple(key)
             known = self._known.get(question) if on_meta else None
         except (_Unclear, TypeError):
-            return func(*args, **kwargs)
+            return self.func(*args, **kwargs)
         if known is not None:
             return _make(known)
-        result = func(*args, **kwargs)
+        result = self.func(*args, **kwargs)
         if on_meta:
             recipe = _recipe(result, args, kwargs)
             if recipe is None:
-                self._kinds[func] = PLAIN
+                self.kind = PLAIN
             else:
                 self._known[question] = recipe
         return result

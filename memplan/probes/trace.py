@@ -115,6 +115,7 @@ def _run(
 
     lower = PRECISIONS[setup.precision][1]
     autocast = CudaAutocast(PARAMETER_DTYPES[lower]) if lower else None
+    gc.freeze()  # the collector need not look at libraries again and again
     with torch.device("meta"):
         built = model.build(setup)
     module = built.module.train()
@@ -145,7 +146,7 @@ def _run(
 def _load(module: nn.Module, recorder: StorageRecorder) -> None:
     """Name parameters and buffers; what making the model needed besides is not on the device."""
     gc.collect()
-    gc.freeze()  # the collector need not look at libraries and model again and again
+    gc.freeze()
     recorder.trail.describe(module)
     for name, buffer in module.named_buffers():
         recorder.label(buffer, "buffer", name, "buffer")
