@@ -133,7 +133,7 @@ def rotary_dim(config: Config, head_dim: int, key: str, default: float) -> int:
     dim = int(head_dim * fraction)
     if dim < 2:
         raise ConfigError(f"{key} in {config.origin} leaves no dimension to rotate.", f"Correct {key}.")
-    return dim
+    return config.paired(dim, key)
 
 
 def gated_mlp(t: Tape, x: Tensor, width: int, activation: str, *, bias: bool = False) -> Tensor:

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
 LARGEST = 2**31 - 1
 """No dimension of a model may be larger (PyTorch indexes many kernels with 32-bit integers)."""
 
+MOST_LAYERS = 10_000
+"""No model may have more layers: the deepest that was published has 1,000."""
+
+NAMES_OF_LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers"})
+
+LONGEST_ECHO = 40
+"""Longer values are cut when they are quoted."""
+
 _MISSING = object()
+
+
+def shown(value: Any) -> str:
+    """A value to quote in a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_ECHO else f"{text[:LONGEST_ECHO]}..."
 
 
 class Config:
@@ -58,9 +72,12 @@ class Config:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} in {self.origin} is {value!r}, not a whole number.", f"Correct {name}.")
-        if not least <= value <= LARGEST:
-            raise ConfigError(f"{name} in {self.origin} is {value}.", f"It has to lie between {least} and {LARGEST}.")
+            raise ConfigError(f"{name} in {self.origin} is {shown(value)}, not a whole number.", f"Correct {name}.")
+        most = MOST_LAYERS if name in NAMES_OF_LAYERS else LARGEST
+        if not least <= value <= most:
+            raise ConfigError(
+                f"{name} in {self.origin} is {shown(value)}.", f"It has to lie between {least} and {most:,}."
+            )
         return value
 
     def optional_integer(self, *names: str, least: int = 1) -> int | None:
@@ -73,21 +90,21 @@ class Config:
             return self.dropout
         name, value = self._find(names, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ConfigError(f"{name} in {self.origin} is {value!r}.", "It has to be a number from 0 to 1.")
+            raise ConfigError(f"{name} in {self.origin} is {shown(value)}.", "It has to be a number from 0 to 1.")
         return float(value)
 
     def flag(self, *names: str, default: Any = _MISSING) -> bool:
         """True or false."""
         name, value = self._find(names, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} in {self.origin} is {value!r}.", "It has to be true or false.")
+            raise ConfigError(f"{name} in {self.origin} is {shown(value)}.", "It has to be true or false.")
         return value
 
     def text(self, *names: str, default: Any = _MISSING) -> str:
         """A string."""
         name, value = self._find(names, default)
         if not isinstance(value, str):
-            raise ConfigError(f"{name} in {self.origin} is {value!r}.", "It has to be a string.")
+            raise ConfigError(f"{name} in {self.origin} is {shown(value)}.", "It has to be a string.")
         return value
 
     def choice(self, *names: str, known: Any, default: Any = _MISSING) -> str:
@@ -95,7 +112,7 @@ class Config:
         value = self.text(*names, default=default)
         if value not in known:
             raise ConfigError(
-                f"{names[0]} in {self.origin} is {value!r}, which is not modelled.",
+                f"{names[0]} in {self.origin} is {shown(value)}, which is not modelled.",
                 f"Known: {', '.join(sorted(known))}.",
             )
         return value
@@ -110,8 +127,17 @@ class Config:
     def divided(self, name: str, whole: int, by: int) -> int:
         """``whole / by`` where it has to come out even (heads, head_dim)."""
         if whole % by:
+            other = "num_key_value_heads" if "head" in name else "the number of heads"
             raise ConfigError(
-                f"{name} in {self.origin} is {whole}, which {by} does not divide.",
-                f"Correct {name} or the number of heads.",
+                f"{name} in {self.origin} is {whole}, which {by} does not divide.", f"Correct {name} or {other}."
             )
         return whole // by
+
+    def paired(self, dim: int, name: str = "head_dim") -> int:
+        """`dim` where it is even: rotary positions turn dimensions in pairs."""
+        if dim % 2:
+            raise ConfigError(
+                f"{name} in {self.origin} comes to {dim}, and rotary positions turn dimensions in pairs.",
+                f"Correct {name}: it has to be even.",
+            )
+        return dim

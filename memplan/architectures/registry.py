@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from memplan.architectures.config import Config
+from memplan.architectures.config import Config, shown
 from memplan.errors import ConfigError, UnknownModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -50,6 +50,32 @@ READER_BY_MODEL_TYPE = {
 """``module:function`` below `memplan.architectures.families`, by the config's ``model_type``."""
 
 
+KIND_BY_MODEL_TYPE = {
+    "t5": "an encoder-decoder",
+    "bart": "an encoder-decoder",
+    "vit": "a vision model",
+    "resnet": "a vision model",
+    "clip": "a vision and text model",
+    "whisper": "a speech model",
+    "wav2vec2": "a speech model",
+    "mixtral": "a mixture of experts",
+    "qwen2_moe": "a mixture of experts",
+    "qwen3_moe": "a mixture of experts",
+    "olmoe": "a mixture of experts",
+    "deepseek_v2": "a mixture of experts",
+    "deepseek_v3": "a mixture of experts",
+    "gpt_oss": "a mixture of experts",
+    "mamba": "a state-space model",
+    "rwkv": "a recurrent model",
+    "UNet2DConditionModel": "a network of a diffusion model",
+    "FluxTransformer2DModel": "a network of a diffusion model",
+}
+"""What a model of an architecture without a description is, by ``model_type`` or by diffusers' ``_class_name``."""
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys that say how many experts a layer has."""
+
+
 def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float | None = None) -> Architecture:
     """The architecture that a config.json describes; `dropout` overrides all its dropout probabilities.
 
@@ -58,16 +84,41 @@ def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float 
         ConfigError: a value is missing, of the wrong type, or contradicts another.
     """
     config = Config(values, origin, dropout=dropout)
-    if not config.has("model_type"):
+    key = "model_type" if config.has("model_type") else "_class_name"
+    if not config.has(key):
         raise ConfigError(f"{origin} has no model_type.", "Give the config.json that the model was published with.")
-    model_type = config.text("model_type")
-    if model_type not in READER_BY_MODEL_TYPE:
-        known = sorted(READER_BY_MODEL_TYPE)
-        near = did_you_mean(model_type, known, otherwise="")
-        raise UnknownModelError(
-            f"model_type {model_type!r} in {origin} is not modelled.", f"{near} Known: {', '.join(known)}.".strip()
-        )
+    model_type = config.text(key)
+    if key != "model_type" or model_type not in READER_BY_MODEL_TYPE:
+        raise _unknown(model_type, origin, key)
+    _refuse_what_is_not_dense(config)
     module, function = READER_BY_MODEL_TYPE[model_type].split(":")
     reader = getattr(import_module(f"memplan.architectures.families.{module}"), function)
     architecture: Architecture = reader(config)
     return architecture
+
+
+def _unknown(model_type: str, origin: str, key: str) -> UnknownModelError:
+    known = sorted(READER_BY_MODEL_TYPE)
+    listed = f"Known: {', '.join(known)}."
+    if model_type in KIND_BY_MODEL_TYPE:
+        kind = KIND_BY_MODEL_TYPE[model_type]
+        return UnknownModelError(f"{origin} is {kind} ({model_type}), which is not modelled yet.", listed)
+    near = did_you_mean(model_type, known, otherwise="") if key == "model_type" else ""
+    return UnknownModelError(f"{key} {shown(model_type)} in {origin} is not modelled.", f"{near} {listed}".strip())
+
+
+def _refuse_what_is_not_dense(config: Config) -> None:
+    """Quantised weights and layers of experts are other models than their ``model_type`` says."""
+    parts = [config, *([config.part("text_config")] if isinstance(config.raw("text_config"), dict) else [])]
+    for part in parts:
+        if part.has("quantization_config"):
+            raise ConfigError(
+                f"{part.origin} has a quantization_config: quantised bases are not modelled yet.",
+                "Give the config.json of the model that was quantised.",
+            )
+        for name in EXPERTS:
+            if part.has(name) and part.integer(name, least=0) > 1:
+                raise ConfigError(
+                    f"{name} in {part.origin} is {part.integer(name)}: mixtures of experts are not modelled yet.",
+                    f"Take {name} out if the model has none.",
+                )

@@ -16,6 +16,7 @@ Left out: hub revisions, and names without an organisation that the catalogue do
 from __future__ import annotations
 
 import os
+import stat
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from memplan.catalog.profiles import parse_toml, profile_path
@@ -36,6 +37,9 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B"
 
 MAX_CONFIG_BYTES = 4 * 2**20
 """Published configs have some kilobytes; what is larger is another file."""
+
+MAX_DIGITS = 30
+"""Longer whole numbers are in no config."""
 
 HUB = "https://huggingface.co"
 TIMEOUT_S = 5
@@ -178,6 +182,8 @@ def _is_hub_word(word: str) -> bool:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may wait for ever
+            raise MemplanError(f"{path} is no regular file.", "Give a config.json, or a folder with one.")
         with open(path, "rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as fault:
@@ -195,7 +201,7 @@ def parse_config(content: bytes, origin: str) -> dict[str, Any]:
         )
     cure = "Give the config.json that the model was published with."
     try:
-        values = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        values = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite, parse_int=_short)
     except UnicodeDecodeError:
         raise ConfigError(f"{origin} is not a text file in UTF-8.", cure) from None
     except json.JSONDecodeError as fault:
@@ -211,15 +217,17 @@ def parse_config(content: bytes, origin: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(text if len(text) <= MAX_DIGITS else f"{text[:MAX_DIGITS]}... of {len(text):,} digits")
 
 
 def _finite(text: str) -> float:
     number = float(text)
-    if abs(number) == float("inf"):
-        raise ValueError(text)
-    return number
+    return number if abs(number) != float("inf") else _refuse(text)
+
+
+def _short(text: str) -> int:
+    return int(text) if len(text) <= MAX_DIGITS else _refuse(text)
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def falcon(config: Config) -> Architecture:
     """``FalconForCausalLM``."""
     hidden = config.integer("n_embed", "hidden_size", default=4544)
     num_heads = config.integer("num_attention_heads", default=71)
-    head_dim = config.divided("hidden_size", hidden, num_heads)
+    head_dim = config.paired(config.divided("hidden_size", hidden, num_heads))
     grouped = config.flag("new_decoder_architecture", default=False)
     parallel = config.flag("parallel_attn", default=True)
     num_kv_heads = config.integer("num_kv_heads", default=num_heads)

@@ -128,7 +128,7 @@ def gptj(config: Config) -> Architecture:
         num_layers=config.integer("n_layer", "num_hidden_layers", default=28),
         num_heads=num_heads,
         head_dim=head_dim,
-        rotary_dim=config.integer("rotary_dim", default=64),
+        rotary_dim=config.paired(config.integer("rotary_dim", default=64), "rotary_dim"),
         intermediate_size=config.integer("n_inner", default=4 * hidden),
         vocab_size=config.integer("vocab_size", default=50400),
         max_positions=config.integer("n_positions", "max_position_embeddings", default=2048),

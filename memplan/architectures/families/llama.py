@@ -191,7 +191,7 @@ def numbers(
         "num_layers": whole("num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim or config.divided("hidden_size", hidden, num_heads),
+        "head_dim": config.paired(head_dim or config.divided("hidden_size", hidden, num_heads)),
         "intermediate_size": whole("intermediate_size"),
         "vocab_size": whole("vocab_size"),
         "activation": config.choice("hidden_act", known=ACTIVATION_BY_NAME, default=defaults.get("hidden_act", "silu")),

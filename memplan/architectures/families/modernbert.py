@@ -163,7 +163,7 @@ def modernbert(config: Config) -> Architecture:
         hidden_size=hidden,
         layer_types=layer_types(config),
         num_heads=num_heads,
-        head_dim=config.divided("hidden_size", hidden, num_heads),
+        head_dim=config.paired(config.divided("hidden_size", hidden, num_heads)),
         intermediate_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
         reach=config.integer("local_attention", default=128, least=2) // 2,
