@@ -9,10 +9,13 @@ not need is imported where it is used.
 
 from __future__ import annotations
 
+import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import find_default_model, read_config
+from memplan.catalog.replays import RememberedReplays, code_stamp
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator, speed_of
 from memplan.specs.training import Setup, check_count
@@ -33,7 +36,7 @@ DEFAULT_SEQ_LEN = 2048
 """Where nobody gives a length; less for a model with fewer positions."""
 
 DEFAULT_HEADROOM_PERCENT = 5.0
-"""Share of the usable bytes that stays free: no measurement bounds fragmentation yet."""
+"""Share of the usable bytes that stays free: no measurement on a GPU bounds what is not modelled yet."""
 
 SPEED_STAND_INS = ((32 * 10**9, "rtx4090"), (None, "a100-80gb"))
 """Whose rates time a step on a card of which only the size is known: (largest size in bytes, catalogue name)."""
@@ -44,6 +47,8 @@ class Model(NamedTuple):
 
     architecture: Architecture
     name: str
+    values: dict[str, Any]
+    """Its config."""
     origin: str
     """Why it is this one: as asked for, from a file of the project, or the default."""
 
@@ -58,7 +63,14 @@ def find_model(model: str | Model | None, *, dropout: float | None = None) -> Mo
         return model
     asked, origin = (model, "as asked for") if model is not None else find_default_model()
     values, name = read_config(asked)
-    return Model(architecture=read_architecture(values, name, dropout=dropout), name=name, origin=origin)
+    architecture = read_architecture(values, name, dropout=dropout)
+    return Model(architecture=architecture, name=name, origin=origin, values=values)
+
+
+def remembered(model: Model) -> RememberedReplays:
+    """Earlier replays of this model by this code."""
+    fingerprint = json.dumps([code_stamp(), model.values], sort_keys=True)
+    return RememberedReplays(fingerprint, os.environ)
 
 
 def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
@@ -211,7 +223,8 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     margin = parse_size(reserve) if reserve is not None else 0
     if spec is not None:
         margin += int(spec.usable_bytes * _percent(headroom) / 100)
-    return Estimator(found.architecture, found.name, spec).estimate(setup, margin_bytes=margin)
+    estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
+    return estimator.estimate(setup, margin_bytes=margin)
 
 
 def estimate_grid(
@@ -323,7 +336,8 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
         activation_checkpointing=checkpointing,
     )
     speed = find_speed(spec)
-    return search(Estimator(found.architecture, found.name, spec, speed), goal, spec, speed.label)
+    estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
+    return search(estimator, goal, spec, speed.label)
 
 
 def _percent(headroom: float) -> float:

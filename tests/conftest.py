@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 from hypothesis import settings
+
+# What memplan remembers goes to a folder of the test run's own, also in its child processes.
+os.environ["MEMPLAN_CACHE_DIR"] = tempfile.mkdtemp(prefix="memplan-tests-")
 
 # The same examples on every run, and no deadline: a slow machine is not a broken law.
 settings.register_profile("memplan", derandomize=True, deadline=None, max_examples=40)

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.allocator.settings import AllocatorSettings
 from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions
 from memplan.estimation.ledger import LedgerRow, ledger
+from memplan.estimation.replaying import replay
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
-from memplan.specs.values import NamedTuple, dataclass
+from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
 
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
     from memplan.architectures.architecture import Architecture
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.training import Setup
 
+    Replays = MutableMapping[str, int]
+    """Reserved bytes by setup."""
+
 SEGMENT_BYTES = 2 << 20
-"""The caching allocator asks the driver for multiples of 2 MiB (kRoundLarge)."""
+"""The caching allocator asks the driver for multiples of 2 MiB: reserved bytes without a replay are at least these."""
 
 CUBLAS_WORKSPACE_BYTES = (4096 * 2 + 16 * 8) * 1024
 CUBLAS_WORKSPACE_BYTES_HOPPER = 4096 * 8 * 1024
 """PyTorch's workspace for one cuBLAS handle (docs, CUDA semantics, "cuBLAS workspaces"); more on capability 9.0."""
+
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
+"""The setting of the allocator that is tried where its default fragments too much."""
 
 NUM_CUBLAS_HANDLES = 2
 """One for the thread of the forward pass, one for autograd's."""
@@ -63,9 +73,12 @@ class Memory(NamedTuple):
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
-    """At least this: the peak in whole allocator segments of 2 MiB; fragmentation comes on top."""
+    """What the caching allocator holds, by replaying the run through it on this card (on none in particular: where
+    memory is no object); without a replay, the least it can hold."""
     context_bytes: int
     workspace_bytes: int
+    alloc_conf: str = ""
+    """The PYTORCH_ALLOC_CONF that the reserved bytes need; empty: none."""
 
     @property
     def peak_process_bytes(self) -> int:
@@ -123,9 +136,18 @@ class Estimator:
     """Estimates of one model; what setups have in common is worked out once."""
 
     def __init__(
-        self, architecture: Architecture, name: str, gpu: GpuSpec | None = None, speed: GpuSpec | None = None
+        self,
+        architecture: Architecture,
+        name: str,
+        gpu: GpuSpec | None = None,
+        speed: GpuSpec | None = None,
+        replays: Replays | None = None,
     ) -> None:
-        """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (else the same)."""
+        """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (else the same).
+
+        `replays`: where replays of this model are remembered from run to run.
+        """
+        self._replays: Replays = {} if replays is None else replays
         self.architecture = architecture
         self.name = name
         self.gpu = gpu
@@ -165,15 +187,45 @@ class Estimator:
         return self._sizes[key]
 
     def memory(self, setup: Setup) -> Memory:
-        """The bytes of one configuration, in steady state or in the first step, whichever is more."""
-        program = self.program(setup)
-        sizes = self.sizes(setup)
-        return self._memory(program.peaks(sizes, setup.gradient_accumulation_steps).peak)
+        """The bytes of one configuration in steady state; reserved bytes are the least that can be."""
+        peak = self.program(setup).peaks(self.sizes(setup), setup.gradient_accumulation_steps).peak
+        return self._memory(peak, -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES)
 
-    def _memory(self, peak: int) -> Memory:
+    def replayed_memory(self, setup: Setup, budget_bytes: int | None = None) -> Memory:
+        """The same with the reserved bytes of a replay: exact, and slower by some hundredths of a second.
+
+        `budget_bytes`: what the whole process may take; where that is too little, the reserved bytes lie above it by
+        what is missing.
+        """
+        least = self.memory(setup)
+        capacity = None
+        if budget_bytes is not None:
+            capacity = max(budget_bytes - least.context_bytes - least.workspace_bytes, 0)
+            if capacity < least.peak_reserved_bytes:
+                return least
+        reserved = self._reserved(setup, capacity, "")
+        alloc_conf = ""
+        if capacity is not None and reserved > capacity:
+            tighter = self._reserved(setup, capacity, EXPANDABLE_SEGMENTS)
+            if tighter < reserved:
+                reserved, alloc_conf = tighter, EXPANDABLE_SEGMENTS
+        return least._replace(peak_reserved_bytes=max(reserved, least.peak_reserved_bytes), alloc_conf=alloc_conf)
+
+    def _reserved(self, setup: Setup, capacity: int | None, alloc_conf: str) -> int:
+        """Reserved bytes by a replay, remembered."""
+        key = f"{capacity} {alloc_conf} {replace(setup, data_parallel_size=min(setup.data_parallel_size, 2))!r}"
+        known = self._replays.get(key)
+        if known is None:
+            settings = AllocatorSettings(expandable_segments=bool(alloc_conf))
+            steps = setup.gradient_accumulation_steps
+            found = replay(self.program(setup), self.sizes(setup), steps, capacity_bytes=capacity, settings=settings)
+            known = self._replays[key] = found.reserved_bytes
+        return known
+
+    def _memory(self, peak: int, reserved: int) -> Memory:
         return Memory(
             peak_allocated_bytes=peak,
-            peak_reserved_bytes=-(-peak // SEGMENT_BYTES) * SEGMENT_BYTES,
+            peak_reserved_bytes=reserved,
             context_bytes=context_bytes(self.gpu),
             workspace_bytes=workspace_bytes(self.gpu),
         )
@@ -203,7 +255,7 @@ class Estimator:
         accumulation = setup.gradient_accumulation_steps
         steady = program.peaks(sizes, accumulation)
         first = program.peaks(sizes, accumulation, first_step=True)
-        memory = self._memory(steady.peak)
+        memory = self.replayed_memory(setup, None if self.gpu is None else self.gpu.usable_bytes - margin_bytes)
         rows = ledger(program, sizes, accumulation)
         return Estimate(
             model=self.summary(program),
@@ -238,7 +290,7 @@ class Estimator:
     def unmodelled(self, setup: Setup) -> tuple[tuple[str, str], ...]:
         """What the numbers leave out, for this setup."""
         found = [
-            ("fragmentation of the caching allocator", "reserved bytes are the peak in whole segments, a lower bound"),
+            ("sequences of varying length", "all are as long as --seq-len; varying ones fragment the allocator more"),
             ("kernel launches, host and data loading", "the step time is a lower bound from FLOPs and bytes"),
         ]
         if self.gpu is None or self.gpu.context_bytes is None:
@@ -288,9 +340,9 @@ def _process_rows(memory: Memory) -> tuple[LedgerRow, ...]:
     rows = (
         (
             "allocator",
-            "rest of the last 2 MiB segment",
+            "cached and unsplit blocks",
             memory.peak_reserved_bytes - memory.peak_allocated_bytes,
-            "c10",
+            "replay of the run through the caching allocator (c10/cuda/CUDACachingAllocator.cpp)",
         ),
         ("workspace", "cuBLAS workspaces", memory.workspace_bytes, "PyTorch docs, CUDA semantics"),
         ("context", "CUDA context", memory.context_bytes, "measured, see the GPU's profile"),

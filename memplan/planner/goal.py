@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WELL_DIVIDED = 8
 """A number of sequences that is a multiple of this can be split into micro-batches of 1, 2, 4 and 8."""
 
-CHECKPOINTING_CHOICES = ("none", "selective", "every-2", "full")
+CHECKPOINTING_CHOICES = ("none", "selective", "every-4", "every-3", "every-2", "full")
 """What the planner may choose from where the user leaves checkpointing free."""
 
 

@@ -1,8 +1,9 @@
 """Finding the plan.
 
 For every open checkpointing choice the largest micro-batch that fits is found by bisection over the divisors of the
-target: what fits at b fits at every smaller b (a law that the tests hold).  Everything that fits is ranked by the
-estimated time of a step, then by headroom.
+target: with accumulation, what fits at b fits at every smaller b (a law that the tests hold); the micro-batch that
+needs no accumulation is looked at by itself.  Everything that fits is ranked by the estimated time of a step, then by
+headroom, and the first whose run also fits when it is replayed through the caching allocator is the plan.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from memplan.specs.training import Setup
 
 MOST_ALTERNATIVES = 5
-MOST_WAYS_OUT = 5
+MOST_WAYS_OUT = 4
 
 
 class Search:
@@ -52,7 +53,38 @@ class Search:
             )
         return self._seen[setup]
 
-    def largest_that_fits(self, splits: Sequence[tuple[int, int]], mode: str) -> int:
+    def replayed(self, candidate: Candidate) -> Candidate:
+        """The same with what the caching allocator really reserves."""
+        budget = self.goal.usable_bytes - self.goal.margin_bytes - self.goal.reserve_bytes
+        memory = self.estimator.replayed_memory(candidate.setup, budget)
+        more = memory.peak_reserved_bytes - candidate.memory.peak_reserved_bytes
+        return candidate._replace(
+            memory=memory,
+            upper_bound_bytes=candidate.upper_bound_bytes + more,
+            headroom_bytes=candidate.headroom_bytes - more,
+        )
+
+    def first_that_fits(self, ranked: Sequence[Candidate]) -> tuple[int, list[Candidate]]:
+        """Position of the first candidate that fits as replayed (their number where none does); all that were."""
+        tried = []
+        for position, candidate in enumerate(ranked):
+            tried.append(self.replayed(candidate))
+            if tried[-1].fits:
+                return position, tried
+        return len(ranked), tried
+
+    def worth_looking_at(self, splits: Sequence[tuple[int, int]], mode: str) -> list[tuple[int, int]]:
+        """The largest micro-batches that fit, the one above them, and the one without accumulation.
+
+        With accumulation gradients stay resident: a micro-batch that reaches the target at once may fit where smaller
+        ones do not, so that it is looked at by itself.
+        """
+        alone = [split for split in splits if split[1] == 1]
+        others = [split for split in splits if split[1] > 1]
+        first = self._first_that_fits(others, mode)
+        return alone + others[max(first - 1, 0) : first + MOST_ALTERNATIVES]
+
+    def _first_that_fits(self, splits: Sequence[tuple[int, int]], mode: str) -> int:
         """Position in `splits` (largest micro-batch first) of the first that fits; their number where none does."""
         low, high = 0, len(splits)
         while low < high:
@@ -72,16 +104,18 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     fitting: list[Candidate] = []
     refused: list[Candidate] = []
     for mode in goal.modes():
-        first = look.largest_that_fits(splits, mode)
-        fitting += [look.candidate(goal.at(*split, mode)) for split in splits[first : first + MOST_ALTERNATIVES]]
-        if first > 0:
-            refused.append(look.candidate(goal.at(*splits[first - 1], mode)))
+        candidates = [look.candidate(goal.at(*split, mode)) for split in look.worth_looking_at(splits, mode)]
+        fitting += [c for c in candidates if c.fits]
+        refused += [c for c in candidates if not c.fits]
     ranked = undominated(fitting)
-    best = ranked[0] if ranked else None
-    nearest = None if best else min(refused, key=lambda c: c.short_by_bytes)
+    ranked += [c for c in sorted(fitting, key=_by_time) if c not in ranked]
+    position, tried = look.first_that_fits(ranked)
+    best = tried[-1] if position < len(ranked) else None
+    refused += tried[:position]
+    nearest = None if best else look.replayed(min(refused, key=lambda c: c.short_by_bytes))
     start = best or nearest
     assert start is not None
-    levers = levers_of(look.candidate, start)
+    levers = levers_of(look.candidate, look.candidate(start.setup))
     program = estimator.program(start.setup)
     return Plan(
         model=estimator.summary(program),
@@ -90,7 +124,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
         target=goal.target,
         best=best,
         estimate=estimator.estimate(start.setup, margin_bytes=goal.margin_bytes + goal.reserve_bytes),
-        alternatives=tuple(ranked[1 : 1 + MOST_ALTERNATIVES]),
+        alternatives=tuple(undominated(ranked[position + 1 :])[:MOST_ALTERNATIVES]),
         rejections=_rejections(refused, best),
         levers=levers,
         ways_out=() if best else _ways_out(look, start, levers),
@@ -99,10 +133,14 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     )
 
 
+def _by_time(candidate: Candidate) -> tuple[float, int]:
+    return candidate.step_time.total_s, -candidate.headroom_bytes
+
+
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """By time, then headroom; without those that another beats in both."""
     ranked: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.step_time.total_s, -c.headroom_bytes)):
+    for c in sorted(candidates, key=_by_time):
         if not ranked or c.headroom_bytes > ranked[-1].headroom_bytes:
             ranked.append(c)
     return ranked
@@ -130,9 +168,11 @@ def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[
             setup = _with_all(start.setup, group)
             if setup is not None and look.candidate(setup).fits:
                 found.append(WayOut(levers=group, candidate=look.candidate(setup)))
-        if found:
-            found.sort(key=_cost)
-            return tuple(found[:MOST_WAYS_OUT])
+        replayed = [
+            way._replace(candidate=look.replayed(way.candidate)) for way in sorted(found, key=_cost)[:MOST_WAYS_OUT]
+        ]
+        if fitting := tuple(way for way in replayed if way.candidate.fits):
+            return fitting
     return ()
 
 

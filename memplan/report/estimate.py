@@ -61,11 +61,17 @@ def _asked(estimate: Document) -> Iterator[Line]:
     yield from (Line(line) for line in wrap(equation(setup), first="  "))
 
 
+def _by_the_allocator(estimate: Document) -> str:
+    if estimate["alloc_conf"]:
+        return f"with PYTORCH_ALLOC_CONF={estimate['alloc_conf']}"
+    return "by the caching allocator, the run replayed through it"
+
+
 def _totals(estimate: Document) -> Iterator[Line]:
     yield from title(f"The peak, at its highest: {estimate['peak_instant']}")
     rows = [
         ("allocated", gib(estimate["peak_allocated_bytes"]), "tensors, in blocks of 512 bytes"),
-        ("reserved", gib(estimate["peak_reserved_bytes"]), "in segments of 2 MiB; fragmentation comes on top"),
+        ("reserved", gib(estimate["peak_reserved_bytes"]), _by_the_allocator(estimate)),
         (
             "process",
             gib(estimate["peak_process_bytes"]),

@@ -78,6 +78,9 @@ def _best(plan: Document) -> Iterator[Line]:
     yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
     yield from paragraph("free", _free(plan, best))
+    if best["alloc_conf"]:
+        text = f"export PYTORCH_ALLOC_CONF={best['alloc_conf']} (without it the allocator fragments too much)"
+        yield from paragraph("needs", text)
     yield from paragraph("time", _time(plan, best))
     if plan["trainer"]:
         yield from paragraph("Trainer", _trainer(plan["trainer"]))
