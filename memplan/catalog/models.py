@@ -182,7 +182,8 @@ def _is_hub_word(word: str) -> bool:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may wait for ever
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # opening a pipe or a device may wait for ever
             raise MemplanError(f"{path} is no regular file.", "Give a config.json, or a folder with one.")
         with open(path, "rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)

@@ -71,7 +71,7 @@ FAULTS = [
     ("estimate lama-3-8b", "'lama-3-8b'", "Did you mean llama-3-8b"),
     ("estimate no/such/config.json", "no/such/config.json", "memplan models"),
     ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
-    ("estimate rwkv-4-3b", "'rwkv'", "Known: bert"),
+    ("estimate rwkv-4-3b", "(rwkv)", "Known: bert"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --optimizer lion", "--optimizer lion is not modelled yet", "adamw"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --loss fused", "--loss fused is not modelled yet", "full"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
