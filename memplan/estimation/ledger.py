@@ -112,9 +112,13 @@ def _events(segment: Segment) -> list[tuple[Row, Size, int]]:
 
 
 def _after(program: StepProgram, parts: Sequence[Part]) -> Counter[Key]:
-    counts: Counter[Key] = Counter()
+    runs: dict[tuple[int, str], tuple[Part, int]] = {}
     for part in parts:
-        counts.update(_net(program, part, _events(part.segment), len(part.places)))
+        key = (id(part.segment), _prefix(program, part))
+        runs[key] = (part, runs[key][1] + len(part.places) if key in runs else len(part.places))
+    counts: Counter[Key] = Counter()
+    for part, num in runs.values():
+        counts.update(_net(program, part, _events(part.segment), num))
     return counts
 
 

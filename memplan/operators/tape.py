@@ -150,6 +150,7 @@ class Tape:
         self.tensors: list[Tensor] = []
         self.storages: list[Storage] = []
         self.parameters: list[Parameter] = []
+        self._parameter_of: dict[str, Tensor] = {}
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self._path: list[str] = []
@@ -196,10 +197,10 @@ class Tape:
     ) -> Tensor:
         """A weight of the current module; the same full name twice is the same weight (tied)."""
         full = name if absolute or not self._path else f"{self.module}.{name}"
-        for known in self.parameters:
-            if known.name == full:
-                return self.tensors[known.tensor]
+        if full in self._parameter_of:
+            return self._parameter_of[full]
         tensor = self._new(shape, self.numerics.parameters, role="parameter", name=full, requires_grad=trainable)
+        self._parameter_of[full] = tensor
         self.parameters.append(Parameter(full, shape, trainable, tensor.number, tensor.storage, of_embedding))
         return tensor
 
