@@ -1,0 +1,107 @@
+"""The law between two witnesses: what the formula says is kept, the trace of the real module keeps, byte for byte.
+
+A small instance of every family, under every combination of attention, precision, checkpointing and accumulation.
+Peaks may differ by 0.5 %: scratch memory that is rounded to the kernels' tiles, and blocks of 512 bytes.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from memplan.architectures.registry import READER_BY_MODEL_TYPE, read_architecture
+from memplan.estimation.step import Recordings
+from memplan.memory.events import Sizes
+from memplan.operators.sizes import bind
+from memplan.probes.trace import trace_training
+from memplan.specs.training import Setup
+from tests.published import test_reference_families_a as family_a
+from tests.published import test_reference_families_b as family_b
+from tests.published import test_reference_families_c as family_c
+
+pytestmark = pytest.mark.slow
+
+MICRO_BATCH_SIZE, SEQ_LEN = 2, 128
+PEAK_TOLERANCE = 5e-3
+
+NOT_IN_TRANSFORMERS = {"internlm2"}
+"""Published with code of their own: there is no module to trace."""
+
+EAGER_ONLY = {"bloom", "deberta-v2", "gemma2", "gptj", "mpt"}
+"""transformers has, or allows, one implementation of attention."""
+
+CONFIGS: list[dict[str, Any]] = [
+    family_a.BASE | {"model_type": "llama"},
+    *family_a.CONFIG_BY_NAME.values(),
+    *family_b.CONFIG_BY_NAME.values(),
+    *family_b.EAGER_ONLY_BY_NAME.values(),
+    *family_b.FALCON_BY_NAME.values(),
+    family_c.BERT,
+    family_c.ROBERTA,
+    family_c.XLM_ROBERTA,
+    family_c.DEBERTA,
+    family_c.MODERNBERT,
+]
+CONFIG_BY_MODEL_TYPE = {config["model_type"]: config for config in reversed(CONFIGS)}
+
+CASES = [
+    (model_type, *choices)
+    for model_type in CONFIG_BY_MODEL_TYPE
+    for choices in product(("sdpa", "eager"), ("fp32", "bf16", "bf16-mixed"), ("none", "full"), (1, 2))
+    if choices[0] == "eager" or model_type not in EAGER_ONLY
+]
+"""Model type, attention, precision, checkpointing, accumulation."""
+
+HELD_NORM = "the output of the last norm, which the model's output object holds during the loss, is not in the formula"
+HELD_IN_LAYER = "outputs of norms that a layer's variables hold while it is computed again are not in the formula"
+DIFFERENT_PEAKS = {
+    ("falcon", "bf16-mixed", "full", 2): "the formula caches bf16 copies that autocast does not: weights used as views",
+    ("gemma3", "bf16-mixed", "none", 1): "Gemma 3's text model fills a key-value cache until the loss",
+    ("gemma3", "bf16-mixed", "none", 2): "Gemma 3's text model fills a key-value cache until the loss",
+    ("gpt_neox", "bf16-mixed", "full", 2): HELD_NORM,
+    ("opt", "bf16-mixed", "full", 2): HELD_NORM,
+    ("phi", "bf16-mixed", "full", 2): HELD_IN_LAYER,
+    ("stablelm", "bf16-mixed", "full", 2): HELD_IN_LAYER,
+}
+"""Where peaks differ by more, and the tensor that explains it."""
+
+
+def kernel_to_force(config: dict[str, Any]) -> str | None:
+    """CUDA has no fused kernel for grouped heads in fp32; the formula's is fused all the same (see `unmodelled`)."""
+    text = config.get("text_config", config)
+    grouped = text.get("num_key_value_heads", 0) not in {0, text.get("num_attention_heads")}
+    return "flash" if grouped and not family_a.takes_a_mask(text) else None
+
+
+def test_every_family_is_here() -> None:
+    assert set(CONFIG_BY_MODEL_TYPE) == set(READER_BY_MODEL_TYPE) - NOT_IN_TRANSFORMERS
+
+
+@pytest.mark.parametrize(("model_type", "attention", "precision", "checkpointing", "accumulation"), CASES, ids=str)
+def test_the_formula_is_the_trace(
+    model_type: str, attention: str, precision: str, checkpointing: str, accumulation: int
+) -> None:
+    config = CONFIG_BY_MODEL_TYPE[model_type]
+    setup = Setup(
+        micro_batch_size=MICRO_BATCH_SIZE,
+        seq_len=SEQ_LEN,
+        attention=attention,
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        gradient_accumulation_steps=accumulation,
+    )
+    sizes = Sizes(bind(MICRO_BATCH_SIZE, SEQ_LEN))
+    formula = Recordings(read_architecture(config, "config")).program(setup).peaks(sizes, accumulation)
+    kernel = kernel_to_force(config) if (attention, precision) == ("sdpa", "fp32") else None
+    trace = trace_training(config, setup, sdpa_kernel=kernel)
+    assert formula.kept_activation_bytes == trace.kept_activation_bytes
+    assert formula.kept_activation_bytes_per_layer == trace.kept_activation_bytes_per_layer
+    reason = DIFFERENT_PEAKS.get((model_type, precision, checkpointing, accumulation))
+    if reason and abs(formula.peak / trace.peak_allocated_bytes - 1) > PEAK_TOLERANCE:
+        pytest.xfail(reason)
+    assert formula.peak == pytest.approx(trace.peak_allocated_bytes, rel=PEAK_TOLERANCE)
