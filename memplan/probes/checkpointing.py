@@ -7,10 +7,12 @@ torch.utils.checkpoint, and keeps its queries, keys, values and mask alone.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +90,7 @@ def selective_checkpointing(model: nn.Module, how: str, autocast: CudaAutocast |
     def looked_up(self: Any, *args: Any, **named: Any) -> Any:
         nonlocal times
         times += 1
-        return _again(look_up(self, *args, **named), kwargs)
+        return _again(look_up(self, *args, **named), kwargs, narrow=True)
 
     with mock.patch.object(AttentionInterface, "get_interface", looked_up):
         yield
@@ -96,8 +98,16 @@ def selective_checkpointing(model: nn.Module, how: str, autocast: CudaAutocast |
         raise unfit
 
 
-def _again(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _again(function: Callable[..., Any], kwargs: dict[str, Any], *, narrow: bool = False) -> Callable[..., Any]:
+    """The function under checkpointing.
+
+    `narrow`: without tensors that it takes no notice of; checkpointing would hold on to them.
+    """
+    taken = inspect.signature(function).parameters if narrow else {}
+
     def checkpointed(*args: Any, **named: Any) -> Any:
+        if narrow:
+            named = {name: x for name, x in named.items() if name in taken or not isinstance(x, torch.Tensor)}
         return checkpoint(function, *args, **kwargs, **named)
 
     return checkpointed

@@ -83,7 +83,13 @@ def softmax_backward_scratch(grad: torch.Tensor, output: torch.Tensor, *_: Any, 
     return [grad.numel() * max(grad.element_size(), output.element_size())]
 
 
+def safe_softmax_scratch(scores: torch.Tensor, *_: Any, **__: Any) -> list[int]:
+    """_safe_softmax (aten/src/ATen/native/transformers/attention.cpp): the softmax, and which scores are masked out."""
+    return [scores.numel() * scores.element_size(), scores.numel()]
+
+
 SCRATCH_BY_OPERATOR: Scratch = {
+    aten._safe_softmax.default: safe_softmax_scratch,
     aten._softmax_backward_data.default: softmax_backward_scratch,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward_scratch,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward_scratch,
