@@ -97,8 +97,8 @@ def find_speed(gpu: GpuSpec) -> GpuSpec:
 
 
 def default_seq_len(model: Model) -> int:
-    """2048, or as many tokens as the model has positions for."""
-    most = model.architecture.max_positions
+    """2048, or as many tokens as the model has positions for or was made with."""
+    most = model.architecture.max_positions or model.architecture.usual_positions
     return DEFAULT_SEQ_LEN if most is None else min(DEFAULT_SEQ_LEN, most)
 
 

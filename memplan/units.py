@@ -18,6 +18,9 @@ MIB = 2**20
 GIB = 2**30
 """Bytes in a gibibyte."""
 
+MANY_GIB = 10_000
+"""From here on bytes are shown in larger units."""
+
 MAX_SIZE_BYTES = 2**60
 """The largest size that is taken seriously (1 EiB); anything above it is a slip of the keyboard."""
 
@@ -113,7 +116,7 @@ def parse_count(text: str) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Bytes in GiB with two decimals; below 1 GiB in MiB, KiB or B with three significant digits.
+    """Bytes in GiB with two decimals; below 1 GiB or from 10,000 on in another unit with three significant digits.
 
     >>> format_bytes(25_386_024_960), format_bytes(446_693_376), format_bytes(-1536), format_bytes(512)
     ('23.64 GiB', '426 MiB', '-1.50 KiB', '512 B')
@@ -126,7 +129,12 @@ def format_bytes(num_bytes: int) -> str:
         digits = _three_digits(size / unit_bytes)
         if float(digits) < 1024:
             return f"{sign}{digits} {unit}"
-    return f"{sign}{size / GIB:.2f} GiB"
+    if size < MANY_GIB * GIB:
+        return f"{sign}{size / GIB:,.2f} GiB"
+    for unit, power in (("TiB", 40), ("PiB", 50), ("EiB", 60)):
+        if size < 1000 << power:
+            return f"{sign}{_three_digits(size / (1 << power))} {unit}"
+    return f"{sign}{size / (1 << 70):,.1f} ZiB"
 
 
 def format_count(count: int) -> str:

@@ -67,6 +67,8 @@ class Architecture:
     max_positions: int | None
     """Longest sequence the model has positions for; None where it has no limit."""
     hidden_size: int
+    usual_positions: int | None = None
+    """Positions that a model without such a limit was made with; None where its config names none."""
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""

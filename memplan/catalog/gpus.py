@@ -61,18 +61,24 @@ def read_gpu(name: str) -> GpuSpec:
 
 
 def read_index() -> dict[str, Any]:
-    """Aliases and `label_gb` of every card by id.
+    """Aliases, `label_gb` and `usable_bytes` of every card by id.
 
     Its lines are cut rather than parsed, so that a card given as a size needs no TOML: each is
-    ``id = { label_gb = 24, aliases = ["a", "b"] }``, and a test holds the result equal to what a parser reads.
+    ``id = { label_gb = 24, usable_bytes = 25249710080, aliases = ["a", "b"] }``, and a test holds the result equal to
+    what a parser reads.
     """
     index: dict[str, Any] = {}
     with open(profile_path(FOLDER, INDEX_FILE), encoding="utf-8") as file:
         for line in file:
             gpu_id, entry, rest = line.partition(" = { label_gb = ")
             if entry:
-                label_gb, _, aliases = rest.partition(", aliases = ")
-                index[gpu_id] = {"label_gb": float(label_gb), "aliases": aliases.split('"')[1::2]}
+                sizes, _, aliases = rest.partition(", aliases = ")
+                label_gb, _, usable = sizes.partition(", usable_bytes = ")
+                index[gpu_id] = {
+                    "label_gb": float(label_gb),
+                    "usable_bytes": int(usable),
+                    "aliases": aliases.split('"')[1::2],
+                }
     return index
 
 
@@ -172,7 +178,7 @@ def _parse_sized_gpu(text: str, index: dict[str, Any]) -> GpuSpec:
         label=label,
         label_bytes=size_bytes,
         sources={"label_bytes": f"{written_out} as typed"},
-        notes=_cards_of_size(str(size_bytes / 1e9), index),
+        notes=_cards_of_size(str(size_bytes / 1e9), index, size_bytes),
     )
 
 
@@ -182,14 +188,19 @@ def _split_number(text: str) -> tuple[str, str]:
     return text[: len(text) - len(rest)], rest.strip()
 
 
-def _cards_of_size(number: str, index: dict[str, Any]) -> str:
-    """A sentence that names the cards sold as about `number` GB; empty where there are none."""
+def _cards_of_size(number: str, index: dict[str, Any], least_bytes: int = 0) -> str:
+    """Which cards are sold as about `number` GB, those with fewer usable bytes than `least_bytes` apart; or nothing."""
     try:
         size_gb = float(number)
     except ValueError:
         return ""
     names = [gpu_id for gpu_id, card in index.items() if abs(card["label_gb"] - size_gb) <= 0.08 * size_gb]
-    return f"Cards of about that size: {', '.join(names)}." if names else ""
+    enough = [name for name in names if index[name]["usable_bytes"] >= least_bytes]
+    fewer = [name for name in names if name not in enough]
+    sentences = [f"Cards of about that size: {', '.join(enough)}."] if enough else []
+    if fewer:
+        sentences.append(f"Sold as about that size, with less than it to use: {', '.join(fewer)}.")
+    return " ".join(sentences)
 
 
 def _read_local_gpu(num_gpus: int) -> GpuSpec:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
+from memplan.memory.model_states import GRADIENT_BUCKETS
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from memplan.estimation.step import Peaks, StepProgram
     from memplan.memory.events import Sizes
     from memplan.specs.training import Setup
+
+TRAINER_DEFAULT = "the Hugging Face Trainer's own default, adamw_torch_fused (transformers 5.23)"
+
+MUCH = 0.01
+"""Share of the peak from which the inputs of a step are spoken of."""
 
 AUTOCAST_CACHE = "to (autocast cache)"
 """Tensor name of a half-precision copy of a weight (`Tape.autocast`)."""
@@ -79,6 +85,8 @@ def assumptions(
         *_master_weights(case),
         *_optimizer_temporaries(case),
         *_gradients(case),
+        *_gradient_buckets(case),
+        *_inputs(case),
         *_attention(case),
         *_padding(case),
         *_logits(case),
@@ -125,7 +133,7 @@ def _optimizer_temporaries(case: _Case) -> Iterator[Assumption]:
     if case.optimizer == "adamw-fused":
         yield Assumption(
             "AdamW kernel",
-            "fused: nothing on top",
+            f"fused: nothing on top, as with {TRAINER_DEFAULT}",
             "foreach",
             case.effect_at(OPTIMIZER, copy),
             "one kernel updates in place",
@@ -133,7 +141,7 @@ def _optimizer_temporaries(case: _Case) -> Iterator[Assumption]:
     elif held:
         name = case.optimizer.removeprefix("adamw-")
         why = "torch.optim.AdamW picks it on CUDA" if name == "foreach" else "one parameter after the other"
-        value = f"{name}: {format_bytes(held)} more during the step"
+        value = f"{name}: {format_bytes(held)} more during the step, unlike {TRAINER_DEFAULT}"
         yield Assumption("AdamW kernel", value, "fused", case.effect_at(OPTIMIZER, -held), why)
 
 
@@ -154,6 +162,34 @@ def _gradients(case: _Case) -> Iterator[Assumption]:
             "kept or accumulated",
             case.effect(replace(case.setup, gradient_accumulation_steps=2)),
             "zero_grad sets them to None",
+        )
+
+
+def _gradient_buckets(case: _Case) -> Iterator[Assumption]:
+    """DistributedDataParallel: with views the gradients lie in the buckets, so that one of the two is saved."""
+    held = sum(row.num_bytes for row in case.rows if row.tensor == GRADIENT_BUCKETS)
+    if held:
+        resident = case.setup.gradient_accumulation_steps > 1
+        yield Assumption(
+            "DDP's buckets",
+            f"a second copy of all gradients: {format_bytes(held)}, which gradient_as_bucket_view=True would save",
+            "gradient_as_bucket_view=True" if resident else "",
+            -case.program.gradients.total(case.sizes) if resident else None,
+            "DistributedDataParallel(gradient_as_bucket_view=False) is the default of torch and the Trainer",
+        )
+
+
+def _inputs(case: _Case) -> Iterator[Assumption]:
+    steps = case.setup.gradient_accumulation_steps
+    held = case.program.inputs(steps).total(case.sizes)
+    if steps > 1 and held > MUCH * case.peaks.peak:
+        one = case.program.inputs(1).total(case.sizes)
+        yield Assumption(
+            "inputs",
+            f"ids and labels of all {steps:,} micro-batches are fetched at once: {format_bytes(held)}",
+            "one micro-batch at a time",
+            one - held,
+            "the Trainer counts the tokens of a step before the first forward pass",
         )
 
 
@@ -197,7 +233,7 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     yield Assumption(
         "loss",
         f"{value}, {format_bytes(largest)} the largest of them",
-        "a chunked loss",
+        "a chunked loss, not modelled yet",
         case.effect_at(LOSS, -alive) if at_loss else 0,
         "so transformers computes it; Liger and others go chunk by chunk",
     )

@@ -56,6 +56,10 @@ class ModelSummary(NamedTuple):
     model_type: str
     num_parameters: int
     num_trainable_parameters: int
+    task: str = ""
+    """``causal-lm``, ``masked-lm`` or ``features``: which head and loss were estimated."""
+    attentions: tuple[str, ...] = ()
+    """Attention implementations that transformers has for it."""
 
 
 class Instant(NamedTuple):
@@ -285,6 +289,8 @@ class Estimator:
             model_type=self.architecture.model_type,
             num_parameters=program.states.num_parameters,
             num_trainable_parameters=program.states.num_trained,
+            task=self.architecture.task,
+            attentions=self.architecture.attentions,
         )
 
     def unmodelled(self, setup: Setup) -> tuple[tuple[str, str], ...]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 BITSANDBYTES_BLOCK = 256
 BITSANDBYTES_MIN_8BIT = 4096
 BITSANDBYTES_CODEBOOK_BYTES = 256 * 4
+GRADIENT_BUCKETS = "gradient buckets"
 DDP_SOURCE = "torch/nn/parallel/distributed.py: gradient_as_bucket_view=False"
 
 
@@ -125,7 +126,7 @@ class ModelStates(NamedTuple):
         if data_parallel_size == 1:
             return Tensors(())
         total = sum(num_bytes(p.shape, self.dtype).factor * times for p, times in self.groups if p.trainable)
-        row = Row("DistributedDataParallel", "gradient buckets", "gradient", None, self.dtype, DDP_SOURCE)
+        row = Row("DistributedDataParallel", GRADIENT_BUCKETS, "gradient", None, self.dtype, DDP_SOURCE)
         return Tensors(((row, Size(total), 1),))
 
 

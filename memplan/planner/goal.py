@@ -39,7 +39,8 @@ class Target(NamedTuple):
         got = self.global_batch_size * seq_len
         difference = got - self.target_tokens
         exact = "exactly" if difference == 0 else f"{abs(difference):,} {'more' if difference > 0 else 'fewer'}"
-        sequences = f"{self.global_batch_size:,} sequences of {seq_len:,}"
+        noun = "sequence" if self.global_batch_size == 1 else "sequences"
+        sequences = f"{self.global_batch_size:,} {noun} of {seq_len:,}"
         return f"{self.target_tokens:,} tokens are {sequences}: {got:,} tokens, {exact}"
 
 

@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
 
 def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Lever, ...]:
-    """Every lever of `start`, what frees most first; those that change nothing are left out."""
+    """Every lever of `start`, what frees most first, SGD last; those that change nothing are left out."""
     levers = []
     for change in _changes(start.setup):
         candidate = price(change.setup)
@@ -40,7 +40,7 @@ def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Le
         )
         if lever.delta_bytes or abs(lever.delta_step_time_s) > 1e-6 * start.step_time.total_s:
             levers.append(lever)
-    return tuple(sorted(levers, key=lambda lever: lever.delta_bytes))
+    return tuple(sorted(levers, key=lambda lever: (lever.gives_up_adam, lever.delta_bytes)))
 
 
 def _changes(setup: Setup) -> Iterator[Change]:

@@ -62,6 +62,11 @@ class Lever(NamedTuple):
     same_update: bool
     """Whether the optimizer sees the same gradients: no change of mathematics, batch or data."""
 
+    @property
+    def gives_up_adam(self) -> bool:
+        """Whether the optimizer becomes one without moments: the last thing to try."""
+        return self.flag == "--optimizer sgd"
+
 
 class WayOut(NamedTuple):
     """Some levers that together make the nearest configuration fit."""

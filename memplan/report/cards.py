@@ -31,6 +31,7 @@ def cards_that_hold(candidate: Candidate, goal: Goal, gpus: Iterable[GpuSpec]) -
                     "name": gpu.name,
                     "label": gpu.label,
                     "usable_bytes": gpu.usable_bytes,
+                    "is_from_nvidia_smi": gpu.is_from_nvidia_smi,
                     "headroom_bytes": gpu.usable_bytes - process - margin,
                 }
             )

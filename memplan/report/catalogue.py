@@ -43,7 +43,7 @@ def render_gpus(gpus: Sequence[Document]) -> list[Line]:
         (
             gpu["name"],
             clip(gpu["label"].removeprefix("NVIDIA "), LABEL_WIDTH),
-            ("" if gpu["torch_bytes"] else "* ") + gib(gpu["usable_bytes"]),
+            ("* " if gpu["is_from_nvidia_smi"] else "") + gib(gpu["usable_bytes"]),
             _scaled(gpu["flops_per_s"].get("bf16"), 1e12),
             _scaled(gpu["memory_bandwidth_bytes_per_s"], 1e9),
             _scaled(gpu["context_bytes"], 2**20),

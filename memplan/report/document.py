@@ -116,7 +116,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         ],
         "levers": [lever_document(lever) for lever in plan.levers],
         "nearest": None if plan.nearest is None else candidate_document(plan.nearest),
-        "ways_out": [way_document(way) for way in plan.ways_out],
+        "ways_out": _ways(plan),
         "cards": list(cards),
         "peak_instant": plan.estimate.peak_instant,
         "instants": instants_document(plan.estimate),
@@ -132,6 +132,8 @@ def model_document(model: ModelSummary, origin: str) -> Document:
         "model_type": model.model_type,
         "num_parameters": model.num_parameters,
         "num_trainable_parameters": model.num_trainable_parameters,
+        "task": model.task,
+        "attentions": list(model.attentions),
         "origin": origin,
     }
 
@@ -175,6 +177,8 @@ def gpu_document(gpu: GpuSpec) -> Document:
         "total_bytes": gpu.total_bytes,
         "usable_bytes": gpu.usable_bytes,
         "usable_basis": gpu.usable_basis,
+        "is_from_nvidia_smi": gpu.is_from_nvidia_smi,
+        "unsupported_dtypes": list(gpu.unsupported_dtypes),
         "notes": " ".join(gpu.notes.split()),
     }
 
@@ -216,11 +220,18 @@ def way_document(way: WayOut) -> Document:
     }
 
 
+def _ways(plan: Plan) -> list[Document]:
+    """The ways out; those that give up AdamW are the last."""
+    gives_up = [any(lever.gives_up_adam for lever in way.levers) for way in plan.ways_out]
+    ranked = sorted(zip(gives_up, plan.ways_out, strict=True), key=lambda pair: pair[0])
+    return [way_document(way) for _, way in ranked]
+
+
 def ways_to_reach(plan: Plan, setup: Setup) -> list[Document]:
     """How the batch of a `setup` that does not fit can be reached: the plan's best, or its ways out."""
     if plan.best is None:
         smallest = options_of(plan.nearest.setup, beside=setup) if plan.nearest is not None else ""
-        ways = [way_document(way) for way in plan.ways_out]
+        ways = _ways(plan)
         return [{**way, "options": f"{smallest} {way['options']}".strip()} for way in ways]
     best = candidate_document(plan.best)
     return [{"options": options_of(plan.best.setup, beside=setup), "same_update": True, **best}]
@@ -289,7 +300,6 @@ def gpus_document(gpus: Iterable[GpuSpec]) -> Document:
                 "memory_bandwidth_bytes_per_s": gpu.memory_bandwidth_bytes_per_s,
                 "link_bytes_per_s": gpu.link_bytes_per_s,
                 "flops_per_s": dict(gpu.flops_per_s),
-                "unsupported_dtypes": list(gpu.unsupported_dtypes),
                 "compute_capability": gpu.compute_capability,
                 "sources": dict(gpu.sources),
             }

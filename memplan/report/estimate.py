@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
-from memplan.report.layout import bar, wrap
+from memplan.report.layout import bar, plural, wrap
 from memplan.report.plan import way_lines
 from memplan.report.text import (
     assumption_lines,
@@ -53,11 +53,11 @@ def _asked(estimate: Document) -> Iterator[Line]:
     setup = estimate["setup"]
     yield from model_lines(estimate["model"])
     if estimate["gpu"]:
-        yield from gpu_lines(estimate["gpu"], num=setup["data_parallel_size"])
+        yield from gpu_lines(estimate["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     if estimate["target"] and estimate["target"]["rounding"]:
         yield from paragraph("", f"{estimate['target']['rounding']}.")
     yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
-    yield from paragraph("length", f"{setup['seq_len']:,} tokens")
+    yield from paragraph("length", plural(setup["seq_len"], "token"))
     yield from (Line(line) for line in wrap(equation(setup), first="  "))
 
 
@@ -113,8 +113,9 @@ def _kinds(estimate: Document) -> Iterator[Line]:
         shown.append(("the rest", sum(small.values())))
     yield from title("What the process is made of, at the peak")
     rows = [
-        (kind.replace("_", " "), gib(num), f"{100 * num / whole:.0f} %", bar(num / whole, BAR_CELLS))
+        (kind.replace("_", " "), gib(num), f"{percent} %", bar(num / whole if percent else 0, BAR_CELLS))
         for kind, num in shown
+        for percent in [round(100 * num / whole)]
     ]
     yield from table([("kind", "GiB", "", ""), *rows], left=(0, 3))
 
@@ -143,11 +144,11 @@ def _rows(ledger: Sequence[Document]) -> Iterator[Line]:
         (
             row["module"],
             row["tensor"],
-            str(row["count"]),
+            f"{row['count']:,}",
             row["dtype"],
             gib(row["bytes"]),
             gib(row["bytes_at_peak"]),
         )
         for row in largest
     ]
-    yield from table(rows, left=(0, 1, 3))
+    yield from table(rows, left=(0, 1, 3), keep_end=True)

@@ -46,11 +46,17 @@ def bar(share: float, cells: int) -> str:
 
 
 def columns(
-    rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), gap: int = 2, indent: int = 2, shrink: int = 0
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0,),
+    gap: int = 2,
+    indent: int = 2,
+    shrink: int = 0,
+    keep_end: bool = False,
 ) -> list[str]:
     """`rows` in aligned columns, those in `left` to the left and the others to the right.
 
-    Where the whole is too wide, column `shrink` is cut in the middle.
+    Where the whole is too wide, column `shrink` is cut in the middle, or with `keep_end` at its start.
     """
     if not rows:
         return []
@@ -60,16 +66,19 @@ def columns(
         widths[shrink] = max(8, widths[shrink] - over)
     lines = []
     for row in rows:
-        cells = [f"{clip(cell, widths[n]):{'<' if n in left else '>'}{widths[n]}}" for n, cell in enumerate(row)]
+        cells = [
+            f"{clip(cell, widths[n], keep_end=keep_end):{'<' if n in left else '>'}{widths[n]}}"
+            for n, cell in enumerate(row)
+        ]
         lines.append((" " * indent + (" " * gap).join(cells)).rstrip())
     return lines
 
 
-def clip(text: str, width: int) -> str:
-    """`text`, its middle replaced by two points where it is wider than `width`."""
+def clip(text: str, width: int, *, keep_end: bool = False) -> str:
+    """`text`, its middle (or with `keep_end` its start) replaced by two points where it is wider than `width`."""
     if len(text) <= width:
         return text
-    tail = (width - 2) // 2
+    tail = width - 2 if keep_end else (width - 2) // 2
     return f"{text[: width - 2 - tail]}..{text[len(text) - tail :]}"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
-from memplan.report.layout import bar, wrap
+from memplan.report.layout import bar, plural, wrap
 from memplan.report.text import (
+    STAR,
     assumption_lines,
     choices,
     equation,
@@ -21,7 +22,9 @@ from memplan.report.text import (
     table,
     title,
     unmodelled_lines,
+    usable,
 )
+from memplan.report.trainer import OPTIM_BY_OPTIMIZER
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 BAR_CELLS = 24
 MOST_LEVERS = 6
 MOST_REFUSED = 2
+REAL_SAVING = 0.01
+"""Share of the usable bytes; a plan that frees less beside a faster one is not shown."""
 
 
 def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
@@ -42,7 +47,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
-        *_alternatives(plan["alternatives"]),
+        *_alternatives(_roomier(plan)),
         *_rejections(plan),
         *assumption_lines(plan["assumptions"]),
         *_levers(plan),
@@ -54,11 +59,11 @@ def _asked(plan: Document) -> Iterator[Line]:
     target = plan["target"]
     setup = (plan["best"] or plan["nearest"])["setup"]
     yield from model_lines(plan["model"])
-    yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"])
+    yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from paragraph(
         "target",
-        f"{target['global_batch_size']:,} sequences of {target['seq_len']:,} tokens = "
-        f"{target['tokens_per_step']:,} tokens per step",
+        f"{plural(target['global_batch_size'], 'sequence')} of {plural(target['seq_len'], 'token')} = "
+        f"{plural(target['tokens_per_step'], 'token')} per step",
     )
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
@@ -82,8 +87,7 @@ def _best(plan: Document) -> Iterator[Line]:
         text = f"export PYTORCH_ALLOC_CONF={best['alloc_conf']} (without it the allocator fragments too much)"
         yield from paragraph("needs", text)
     yield from paragraph("time", _time(plan, best))
-    if plan["trainer"]:
-        yield from paragraph("Trainer", _trainer(plan["trainer"]))
+    yield from paragraph("Trainer", _trainer(plan["trainer"], plan["model"]) if plan["trainer"] else _no_trainer(setup))
 
 
 def _kept(mode: str) -> str:
@@ -97,10 +101,10 @@ def _kept(mode: str) -> str:
 
 
 def _memory(plan: Document, best: Document) -> str:
-    usable = plan["gpu"]["usable_bytes"]
+    whole = plan["gpu"]["usable_bytes"]
     peak = best["peak_process_bytes"]
     return (
-        f"{format_bytes(peak)} of {format_bytes(usable)} {bar(peak / usable, BAR_CELLS)} "
+        f"{format_bytes(peak)} of {format_bytes(whole)} {bar(peak / whole, BAR_CELLS)} "
         f"at its highest: {plan['peak_instant']}"
     )
 
@@ -123,21 +127,42 @@ def _time(plan: Document, best: Document) -> str:
     )
 
 
-def _trainer(trainer: Document) -> str:
+def _trainer(trainer: Document, model: Document) -> str:
     shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
     arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}), TrainingArguments({arguments})"
+    attention = trainer["attn_implementation"]
+    default = "sdpa" if "sdpa" in model["attentions"] else "eager"
+    asked = "" if attention == default else f", attn_implementation={attention!r}"
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), TrainingArguments({arguments})"
+
+
+def _no_trainer(setup: Document) -> str:
+    """What of a setup no argument of the Trainer asks for."""
+    missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
+    if setup["activation_checkpointing"] == "selective":
+        missing.append("selective checkpointing")
+    return f"TrainingArguments has no key for {' and '.join(missing)}: it takes a training loop of one's own"
+
+
+def _roomier(plan: Document) -> list[Document]:
+    """Of the alternatives those that free something worth having beside the one above them."""
+    shown, above = [], plan["best"]
+    for one in plan["alternatives"]:
+        if one["headroom_bytes"] - above["headroom_bytes"] >= REAL_SAVING * plan["gpu"]["usable_bytes"]:
+            shown.append(one)
+            above = one
+    return shown
 
 
 def _alternatives(alternatives: Sequence[Document]) -> Iterator[Line]:
     if not alternatives:
         return
-    yield from title("The next ones")
+    yield from title("Slower, with more room")
     rows = [("micro", "accum.", "checkpointing", "peak GiB", "spare GiB", "step >=", "tokens/s <=")]
     rows += [
         (
-            str(one["setup"]["micro_batch_size"]),
-            str(one["setup"]["gradient_accumulation_steps"]),
+            f"{one['setup']['micro_batch_size']:,}",
+            f"{one['setup']['gradient_accumulation_steps']:,}",
             one["setup"]["activation_checkpointing"],
             gib(one["peak_process_bytes"]),
             gib(one["headroom_bytes"]),
@@ -179,15 +204,17 @@ def _nothing_fits(plan: Document) -> Iterator[Line]:
         f"{format_bytes(nearest['peak_process_bytes'])} at its highest ({plan['peak_instant']}), and {margins}; "
         f"usable are {format_bytes(plan['gpu']['usable_bytes'])}",
     )
-    cards = [f"{card['name']} ({format_bytes(card['usable_bytes'])})" for card in plan["cards"]]
+    cards = [f"{card['name']} ({usable(card)})" for card in plan["cards"]]
     text = ", ".join(cards) or "no card of the catalogue; sharding over several GPUs is not modelled yet"
     yield from paragraph("held by", text)
+    if any(card["is_from_nvidia_smi"] for card in plan["cards"]):
+        yield from paragraph("", STAR)
     yield from way_lines(plan["ways_out"])
 
 
 def way_lines(ways: Sequence[Document]) -> Iterator[Line]:
     """What would make it fit, as options to add to the command."""
-    yield from title("Ways out, cheapest first: add these options")
+    yield from title("Ways out, cheapest first: add these options" if ways else "Ways out")
     if not ways:
         yield Line("  no combination of up to three single changes is enough")
     for way in ways:

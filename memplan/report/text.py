@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
 from memplan.report.layout import columns, plural, wrap
+from memplan.specs.training import PRECISIONS
 from memplan.units import GIB, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -17,7 +18,13 @@ LABEL_WIDTH = 9
 """Columns of the words to the left of a paragraph."""
 
 
-MANY_GIB = 10**6
+MANY_GIB = 10**5
+"""From here on a cell of a column of GiB says a larger unit."""
+
+HEAD_BY_TASK = {"masked-lm": ", with the head for masked tokens", "features": ", without a head"}
+"""What is said of heads that predict no next token."""
+
+STAR = "* nvidia-smi's total; what torch sees is not known for this card, mostly 0.25 to 0.75 GiB less"
 
 
 def paragraph(label: str, text: str) -> Iterator[Line]:
@@ -33,10 +40,15 @@ def title(text: str, style: str = "title") -> Iterator[Line]:
 
 
 def table(
-    rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), shrink: int = 0, faint_header: bool = True
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0,),
+    shrink: int = 0,
+    keep_end: bool = False,
+    faint_header: bool = True,
 ) -> Iterator[Line]:
     """Aligned columns, the first row being their names."""
-    for n, line in enumerate(columns(rows, left=left, shrink=shrink)):
+    for n, line in enumerate(columns(rows, left=left, shrink=shrink, keep_end=keep_end)):
         yield Line(line, "faint" if n == 0 and faint_header else "")
 
 
@@ -44,9 +56,9 @@ def table(
 
 
 def gib(num_bytes: int) -> str:
-    """A number for a column that is headed GiB; in exponent notation where nobody has so many."""
+    """A number for a column that is headed GiB; with a unit of its own where nobody has so many."""
     number = num_bytes / GIB
-    return f"{number:.2f}" if number < MANY_GIB else f"{number:.3g}"
+    return f"{number:,.2f}" if number < MANY_GIB else format_bytes(num_bytes)
 
 
 def signed(num_bytes: int) -> str:
@@ -67,7 +79,7 @@ def exactly(num_bytes: int) -> str:
 def split_of(setup: Document) -> str:
     """``micro 4 x accumulation 8 x 1 GPU``."""
     return (
-        f"micro {setup['micro_batch_size']} x accumulation {setup['gradient_accumulation_steps']} x "
+        f"micro {setup['micro_batch_size']:,} x accumulation {setup['gradient_accumulation_steps']:,} x "
         f"{plural(setup['data_parallel_size'], 'GPU')}"
     )
 
@@ -86,6 +98,7 @@ def equation(setup: Document) -> str:
 def model_lines(model: Document) -> Iterator[Line]:
     """The model, and why it is this one where nobody named it."""
     text = f"{model['name']} ({model['model_type']}), {format_count(model['num_parameters'])} parameters"
+    text += HEAD_BY_TASK.get(model["task"], "")
     yield from paragraph("model", text)
     if model["origin"] not in {"", "as asked for"}:
         yield from paragraph("", f"None was named: {_reason(model['origin'])}.")
@@ -95,14 +108,22 @@ def _reason(origin: str) -> str:
     return f"this is {origin}" if origin.startswith("the ") else f"this is the one in {origin}"
 
 
-def gpu_lines(gpu: Document, *, num: int = 1) -> Iterator[Line]:
-    """The card, and how many bytes of it are planned with."""
+def usable(gpu: Document) -> str:
+    """Its usable bytes, with a star where torch sees fewer."""
+    return f"{'* ' if gpu['is_from_nvidia_smi'] else ''}{format_bytes(gpu['usable_bytes'])}"
+
+
+def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
+    """The card, how many bytes of it are planned with, and whether it is made for the precision."""
     name = gpu["name"] if gpu["name"] == gpu["label"] else f"{gpu['name']} ({gpu['label']})"
     each = " each" if num > 1 else ""
-    text = f"{name}: {format_bytes(gpu['usable_bytes'])} usable{each}, {gpu['usable_basis']}"
+    text = f"{name}: {usable(gpu)} usable{each}, {gpu['usable_basis']}"
     yield from paragraph("GPU", f"{num} x {text}" if num > 1 else text)
     if gpu["name"] == gpu["label"] and gpu["notes"]:
         yield from paragraph("", gpu["notes"])
+    slow = [dtype for dtype in PRECISIONS[precision] if dtype in gpu["unsupported_dtypes"]]
+    if slow:
+        yield from paragraph("", f"It has no fast units for {slow[-1]}: say --precision fp16-mixed.")
 
 
 def choices(setup: Document) -> str:

@@ -103,6 +103,11 @@ class GpuSpec:
         raise AssertionError("a GpuSpec has at least one size")
 
     @property
+    def is_from_nvidia_smi(self) -> bool:
+        """Whether `usable_bytes` is what nvidia-smi shows, because what torch sees is not known."""
+        return self.torch_bytes is None and self.physical_bytes is not None
+
+    @property
     def usable_basis(self) -> str:
         """Which size `usable_bytes` is, in words that follow "n bytes usable: "."""
         if self.torch_bytes is not None:

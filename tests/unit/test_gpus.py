@@ -110,6 +110,7 @@ def test_the_index_agrees_with_the_profile(name):
     spec = read_gpu(name)
     assert tuple(card["aliases"]) == spec.aliases
     assert card["label_gb"] * 10**9 == spec.label_bytes
+    assert card["usable_bytes"] == spec.usable_bytes
 
 
 def test_no_two_cards_share_a_name():
@@ -331,7 +332,10 @@ def test_a_size_is_a_card_of_which_only_the_size_is_known(text, name, usable_byt
 
 def test_a_size_names_the_cards_it_may_mean():
     """24 x 10^9 bytes is no card's exact size; the notes name those that are sold under it."""
-    assert parse_gpu("24GB")[1].notes == "Cards of about that size: rtx3090, rtx4090, l4, a10g, a10, a30, a5000."
+    assert parse_gpu("24GB")[1].notes == (
+        "Cards of about that size: rtx3090, rtx4090, a10, a30, a5000. "
+        "Sold as about that size, with less than it to use: l4, a10g."
+    )
     assert parse_gpu("3GB")[1].notes == ""
 
 

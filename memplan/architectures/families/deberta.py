@@ -267,6 +267,7 @@ def deberta_v2(config: Config) -> Architecture:
         head=partial(masked_lm if named else features, m),
         vocab_size=m.vocab_size,
         max_positions=m.max_positions if m.has_positions else None,
+        usual_positions=m.max_positions,
         hidden_size=m.hidden_size,
         attentions=("eager",),
         buffers=(Buffer(f"{m.body}embeddings.position_ids", (1, m.max_positions), "int64"),),
