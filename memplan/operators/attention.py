@@ -6,12 +6,13 @@
 ``sdpa``     torch.nn.functional.scaled_dot_product_attention with a fused kernel: keeps q, k, v, the output and the
              log-sum-exp of each row, nothing quadratic
 ``flash``    the same kernel called as such: keeps two more blocks, the seed and the offset of its random numbers
+``math``     what scaled_dot_product_attention falls back to where no fused kernel takes q, k, v and the mask
 ===========  ========================================================================================================
 """
 
 from __future__ import annotations
 
-from memplan.operators.elementwise import add, dropout, keeps_result, mul, neg, scale
+from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.matrix import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
@@ -141,37 +142,44 @@ def _ratio(heads: Dim, kv_heads: Dim) -> int:
     return heads // kv_heads
 
 
-def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, by_head: bool = False) -> Tensor:
-    """One fused kernel: (b, heads, s, d) to (b, s, heads, d).
+def fused(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float = 0.0, by_head: bool = False
+) -> Tensor:
+    """scaled_dot_product_attention, with the kernel that CUDA chooses: (b, heads, s, d) to (b, s, heads, d).
 
-    Its backward (mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp) needs for a moment the
-    gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer heads, their
-    gradients for every query head before they are summed.
+    The backward of the fused ones (mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp) needs
+    for a moment the gradient of q accumulated in fp32, one fp32 number a row and, where keys and values have fewer
+    heads, their gradients for every query head before they are summed.
 
     The flash kernel lays its output out like q (``empty_like`` in flash_api.cpp): where q lies head by head, as after
-    ``cat`` or a reshape that copies (`by_head`), the caller's ``transpose(1, 2).contiguous()`` is a copy.
+    ``cat`` or a reshape that copies (`by_head`), the caller's ``transpose(1, 2).contiguous()`` is a copy.  It is given
+    heads padded to a multiple of 8 (pad_last_dim in attention.cpp), whose output is cut by a view and copied likewise.
 
-    In fp32, and with a mask, it is the memory-efficient kernel (sdp_utils.cpp), whose log-sum-exp is rounded up to 32
-    rows.
+    The memory-efficient kernel rounds its log-sum-exp up to 32 rows.
     """
     q, k, v = t.autocast(q), t.autocast(k), t.autocast(v)
+    kernel = _kernel(t, q, k, v, mask)
     b, heads, s, head_dim = q.shape
-    efficient = t.attention == "sdpa" and (mask is not None or (q.dtype == "fp32" and heads == k.shape[1]))
-    rows: Dim = "s to 32" if efficient and s == "s" else s
-    if mask is not None:
-        mask = _kernel_mask(t, mask, q.dtype)
-    extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
-    if t.attention == "flash":
-        extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
-    keeps = [q, k, v]
-    inputs = [q, k, v]
-    if mask is not None:
-        keeps.append(mask)
-        inputs.append(mask)
-    scratch = [num_bytes((b, heads, s, head_dim), "fp32"), num_bytes((b, heads, s), "fp32")]
-    if heads != k.shape[1]:
-        scratch += [num_bytes(q.shape, q.dtype)] * 2
+    if kernel == "math":
+        return math(t, q, k, v, mask, p=p, by_head=by_head)
+    padding = -_whole(head_dim) % HEAD_DIM_STEP if kernel == "flash" else 0
     with t.recomputable("attention", q, k, v):
+        if padding:
+            q, k, v = (t.op("pad", (x,), (*x.shape[:-1], _whole(x.shape[-1]) + padding)) for x in (q, k, v))
+        rows: Dim = "s to 32" if kernel == "efficient" and s == "s" else s
+        if mask is not None:
+            mask = _kernel_mask(t, mask, q.dtype)
+        extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
+        if t.attention == "flash":
+            extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
+        keeps = [q, k, v]
+        inputs = [q, k, v]
+        if mask is not None:
+            keeps.append(mask)
+            inputs.append(mask)
+        scratch = _flash_scratch(q, k) if kernel == "flash" else _efficient_scratch(q)
+        if padding:  # the gradient of the cut is no transpose of what the kernel wants
+            scratch.append(num_bytes(q.shape, q.dtype))
         out = t.op(
             "attention kernel",
             inputs,
@@ -183,7 +191,108 @@ def fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
             flops=count((b, heads, s, s, head_dim)).times(4),
             reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
         )
-    return copy(t, out) if by_head and not efficient else out
+        if padding:
+            out = take(t, out, (b, s, heads, head_dim))
+    return copy(t, out) if padding or (by_head and kernel != "efficient") else out
+
+
+def _flash_scratch(q: Tensor, k: Tensor) -> list[Size]:
+    """What the flash kernel's backward allocates for itself: rows in steps of 128, heads of 32 (64 from 128 on)."""
+    b, heads, s, head_dim = q.shape
+    rows: Dim = "s to 128" if s == "s" else s
+    step = 32 if _whole(head_dim) <= 128 else 64
+    width = -(-_whole(head_dim) // step) * step
+    expanded = [num_bytes(q.shape, q.dtype)] * 2 if heads != k.shape[1] else []
+    return [num_bytes((b, heads, rows, width), "fp32"), num_bytes((b, heads, rows), "fp32"), *expanded]
+
+
+def _efficient_scratch(q: Tensor) -> list[Size]:
+    """The same of the memory-efficient kernel (attention_backward.cu): one operand in fp32 and a number a row."""
+    return [num_bytes(q.shape, "fp32"), num_bytes(q.shape[:-1], "fp32")]
+
+
+HEAD_DIM_STEP = 8
+"""The flash kernel's heads are multiples of this; so are the memory-efficient kernel's in half precision."""
+
+MOST_OF_FLASH = 256
+"""The longest head that the flash kernel takes."""
+
+
+def _whole(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim
+
+
+def _kernel(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    """``flash``, ``efficient`` or ``math``, as CUDA chooses (select_sdp_backend in sdp_utils.cpp).
+
+    Flash takes half precision without a mask; the memory-efficient kernel takes masks and fp32, but no grouped heads,
+    and only heads whose rows are aligned to 16 bytes; the rest is computed by one product after the other.  Grouped
+    heads in fp32 count as flash nevertheless (see `Estimator.unmodelled`).
+    """
+    head_dim, value_dim = _whole(q.shape[-1]), _whole(v.shape[-1])
+    half = q.dtype != "fp32"
+    if t.attention == "flash" or (half and mask is None and head_dim == value_dim and head_dim <= MOST_OF_FLASH):
+        return "flash"
+    grouped = q.shape[1] != k.shape[1]
+    step = HEAD_DIM_STEP if half else HEAD_DIM_STEP // 2
+    if head_dim % step or value_dim % step or (grouped and half):
+        return "math"
+    return "flash" if grouped else "efficient"
+
+
+def math(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, p: float = 0.0, by_head: bool = False
+) -> Tensor:
+    """What runs where no fused kernel will (_scaled_dot_product_attention_math in attention.cpp), in fp32.
+
+    q and k are each scaled by the root of the factor, the mask is added to the scores in place, and the probabilities
+    are kept in fp32; q, k and v in fp32 are copied for the products where they do not lie head by head (`by_head`; keys
+    and values that a reshape has repeated do).  `_safe_softmax` looks for rows that are masked out entirely: its
+    forward pass needs the probabilities twice, and a boolean for each.
+    """
+    b, heads, s, head_dim = q.shape
+    kept_dtype, given = q.dtype, (q, k, v)
+    with t.recomputable("attention", q, k, v):
+        if mask is None:
+            mask = t.op("causal mask", (), ("s", "s"), dtype=q.dtype)
+        elif mask.dtype == "bool":
+            mask = t.op("additive mask", (mask,), ("b", 1, "s", "s"), dtype=q.dtype)
+        repeated = ("slice", "repeat_kv")
+        lies_by_head = [by_head, by_head or _made_by(t, k) in repeated, _made_by(t, v) in repeated]
+        q, k, v = (t.cast(x, "fp32") for x in (q, k, v))
+        ratio = _ratio(heads, k.shape[1])
+        scaled_q = scale(t, q)
+        k_for_all, v_for_all = repeat_heads(t, k, heads, ratio), repeat_heads(t, v, heads, ratio)
+        scaled_k = scale(t, k_for_all)
+        left = scaled_q if lies_by_head[0] else copy(t, scaled_q)
+        right = scaled_k if lies_by_head[1] or ratio > 1 else copy(t, scaled_k)
+        scores = matmul(t, left, right, (b, heads, s, s), head_dim, autocast=False)
+        t.keep_alive(scaled_k)
+        scores = add_into(t, scores, mask)
+        bytes_of_scores = num_bytes(scores.shape, "fp32")
+        weights = t.op(
+            "safe softmax",
+            (scores,),
+            scores.shape,
+            keeps_output=True,
+            scratch=(bytes_of_scores, num_bytes(scores.shape, "bool")),
+            gradients=[Gradient(scores, scratch=(bytes_of_scores,))],
+            flops=elements(scores).times(5),
+            reason="the derivative of softmax needs its result",
+        )
+        weights = dropout(t, weights, p)
+        values = v_for_all if lies_by_head[2] or ratio > 1 else copy(t, v_for_all)
+        out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), s, autocast=False)
+        out = t.cast(out, kept_dtype)
+        t.op("to", (weights,), weights.shape, dtype=kept_dtype, gradients=())
+        t.keep_alive(*given, q, k, v, scaled_q, k_for_all, v_for_all, mask)
+    return copy(t, out, (b, s, heads, v.shape[-1]))
+
+
+def _made_by(t: Tape, x: Tensor) -> str:
+    """Name of the last operator that gave `x`, views aside."""
+    return next((op.name for op in reversed(t.ops) if any(y.number == x.number for y in op.outputs)), "")
 
 
 def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> Tensor:
@@ -240,4 +349,4 @@ def attention(
     if mask is not None:
         k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
         v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
-    return fused(t, q, k, v, mask, by_head=by_head)
+    return fused(t, q, k, v, mask, p=p, by_head=by_head)

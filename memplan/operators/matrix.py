@@ -54,9 +54,13 @@ def project(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, out_feature
     )
 
 
-def matmul(t: Tape, a: Tensor, b: Tensor, shape: Shape, inner: Dim) -> Tensor:
-    """``torch.matmul(a, b)`` of batches of matrices, giving `shape`; `inner` is the summed dimension.  Keeps both."""
-    a, b = t.autocast(a), t.autocast(b)
+def matmul(t: Tape, a: Tensor, b: Tensor, shape: Shape, inner: Dim, *, autocast: bool = True) -> Tensor:
+    """``torch.matmul(a, b)`` of batches of matrices, giving `shape`; `inner` is the summed dimension.  Keeps both.
+
+    `autocast`: False within an operator that autocast has cast the inputs of already.
+    """
+    if autocast:
+        a, b = t.autocast(a), t.autocast(b)
     keeps = [kept for kept, other in ((a, b), (b, a)) if other.requires_grad]
     flops = count((*shape, inner)).times(2)
     return t.op(

@@ -82,8 +82,8 @@ def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
     """The dimensions that descriptions may name, for one configuration or for arrays of them.
 
     ``s+[b=1]`` is one longer for a micro-batch of one, where PyTorch's ``contiguous()`` of a slice copies nothing and
-    keeps the whole; ``[b=1]`` is 1 there and else 0.  ``s to 16`` and ``s to 32`` are rounded up to such a multiple;
-    ``s[not 16s]`` is nothing where the length already is one.
+    keeps the whole; ``[b=1]`` is 1 there and else 0.  ``s to 16``, ``s to 32`` and ``s to 128`` are rounded up to
+    such a multiple; ``s[not 16s]`` is nothing where the length already is one.
     """
     to_16 = -(-seq_len // 16) * 16
     return {
@@ -95,5 +95,6 @@ def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
         "[b>1]": (micro_batch_size > 1) * 1,
         "s to 16": to_16,
         "s to 32": -(-seq_len // 32) * 32,
+        "s to 128": -(-seq_len // 128) * 128,
         "s[not 16s]": seq_len * (to_16 != seq_len),
     }

@@ -50,6 +50,10 @@ GEMMA3 = BASE | {
 }
 
 CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
+    "llama, heads that no kernel takes as they are": BASE
+    | {"model_type": "llama", "head_dim": 50, "num_key_value_heads": 4},
+    "mistral, such heads under a window": BASE
+    | {"model_type": "mistral", "head_dim": 50, "sliding_window": 64, "vocab_size": 3000},
     "mistral, window shorter than the sequence": BASE | {"model_type": "mistral", "sliding_window": 64},
     "mistral, window as long as the sequence": BASE | {"model_type": "mistral", "sliding_window": SEQ_LEN},
     "mistral, window longer than the sequence": BASE | {"model_type": "mistral", "sliding_window": SEQ_LEN + 1},

@@ -116,6 +116,24 @@ def test_fused_attention_keeps_five_tensors() -> None:
     assert forward.net == FULL16 + FULL16 + 4 * heads * TOKENS
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "masked", "kept"),
+    [
+        (100, "bf16", False, 4 * 2 * 104 * 2 + 4 * 2),  # q, k, v and the output padded to 104; the log-sum-exp
+        (100, "bf16", True, 2 * 3 * 4 * 100 + 4 * 2 * TOKENS),  # the math kernel: q, k, v and probabilities in fp32
+        (98, "fp32", False, 2 * 3 * 4 * 98 + 4 * 2 * TOKENS),
+        (104, "bf16", True, 4 * 2 * 104 * 2 + 4 * 2 + 2 * TOKENS),  # the memory-efficient kernel and its mask
+    ],
+)
+def test_what_attention_keeps_where_heads_are_not_aligned(head_dim: int, dtype: str, masked: bool, kept: int) -> None:
+    t = Tape(Numerics(dtype))
+    q, k, v = (t.external(n, ("b", 2, "s", head_dim), dtype, role="shared", requires_grad=True) for n in "qkv")
+    fused(t, q, k, v, t.external("mask", ("b", 1, "s", "s"), "bool", role="input") if masked else None)
+    kept_storages = {x.storage for op in t.ops for x in op.keeps} | ({0, 1, 2} if head_dim == 104 else set())
+    env = bind(1, TOKENS)
+    assert sum(t.storages[n].size.value(env) for n in kept_storages) == kept * TOKENS
+
+
 def test_slices_and_splits_share_storage() -> None:
     """Views allocate nothing forward; backward a slice fills a full tensor, a split one for all of its parts."""
     half = ("b", "s", WIDTH // 2)
