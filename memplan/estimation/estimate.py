@@ -11,6 +11,7 @@ from memplan.estimation.ledger import LedgerRow, ledger
 from memplan.estimation.replaying import replay
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
+from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
@@ -21,7 +22,7 @@ from memplan.steptime.step import StepTime, TimedModel
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from memplan.architectures.architecture import Architecture
+    from memplan.architectures.architecture import Architecture, Recording
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.training import Setup
 
@@ -37,6 +38,9 @@ CUBLAS_WORKSPACE_BYTES_HOPPER = 4096 * 8 * 1024
 
 EXPANDABLE_SEGMENTS = "expandable_segments:True"
 """The setting of the allocator that is tried where its default fragments too much."""
+
+LEAST_FLASH_CAPABILITY = 8
+"""Major compute capability from which on flash attention's kernels run."""
 
 NUM_CUBLAS_HANDLES = 2
 """One for the thread of the forward pass, one for autograd's."""
@@ -139,6 +143,8 @@ class Estimate(Tabular):
 class Estimator:
     """Estimates of one model; what setups have in common is worked out once."""
 
+    prices_levers = True
+
     def __init__(
         self,
         architecture: Architecture,
@@ -173,10 +179,33 @@ class Estimator:
                 f"{self.architecture.model_type} has no {setup.attention} attention in transformers.",
                 f"Use --attention {' or '.join(self.architecture.attentions)}.",
             )
-
+        if setup.attention == "flash":
+            self._check_flash(setup)
         if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
+            )
+
+    def _check_flash(self, setup: Setup) -> None:
+        """Raise `UsageError` where the flash kernel does not run (check_flash_attention_* in sdp_utils.cpp)."""
+        cure = "Use --attention sdpa."
+        parameters, autocast = PRECISIONS[setup.precision]
+        if (autocast or parameters) == "fp32":
+            raise UsageError("The flash-attention kernel takes half precision only, not fp32.", cure)
+        capability = None if self.gpu is None else self.gpu.compute_capability
+        major = (capability or "").partition(".")[0]
+        if self.gpu is not None and major.isdigit() and int(major) < LEAST_FLASH_CAPABILITY:
+            raise UsageError(
+                f"The flash-attention kernel needs compute capability {LEAST_FLASH_CAPABILITY}.0, "
+                f"and {self.gpu.label} has {capability}.",
+                cure,
+            )
+        longest = longest_head(self.program(setup).recording)
+        if longest > MOST_OF_FLASH:
+            raise UsageError(
+                f"The flash-attention kernel takes heads of up to {MOST_OF_FLASH}, and {self.name} has heads of "
+                f"{longest}.",
+                cure,
             )
 
     def program(self, setup: Setup) -> StepProgram:
@@ -262,7 +291,7 @@ class Estimator:
         memory = self.replayed_memory(setup, None if self.gpu is None else self.gpu.usable_bytes - margin_bytes)
         rows = ledger(program, sizes, accumulation)
         return Estimate(
-            model=self.summary(program),
+            model=self.summary(setup),
             setup=setup,
             gpu=self.gpu,
             memory=memory,
@@ -277,13 +306,14 @@ class Estimator:
             ),
             upper_bound_bytes=memory.peak_process_bytes + margin_bytes,
             step_time=self.step_time(setup),
-            ledger=rows + _process_rows(memory),
+            ledger=rows + process_rows(memory),
             assumptions=assumptions(self, setup, program, sizes, steady, rows),
             unmodelled=self.unmodelled(setup),
         )
 
-    def summary(self, program: StepProgram) -> ModelSummary:
+    def summary(self, setup: Setup) -> ModelSummary:
         """Name, type and size of the model."""
+        program = self.program(setup)
         return ModelSummary(
             name=self.name,
             model_type=self.architecture.model_type,
@@ -318,6 +348,12 @@ class Estimator:
         return (*found, *self.architecture.unmodelled)
 
 
+def longest_head(recording: Recording) -> int:
+    """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
+    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    return max((dim for op in kernels for dim in op.inputs[0].shape[-1:] if isinstance(dim, int)), default=0)
+
+
 def _groups_queries(program: StepProgram) -> bool:
     """Whether a fused attention has fewer heads of keys than of queries."""
     kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
@@ -342,7 +378,8 @@ def workspace_bytes(gpu: GpuSpec | None) -> int:
     return NUM_CUBLAS_HANDLES * (CUBLAS_WORKSPACE_BYTES_HOPPER if hopper else CUBLAS_WORKSPACE_BYTES)
 
 
-def _process_rows(memory: Memory) -> tuple[LedgerRow, ...]:
+def process_rows(memory: Memory) -> tuple[LedgerRow, ...]:
+    """What the process holds beside the tensors."""
     rows = (
         (
             "allocator",

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from memplan.estimation.step import HEAD, STEM
+from memplan.operators.sizes import BYTES_PER_ELEMENT, num_bytes
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -25,6 +26,24 @@ if TYPE_CHECKING:
 
 KIND_ORDER = ("parameter", "gradient", "optimizer_state", "activation", "loss", "temporary", "input", "buffer")
 """Kinds of rows in the order in which they are listed; ``allocator``, ``workspace`` and ``context`` follow."""
+
+
+SOURCE_BY_KIND = {
+    "parameter": "config.json, table of parameters",
+    "gradient": "one for each trained parameter, in its dtype (torch.autograd)",
+    "input": "ids and labels of all micro-batches, fetched before the first forward pass (transformers.Trainer)",
+    "buffer": "registered by the model (transformers)",
+}
+
+SOURCE_BY_TENSOR = {
+    "gradient of the hidden states": "handed from layer to layer in the backward pass",
+    "gradient of the loss": "what the backward pass starts with: ones_like(loss)",
+    "gradient to be added to that of the tied head": "made by the embedding in its backward pass",
+    "sum of gradients": "made by torch.autograd where gradients meet (input_buffer.cpp)",
+}
+
+GRADIENT, SCRATCH = "gradient from ", "scratch of "
+"""How the names of tensors begin that the operator named behind it makes (`memplan.memory.lifetimes`)."""
 
 
 class LedgerRow(NamedTuple):
@@ -45,7 +64,9 @@ class LedgerRow(NamedTuple):
     bytes_at_peak: int
     """Bytes of them at the peak of the step."""
     formula: str
+    """Factors whose product is the bytes before each tensor is rounded up to blocks: ``28 x b x s x 8960 x 2``."""
     source: str
+    """Why it is there, or who makes it."""
 
 
 def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[LedgerRow, ...]:
@@ -63,7 +84,6 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
         bytes_at_peak = at_peak[key] * sizes[size]
         num = whole[key] or at_peak[key]
         if num > 0 or bytes_at_peak:
-            formula = size.formula() if num == 1 else f"{num} x {size.formula()}"
             rows.append(
                 LedgerRow(
                     row.module,
@@ -74,12 +94,34 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
                     row.dtype,
                     num * sizes[size],
                     bytes_at_peak,
-                    formula,
-                    row.reason,
+                    _formula(row, size, num),
+                    row.reason or _source(row),
                 )
             )
     order = {kind: n for n, kind in enumerate(KIND_ORDER)}
     return tuple(sorted(rows, key=lambda r: (order.get(r.kind, 99), -r.num_bytes, r.module, r.tensor, r.dtype)))
+
+
+def _formula(row: Row, size: Size, num: int) -> str:
+    """How many, by their dimensions, by the bytes of an element; where those do not make up the size, by its factor."""
+    shape, element = row.shape, BYTES_PER_ELEMENT.get(row.dtype)
+    if shape is not None and element is not None and num_bytes(shape, row.dtype) == size:
+        return " x ".join(map(str, (num, *shape, element)))
+    return " x ".join((str(num), *size.dims, str(size.factor)))
+
+
+def _source(row: Row) -> str:
+    """Of a tensor whose description gives no reason."""
+    known = SOURCE_BY_KIND.get(row.kind) or SOURCE_BY_TENSOR.get(row.tensor)
+    if known:
+        return known
+    if row.tensor.startswith(GRADIENT):
+        return f"made by {row.tensor[len(GRADIENT) :].partition(' before it is reduced')[0]} in its backward pass"
+    if row.tensor.startswith(SCRATCH):
+        op, backward, _ = row.tensor[len(SCRATCH) :].replace(" gradient of ", " backward ").partition(" backward")
+        return f"made by {op} in its {'backward' if backward else 'forward'} pass, and freed within it"
+    op, again, _ = row.tensor.partition(", computed again")
+    return f"made by {op} {'when it is computed again in the backward pass' if again else 'in its forward pass'}"
 
 
 def _add(counts: Counter[Key], tensors: Tensors) -> None:

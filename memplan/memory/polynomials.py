@@ -68,23 +68,29 @@ class Fitter:
     def __init__(self, points: Sequence[Point]) -> None:
         """The first six of `points` have to be two micro-batches by three lengths; the others are held out.
 
+        Where all have the same micro-batch, three lengths determine a polynomial in the length alone.
+
         Raises:
-            MemplanError: fewer than six points, or points that determine nothing.
+            MemplanError: too few points, or points that determine nothing.
         """
         self.points = tuple(points)
-        if len(self.points) < NUM_COEFFICIENTS:
-            raise MemplanError("A polynomial needs six sizes.", "Trace at two micro-batches and three lengths.")
-        self._inverse = _inverse([monomials(*point) for point in self.points[:NUM_COEFFICIENTS]])
+        one_batch = len({b for b, _ in self.points}) == 1
+        self._terms = (0, 2, 4) if one_batch else tuple(range(NUM_COEFFICIENTS))
+        if len(self.points) < len(self._terms):
+            raise MemplanError("A polynomial needs more sizes.", "Trace at two micro-batches and three lengths.")
+        first = self.points[: len(self._terms)]
+        self._inverse = _inverse([[monomials(*point)[i] for i in self._terms] for point in first])
         self._known: dict[tuple[int, ...], Polynomial] = {}
 
     def fit(self, values: Sequence[int]) -> Polynomial | None:
         """The polynomial through `values`, one a point; None where the held-out ones disagree."""
         key = tuple(values)
         if key not in self._known:
-            first = key[:NUM_COEFFICIENTS]
-            rows = self._inverse
-            coefficients = tuple(sum((r * v for r, v in zip(row, first, strict=True)), Fraction(0)) for row in rows)
-            self._known[key] = Polynomial(coefficients)
+            first = key[: len(self._terms)]
+            coefficients = [Fraction(0)] * NUM_COEFFICIENTS
+            for i, row in zip(self._terms, self._inverse, strict=True):
+                coefficients[i] = sum((r * v for r, v in zip(row, first, strict=True)), Fraction(0))
+            self._known[key] = Polynomial(tuple(coefficients))
         found = self._known[key]
         agrees = all(_exact(found, point) == value for point, value in zip(self.points, key, strict=True))
         return found if agrees else None

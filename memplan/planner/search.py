@@ -19,7 +19,10 @@ from memplan.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memplan.estimation.estimate import Estimator
+    from memplan.estimation.estimate import Estimator as Described
+    from memplan.estimation.traced_estimator import TracedEstimator
+
+    Estimator = Described | TracedEstimator
     from memplan.planner.goal import Goal
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.training import Setup
@@ -115,10 +118,9 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     nearest = None if best else look.replayed(min(refused, key=lambda c: c.short_by_bytes))
     start = best or nearest
     assert start is not None
-    levers = levers_of(look.candidate, look.candidate(start.setup))
-    program = estimator.program(start.setup)
+    levers = levers_of(look.candidate, look.candidate(start.setup)) if estimator.prices_levers else ()
     return Plan(
-        model=estimator.summary(program),
+        model=estimator.summary(start.setup),
         gpu=gpu,
         goal=goal,
         target=goal.target,
