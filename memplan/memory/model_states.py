@@ -34,6 +34,16 @@ BITSANDBYTES_BLOCK = 256
 BITSANDBYTES_MIN_8BIT = 4096
 BITSANDBYTES_CODEBOOK_BYTES = 256 * 4
 GRADIENT_BUCKETS = "gradient buckets"
+ADAMW_SOURCE = "torch.optim.AdamW: zeros_like(parameter)"
+FUSED_STEP_SOURCE = "torch.optim.AdamW(fused=True): the number of steps, on the device"
+FOREACH_SOURCE = "torch/optim/adam.py: _multi_tensor_adam, _foreach_sqrt of all second moments"
+FORLOOP_SOURCE = "torch/optim/adam.py: _single_tensor_adam, of the largest parameter"
+MOMENTUM_SOURCE = "torch.optim.SGD: a clone of the gradient"
+CLIP_SOURCE = "torch.nn.utils.clip_grad_norm_ (foreach)"
+BITSANDBYTES_SOURCE = "bitsandbytes.optim.AdamW8bit: one byte an element"
+BITSANDBYTES_ABSMAX_SOURCE = "bitsandbytes.optim.AdamW8bit: an fp32 for each block of 256"
+BITSANDBYTES_FP32_SOURCE = "bitsandbytes.optim.AdamW8bit: 32 bits below 4,096 elements and for embeddings"
+BITSANDBYTES_CODE_SOURCE = "bitsandbytes.optim.AdamW8bit: what each of 256 codes stands for"
 DDP_SOURCE = "torch/nn/parallel/distributed.py: gradient_as_bucket_view=False"
 
 
@@ -69,10 +79,10 @@ class ModelStates(NamedTuple):
         """Those that are trained."""
         return sum(count(p.shape).factor * times for p, times in self.groups if p.trainable)
 
-    def _each(self, tensor: str, kind: str, *, trained_only: bool = False) -> Tensors:
+    def _each(self, tensor: str, kind: str, *, trained_only: bool = False, reason: str = "") -> Tensors:
         return Tensors(
             tuple(
-                (Row(p.name, tensor, kind, p.shape, self.dtype), num_bytes(p.shape, self.dtype), times)
+                (Row(p.name, tensor, kind, p.shape, self.dtype, reason), num_bytes(p.shape, self.dtype), times)
                 for p, times in self.groups
                 if p.trainable or not trained_only
             )
@@ -91,35 +101,33 @@ class ModelStates(NamedTuple):
         rows: list[tuple[Row, Size, int]] = []
         for p, times in self.groups:
             if p.trainable:
-                for name, dtype, size in _states(self.optimizer, p, self.dtype):
-                    rows.append((Row(p.name, name, "optimizer_state", p.shape, dtype), size, times))
+                for name, dtype, size, reason in _states(self.optimizer, p, self.dtype):
+                    shape = () if name == "step" else p.shape
+                    rows.append((Row(p.name, name, "optimizer_state", shape, dtype, reason), size, times))
         if self.optimizer == "adamw-8bit":
-            row = Row("optimizer", "code books of both moments", "optimizer_state", (256,), "fp32")
+            what = "code books of both moments"
+            row = Row("optimizer", what, "optimizer_state", (256,), "fp32", BITSANDBYTES_CODE_SOURCE)
             rows.append((row, Size(BITSANDBYTES_CODEBOOK_BYTES), 2))
         return Tensors(tuple(rows))
 
     def step_temporaries(self) -> Tensors:
         """What the optimizer step needs for a moment, all at once."""
         if self.optimizer == "adamw-foreach":
-            return self._each("square root of exp_avg_sq", "temporary", trained_only=True)
+            return self._each("square root of exp_avg_sq", "temporary", trained_only=True, reason=FOREACH_SOURCE)
         if self.optimizer == "adamw-forloop":
             trained = [(p, num_bytes(p.shape, self.dtype)) for p, _ in self.groups if p.trainable]
             p, size = max(trained, key=lambda pair: pair[1].factor)
-            return Tensors(
-                ((Row(p.name, "sqrt of exp_avg_sq, denominator", "temporary", p.shape, self.dtype), size, 2),)
-            )
+            what = "sqrt of exp_avg_sq, denominator"
+            return Tensors(((Row(p.name, what, "temporary", p.shape, self.dtype, FORLOOP_SOURCE), size, 2),))
         return Tensors(())
 
     def clip_temporaries(self) -> Tensors:
         """``clip_grad_norm_`` (foreach): a norm for each gradient, and all of them stacked."""
         trained = sum(times for p, times in self.groups if p.trainable)
         one, stacked = num_bytes((), self.dtype), num_bytes((trained,), self.dtype)
-        return Tensors(
-            (
-                (Row("clip_grad_norm_", "norm of each gradient", "temporary", (), self.dtype), one, trained),
-                (Row("clip_grad_norm_", "stacked norms", "temporary", (trained,), self.dtype), stacked, 1),
-            )
-        )
+        norm = Row("clip_grad_norm_", "norm of each gradient", "temporary", (), self.dtype, CLIP_SOURCE)
+        norms = Row("clip_grad_norm_", "stacked norms", "temporary", (trained,), self.dtype, CLIP_SOURCE)
+        return Tensors(((norm, one, trained), (norms, stacked, 1)))
 
     def gradient_buckets(self, data_parallel_size: int) -> Tensors:
         """DistributedDataParallel's flat copies of all gradients (none on one GPU)."""
@@ -130,27 +138,27 @@ class ModelStates(NamedTuple):
         return Tensors(((row, Size(total), 1),))
 
 
-def _states(optimizer: str, p: Parameter, dtype: str) -> Iterable[tuple[str, str, Size]]:
-    """(name, dtype, bytes) of each state of one parameter."""
+def _states(optimizer: str, p: Parameter, dtype: str) -> Iterable[tuple[str, str, Size, str]]:
+    """(name, dtype, bytes, source) of each state of one parameter."""
     own = num_bytes(p.shape, dtype)
     if optimizer == "adamw-8bit":
         yield from _states_8bit(p)
     elif optimizer.startswith("adamw"):
-        yield "exp_avg", dtype, own
-        yield "exp_avg_sq", dtype, own
+        yield "exp_avg", dtype, own, ADAMW_SOURCE
+        yield "exp_avg_sq", dtype, own, ADAMW_SOURCE
         if optimizer == "adamw-fused":
-            yield "step", "fp32", num_bytes((), "fp32")
+            yield "step", "fp32", num_bytes((), "fp32"), FUSED_STEP_SOURCE
     elif optimizer == "sgd-momentum":
-        yield "momentum_buffer", dtype, own
+        yield "momentum_buffer", dtype, own, MOMENTUM_SOURCE
 
 
-def _states_8bit(p: Parameter) -> Iterable[tuple[str, str, Size]]:
+def _states_8bit(p: Parameter) -> Iterable[tuple[str, str, Size, str]]:
     elements = count(p.shape).factor
     if elements < BITSANDBYTES_MIN_8BIT or p.of_embedding:
-        yield "exp_avg", "fp32", num_bytes(p.shape, "fp32")
-        yield "exp_avg_sq", "fp32", num_bytes(p.shape, "fp32")
+        yield "exp_avg", "fp32", num_bytes(p.shape, "fp32"), BITSANDBYTES_FP32_SOURCE
+        yield "exp_avg_sq", "fp32", num_bytes(p.shape, "fp32"), BITSANDBYTES_FP32_SOURCE
         return
     blocks = -(-elements // BITSANDBYTES_BLOCK)
     for name in ("exp_avg", "exp_avg_sq"):
-        yield name, "uint8", Size(elements)
-        yield f"absmax of {name}", "fp32", Size(blocks * 4)
+        yield name, "uint8", Size(elements), BITSANDBYTES_SOURCE
+        yield f"absmax of {name}", "fp32", Size(blocks * 4), BITSANDBYTES_ABSMAX_SOURCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.values import NamedTuple, replace
 
@@ -29,7 +30,10 @@ def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Le
     """Every lever of `start`, what frees most first, SGD last; those that change nothing are left out."""
     levers = []
     for change in _changes(start.setup):
-        candidate = price(change.setup)
+        try:
+            candidate = price(change.setup)
+        except UsageError:  # the model has no such choice
+            continue
         lever = Lever(
             name=change.name,
             flag=change.flag,
