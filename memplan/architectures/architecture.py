@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
 from memplan.specs.values import NamedTuple, dataclass
@@ -144,7 +145,15 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
     hold padding, and a mask says where.
+
+    Raises:
+        UsageError: the model has no such attention.
     """
+    if attention not in architecture.attentions:
+        raise UsageError(
+            f"{architecture.model_type} has no {attention} attention in transformers.",
+            f"Use --attention {' or '.join(architecture.attentions)}.",
+        )
 
     def tape() -> Tape:
         return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded)
