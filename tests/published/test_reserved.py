@@ -33,7 +33,7 @@ POWERLM_3B: dict[str, Any] = {
 
 @pytest.mark.parametrize(("micro_batch_size", "measured_mib"), [(4, 47_683), (8, 52_927)])
 def test_process_bytes_of_powerlm(micro_batch_size: int, measured_mib: int) -> None:
-    """PowerLM-3B, 4,096 tokens, checkpointing, A100 80GB: nvidia-smi's peak (fms-acceleration, rows M0579 and M0581)."""
+    """PowerLM-3B, 4,096 tokens, checkpointing, A100 80GB: nvidia-smi's peak (fms-acceleration, M0579, M0581)."""
     estimator = Estimator(read_architecture(POWERLM_3B, "PowerLM-3b"), "PowerLM-3b")
     setup = Setup(micro_batch_size=micro_batch_size, seq_len=4096, activation_checkpointing="full", attention="flash")
     memory = estimator.replayed_memory(setup)
@@ -46,8 +46,8 @@ def test_process_bytes_of_powerlm(micro_batch_size: int, measured_mib: int) -> N
 def test_reserved_bytes_of_llama_3b(measured_bytes: int) -> None:
     """Llama-3.2-3B, 4 x up to 768 tokens, padded, L40S: reserved bytes (PEFT's comparison, M0202, M0164 and M0106).
 
-    The estimate is of batches that are all as long as the longest; the runs' lengths vary, and each run differs from the
-    next by more than it differs from the estimate.
+    The estimate is of batches that are all as long as the longest; the runs' lengths vary, and each run differs from
+    the next by more than it differs from the estimate.
     """
     found = api.find_model("llama-3.2-3b")
     memory = Estimator(found.architecture, found.name).replayed_memory(
