@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.probes.events import Span, TraceEvent
 from memplan.probes.faults import TraceError
-from memplan.probes.results import VIEW, Operator
+from memplan.probes.results import Operator
 from memplan.probes.trail import ModuleTrail
 
 if TYPE_CHECKING:
@@ -102,11 +102,10 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         except Exception as error:
             self._failure = (id(error), operator.name, self.trail.current())
             raise
-        if operator.kind != VIEW:
-            self._adopt(operator, outputs)
-            scratch = self._scratch.get(func)
-            if scratch is not None:
-                self._add_scratch(operator.name, scratch(*args, **kwargs))
+        self._adopt(operator, outputs)
+        scratch = self._scratch.get(func)
+        if scratch is not None:
+            self._add_scratch(operator.name, scratch(*args, **kwargs))
         return outputs
 
     # -- what the run says -------------------------------------------------------------------------------------------
@@ -117,8 +116,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
     def label(self, tensor: torch.Tensor, category: str, module: str, op: str) -> None:
         """Say what a storage is for: a parameter, a buffer, a gradient, a state, an input."""
+        self._adopt_tensor(op, tensor)  # torch.tensor(...) makes one without an operator
         found = self._live.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        if found is None:  # not on the device, or empty
             return
         record = found[0]
         record.category, record.module, record.op = category, module, op
@@ -183,18 +183,18 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
     def _adopt(self, operator: Operator, outputs: Any) -> None:
         if isinstance(outputs, torch.Tensor):
-            self._adopt_tensor(operator, outputs)
+            self._adopt_tensor(operator.name, outputs)
         elif isinstance(outputs, (tuple, list)):
             ignored = self._ignored.get(operator.func, ())
             for index, output in enumerate(outputs):
                 if isinstance(output, torch.Tensor) and index not in ignored:
-                    self._adopt_tensor(operator, output)
+                    self._adopt_tensor(operator.name, output)
 
-    def _adopt_tensor(self, operator: Operator, tensor: torch.Tensor) -> None:
+    def _adopt_tensor(self, op: str, tensor: torch.Tensor) -> None:
         if not tensor.is_meta:
             if tensor.is_cuda:
                 raise TraceError(
-                    f"{operator.name} of {self.trail.current()!r} makes a tensor on a GPU.",
+                    f"{op} of {self.trail.current()!r} makes a tensor on a GPU.",
                     "Leave the device to memplan: no .cuda() or .to('cuda') in the module.",
                 )
             return
@@ -202,7 +202,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         address, num_bytes = storage._cdata, storage.nbytes()
         if address in self._live or not num_bytes:
             return
-        record = self._record(num_bytes, operator.name, tuple(tensor.shape), dtype_name(tensor.dtype))
+        record = self._record(num_bytes, op, tuple(tensor.shape), dtype_name(tensor.dtype))
         watch = _Watch(storage, self._on_death)
         watch.address = address
         self._live[address] = (record, watch)

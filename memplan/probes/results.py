@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-PLAIN, PURE, VIEW, NOTHING = range(4)
-"""Run it; remember it; run it, it returns a view; it does nothing to shapes."""
+PLAIN, PURE, NOTHING = range(3)
+"""Run it; remember what it returns; it does nothing to shapes."""
 
 
 def kind_of(func: Any) -> int:
@@ -23,9 +23,8 @@ def kind_of(func: Any) -> int:
         return NOTHING
     if schema.is_mutable or not schema.name.startswith("aten::"):
         return PLAIN
-    if any(x.alias_info for x in (*schema.arguments, *schema.returns)):
-        return VIEW
-    return PURE
+    aliases = any(x.alias_info for x in (*schema.arguments, *schema.returns))
+    return PLAIN if aliases else PURE
 
 
 class Operator:

@@ -176,6 +176,19 @@ def test_batch_norm_has_buffers_and_keeps_input_and_statistics() -> None:
     assert [e.op for e in planes] == ["aten.convolution", "aten.relu"]
 
 
+def test_a_buffer_that_no_operator_made_counts() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(H, H, bias=False)
+            self.register_buffer("scale", torch.tensor(3.0))
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x) * self.scale
+
+    assert run(Scaled).category_bytes("buffer") == 512
+
+
 def test_an_output_of_two_parts_needs_a_loss() -> None:
     def two(x: Any) -> Any:
         return x, x * 2
