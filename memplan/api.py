@@ -13,6 +13,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from memplan.architectures.config import shown
 from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
@@ -20,7 +21,7 @@ from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator, speed_of
 from memplan.specs.training import Setup, check_count
 from memplan.specs.values import NamedTuple, replace
-from memplan.units import parse_count, parse_size
+from memplan.units import MAX_SIZE_BYTES, is_nothing, parse_count, parse_size
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -42,6 +43,32 @@ SPEED_STAND_INS = ((32 * 10**9, "rtx4090"), (None, "a100-80gb"))
 """Whose rates time a step on a card of which only the size is known: (largest size in bytes, catalogue name)."""
 
 
+ARGUMENT_BY_COUNT = {
+    "micro_batch_size": "micro_batch",
+    "gradient_accumulation_steps": "accumulation",
+    "seq_len": "seq_len",
+}
+"""Field of a setup -> what the functions here call it."""
+
+
+def as_count(name: str, value: Any) -> int:
+    """A whole number from 1 to 10**9, NumPy's among them; else a `UsageError` that names the argument."""
+    number = value if isinstance(value, bool) or not hasattr(value, "__index__") else value.__index__()
+    check_count(name, number)
+    return int(number)
+
+
+def as_bytes(reserve: Any) -> int:
+    """Bytes kept for others: a size such as ``1GiB``, a number of bytes, nothing where None or zero."""
+    if reserve is None:
+        return 0
+    if isinstance(reserve, str):
+        return 0 if is_nothing(reserve) else parse_size(reserve)
+    if isinstance(reserve, bool) or not hasattr(reserve, "__index__") or not 0 <= reserve.__index__() <= MAX_SIZE_BYTES:
+        raise UsageError(f"reserve is {shown(reserve)}.", "Give a size such as '1GiB', or a whole number of bytes.")
+    return int(reserve.__index__())
+
+
 class Model(NamedTuple):
     """A model that was found and described."""
 
@@ -53,7 +80,7 @@ class Model(NamedTuple):
     """Why it is this one: as asked for, from a file of the project, or the default."""
 
 
-def find_model(model: str | Model | None, *, dropout: float | None = None) -> Model:
+def find_model(model: str | os.PathLike[str] | Model | None, *, dropout: float | None = None) -> Model:
     """The model of this name, path or hub id; the project's or memplan's default where None; a found one as it is.
 
     Raises:
@@ -61,6 +88,10 @@ def find_model(model: str | Model | None, *, dropout: float | None = None) -> Mo
     """
     if isinstance(model, Model):
         return model
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if model is not None and not isinstance(model, str):
+        raise UsageError(f"model is {shown(model)}, not a name or a path.", "Say for example 'llama-3-8b'.")
     asked, origin = (model, "as asked for") if model is not None else find_default_model()
     values, name = read_config(asked)
     architecture = read_architecture(values, name, dropout=dropout)
@@ -77,9 +108,11 @@ def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
     """The card and how many of them; ``2xa100-80gb`` and ``gpus=2`` say the same."""
     from memplan.catalog.gpus import parse_gpu
 
+    if not isinstance(gpu, str):
+        raise UsageError(f"gpu is {shown(gpu)}, not a text.", "Say for example 'rtx4090', '24GB' or 'auto'.")
     num, spec = parse_gpu(gpu)
     if gpus is not None:
-        check_count("gpus", gpus)
+        gpus = as_count("gpus", gpus)
         if num not in {1, gpus}:
             raise UsageError(f"--gpu {gpu} names {num} GPUs and --gpus says {gpus}.", "Leave one of them out.")
         num = gpus
@@ -110,6 +143,10 @@ def default_attention(model: Model) -> str:
 def make_setup(model: Model, data_parallel_size: int, choices: dict[str, Any]) -> Setup:
     """A setup of what was given; what is None takes its default."""
     given = {name: value for name, value in choices.items() if value is not None}
+    for name, argument in ARGUMENT_BY_COUNT.items():
+        if name in given:
+            given[name] = as_count(argument, given[name])
+    data_parallel_size = as_count("gpus", data_parallel_size)
     given.setdefault("seq_len", default_seq_len(model))
     given.setdefault("attention", default_attention(model))
     return Setup(data_parallel_size=data_parallel_size, **given)
@@ -128,10 +165,9 @@ def find_target(setup: Setup, target_batch: int | None, target_tokens: int | str
     from memplan.planner.goal import Target, target_from_tokens
 
     if target_batch is not None:
-        check_count("target_batch", target_batch)
-        return Target(target_batch)
+        return Target(as_count("target_batch", target_batch))
     assert target_tokens is not None
-    tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else target_tokens
+    tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else as_count("target_tokens", target_tokens)
     return target_from_tokens(tokens, setup.seq_len, setup.data_parallel_size)
 
 
@@ -148,14 +184,14 @@ def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:
         target=target,
         usable_bytes=1,
         micro_batch_size=setup.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=None if accumulation is None else as_count("accumulation", accumulation),
     )
     ((_, steps),) = goal.splits()
     return replace(setup, gradient_accumulation_steps=steps)
 
 
 def estimate(  # noqa: PLR0913 -- all but the model are named at the call
-    model: str | Model | None = None,
+    model: str | os.PathLike[str] | Model | None = None,
     *,
     gpu: str | None = None,
     gpus: int | None = None,
@@ -169,7 +205,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     loss: str | None = None,
     dropout: float | None = None,
     padding: bool = False,
-    reserve: str | None = None,
+    reserve: str | int | None = None,
     headroom: float = DEFAULT_HEADROOM_PERCENT,
     target_batch: int | None = None,
     target_tokens: int | str | None = None,
@@ -190,7 +226,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         loss: full.
         dropout: Overrides every dropout probability of the config.
         padding: Micro-batches hold padding, so that an attention mask is passed.
-        reserve: Bytes that something else on the card needs, as ``1GiB``.
+        reserve: Bytes that something else on the card needs, as ``1GiB`` or as a number.
         headroom: Percent of the usable bytes that has to stay free.
         target_batch: Sequences per optimizer step over all GPUs, from which the accumulation follows; or
         target_tokens: tokens per optimizer step (``4M``), rounded to whole sequences.
@@ -220,7 +256,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
         setup = reach(setup, target, accumulation)
-    margin = parse_size(reserve) if reserve is not None else 0
+    margin = as_bytes(reserve)
     if spec is not None:
         margin += int(spec.usable_bytes * _percent(headroom) / 100)
     estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
@@ -228,7 +264,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
 
 
 def estimate_grid(
-    model: str | Model | None = None,
+    model: str | os.PathLike[str] | Model | None = None,
     *,
     micro_batch: ArrayLike,
     seq_len: ArrayLike,
@@ -272,7 +308,7 @@ def estimate_grid(
 
 
 def suggest(  # noqa: PLR0913 -- all but the model are named at the call
-    model: str | Model | None = None,
+    model: str | os.PathLike[str] | Model | None = None,
     *,
     gpu: str,
     target_batch: int | None = None,
@@ -288,7 +324,7 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     loss: str | None = None,
     dropout: float | None = None,
     padding: bool = False,
-    reserve: str | None = None,
+    reserve: str | int | None = None,
     headroom: float = DEFAULT_HEADROOM_PERCENT,
 ) -> Plan:
     """The fastest configuration that fits and keeps the batch; what is None is free or takes its default.
@@ -329,10 +365,10 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
         setup=setup,
         target=target,
         usable_bytes=spec.usable_bytes,
-        reserve_bytes=parse_size(reserve) if reserve is not None else 0,
+        reserve_bytes=as_bytes(reserve),
         headroom_percent=_percent(headroom),
-        micro_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
+        micro_batch_size=None if micro_batch is None else as_count("micro_batch", micro_batch),
+        gradient_accumulation_steps=None if accumulation is None else as_count("accumulation", accumulation),
         activation_checkpointing=checkpointing,
     )
     speed = find_speed(spec)
@@ -341,6 +377,10 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
 
 
 def _percent(headroom: float) -> float:
-    if not 0 <= headroom < 100:
-        raise UsageError(f"headroom is {headroom!r}.", "Give a percentage from 0 up to, not including, 100.")
-    return float(headroom)
+    try:
+        percent = float(headroom)
+    except (TypeError, ValueError, OverflowError):
+        percent = float("nan")
+    if not 0 <= percent < 100:
+        raise UsageError(f"headroom is {shown(headroom)}.", "Give a percentage from 0 up to, not including, 100.")
+    return percent

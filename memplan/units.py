@@ -50,14 +50,19 @@ MAX_DIGITS = 30
 """Longer numbers are refused before they are multiplied out."""
 
 
+LONGEST_ECHO = 40
+"""Longer values are cut when they are quoted."""
+
+
 def parse_size(text: str) -> int:
     """The bytes that a size such as `24GB`, `1.5 GiB` or `512MiB` stands for, rounded down; else a `UsageError`."""
     number, unit = split_size(text)
     size_bytes = _scale(number, SIZE_UNIT_BY_NAME[unit][1])
     if size_bytes == 0:
-        raise UsageError(f"The size {text!r} is less than one byte.", "Say a positive size such as 24GB or 512MiB.")
+        cure = "Say a positive size such as 24GB or 512MiB."
+        raise UsageError(f"The size {_quoted(text)} is less than one byte.", cure)
     if size_bytes > MAX_SIZE_BYTES:
-        raise UsageError(f"The size {text!r} is more than 2^60 bytes.", "Say a size such as 24GB or 80GiB.")
+        raise UsageError(f"The size {_quoted(text)} is more than 2^60 bytes.", "Say a size such as 24GB or 80GiB.")
     return size_bytes
 
 
@@ -77,21 +82,21 @@ def split_size(text: str) -> tuple[str, str]:
     number, suffix = _split_number(text)
     unit = suffix.lower()
     if number.startswith("-"):
-        raise UsageError(f"The size {text!r} is negative.", "Say a positive size such as 24GB or 512MiB.")
+        raise UsageError(f"The size {_quoted(text)} is negative.", "Say a positive size such as 24GB or 512MiB.")
     if not _is_decimal(number):
-        raise UsageError(f"{text!r} is not a size.", _size_cure("24", "g"))
+        raise UsageError(f"{_quoted(text)} is not a size.", _size_cure("24", "g"))
     if len(number) > MAX_DIGITS:
-        raise UsageError(f"The size {text!r} has more than {MAX_DIGITS} digits.", _size_cure("24", "g"))
+        raise UsageError(f"The size {_quoted(text)} has more than {MAX_DIGITS} digits.", _size_cure("24", "g"))
     if not number.strip("0."):
-        raise UsageError(f"The size {text!r} is zero.", "Say a positive size such as 24GB or 512MiB.")
+        raise UsageError(f"The size {_quoted(text)} is zero.", "Say a positive size such as 24GB or 512MiB.")
     if unit in SIZE_UNIT_BY_NAME:
         return number, unit
     if unit in BARE_PREFIXES:
         raise UsageError(
-            f"The size {text!r} does not say whether it counts in powers of 10 or of 2.",
+            f"The size {_quoted(text)} does not say whether it counts in powers of 10 or of 2.",
             _size_cure(number, unit.removesuffix("i") or "g"),
         )
-    raise UsageError(f"The size {text!r} has no unit that is known.", _size_cure("24", "g"))
+    raise UsageError(f"The size {_quoted(text)} has no unit that is known.", _size_cure("24", "g"))
 
 
 def parse_count(text: str) -> int:
@@ -104,14 +109,14 @@ def parse_count(text: str) -> int:
     plain = number.replace("_", "")
     badly_grouped = number.startswith("_") or number.endswith("_") or "__" in number
     if badly_grouped or not _is_decimal(plain) or suffix.lower() not in COUNT_UNIT_BY_NAME:
-        raise UsageError(f"{text!r} is not a positive whole number.", cure)
+        raise UsageError(f"{_quoted(text)} is not a positive whole number.", cure)
     multiplier = COUNT_UNIT_BY_NAME[suffix.lower()]
     if len(plain) > MAX_DIGITS or _scale(plain, multiplier) > MAX_COUNT:
-        raise UsageError(f"The count {text!r} is more than 10^18.", cure)
+        raise UsageError(f"The count {_quoted(text)} is more than 10^18.", cure)
     fraction = plain.partition(".")[2]
     count = _scale(plain, multiplier)
     if count == 0 or count * 10 ** len(fraction) != _scale(plain.replace(".", ""), multiplier):
-        raise UsageError(f"{text!r} is not a positive whole number.", cure)
+        raise UsageError(f"{_quoted(text)} is not a positive whole number.", cure)
     return count
 
 
@@ -180,6 +185,17 @@ def format_seconds(seconds: float) -> str:
         return f"{hours} h {rest_minutes} min"
     days, rest_hours = divmod(round(seconds / 3600), 24)
     return f"{days} d {rest_hours} h"
+
+
+def is_nothing(text: str) -> bool:
+    """Whether `text` says zero bytes: ``0``, ``0.0`` or ``0GB``."""
+    number, suffix = _split_number(text)
+    return _is_decimal(number) and not number.strip("0.") and suffix.lower() in ("", *SIZE_UNIT_BY_NAME)
+
+
+def _quoted(text: str) -> str:
+    """`text` to quote in a sentence, cut where it is long."""
+    return repr(text if len(text) <= LONGEST_ECHO else f"{text[:LONGEST_ECHO]}...")
 
 
 def _split_number(text: str) -> tuple[str, str]:

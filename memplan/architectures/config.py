@@ -29,7 +29,7 @@ _MISSING = object()
 
 def shown(value: Any) -> str:
     """A value to quote in a sentence, cut where it is long."""
-    text = repr(value)
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**LONGEST_ECHO else "a number of more digits"
     return text if len(text) <= LONGEST_ECHO else f"{text[:LONGEST_ECHO]}..."
 
 

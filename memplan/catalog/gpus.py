@@ -56,7 +56,7 @@ def read_gpu(name: str) -> GpuSpec:
     index = read_index()
     known_id = _id_by_folded_name(index).get(_fold(name))
     if known_id is None:
-        raise UsageError(f"No GPU is known by the name {name!r}.", _near_names(name, index))
+        raise UsageError(f"No GPU is known by the name {name[:40]!r}.", _near_names(name, index))
     return _read_gpu_file(known_id)
 
 
@@ -107,7 +107,7 @@ def _split_count(text: str) -> tuple[int, str]:
         return 1, text
     if not (count.isdigit() and len(count) <= len(str(MAX_NUM_GPUS)) and 1 <= int(count) <= MAX_NUM_GPUS):
         raise UsageError(
-            f"The number of GPUs in {text!r} is {count}.",
+            f"The number of GPUs in {text[:40]!r} is {count[:40]}.",
             f"Say a whole number from 1 to {MAX_NUM_GPUS}, as in 2xrtx4090.",
         )
     if not kind.strip():

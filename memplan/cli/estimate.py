@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan import api
-from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, write_answer
+from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, say_every, write_answer
 from memplan.report.document import estimate_document
 from memplan.specs.training import LARGEST_COUNT
 
@@ -22,7 +22,10 @@ def answer(options: Options) -> int:
     """Print the bytes of the configuration; the exit status."""
     if options.confidence is not None:
         say(NO_BOUND, quiet=options.quiet)
+    if options.headroom is not None and options.gpu is None:
+        say("--headroom has no effect without --gpu", quiet=options.quiet)
     model = api.find_model(options.model, dropout=options.dropout)
+    say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
     found = api.estimate(model, gpu=options.gpu, **options.choices())
     target = api.find_target(found.setup, options.target_batch, options.target_tokens)
     way_out = _plan(model, options, found)

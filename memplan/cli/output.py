@@ -62,6 +62,13 @@ def say(text: str, *, quiet: bool) -> None:
         write_stderr(f"memplan: {text}\n")
 
 
+def say_every(checkpointing: str | None, num_layers: int, *, quiet: bool) -> None:
+    """A word where every-N reaches the first layer alone."""
+    if checkpointing is not None and checkpointing.startswith("every-") and int(checkpointing[6:]) >= num_layers:
+        layers = f"the model has {num_layers} layer{'' if num_layers == 1 else 's'}"
+        say(f"--checkpointing {checkpointing}: {layers}, so only the first is checkpointed", quiet=quiet)
+
+
 def write_stderr(text: str) -> None:
     """The text, where there is a stderr and somebody reads it."""
     if sys.stderr is None:  # closed by whoever started the program

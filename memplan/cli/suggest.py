@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
-from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, write_answer
+from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, say_every, write_answer
 from memplan.errors import UsageError
 from memplan.report.document import plan_document
 from memplan.report.plan import render_plan
@@ -26,6 +26,7 @@ def answer(options: Options) -> int:
     if options.confidence is not None:
         say(NO_BOUND, quiet=options.quiet)
     model = api.find_model(options.model, dropout=options.dropout)
+    say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
     plan = api.suggest(model, gpu=options.gpu, **options.choices())
     document = plan_document(plan, origin=model.origin, cards=_cards(plan))
     write_answer(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.specs.training import ATTENTIONS, LARGEST_COUNT, LOSSES, OPTIMIZERS, PRECISIONS, check_checkpointing
 from memplan.specs.values import NamedTuple
-from memplan.units import parse_count, parse_size
+from memplan.units import is_nothing, parse_count, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -129,9 +129,10 @@ def read_tokens(text: str, flag: str) -> int:
 
 
 def read_size(text: str, flag: str) -> str:
-    """A size with its unit, such as ``1GiB``: the text, once it is known to be one."""
+    """A size with its unit, such as ``1GiB``, or nothing, ``0``: the text, once it is known to be one."""
     try:
-        parse_size(text)
+        if not is_nothing(text):
+            parse_size(text)
     except UsageError as fault:
         raise UsageError(f"{flag}: {fault.cause}", fault.cure) from None
     return text

@@ -15,6 +15,7 @@ from memplan.estimation.estimate import SEGMENT_BYTES, context_bytes, workspace_
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
+from memplan.specs.training import LARGEST_COUNT
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
@@ -73,7 +74,14 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
     Raises:
         UsageError: a length beyond the model's positions, or a number below 1.
     """
-    batches, lengths = np.broadcast_arrays(np.asarray(micro_batch_size, np.int64), np.asarray(seq_len, np.int64))
+    numbers = _whole("micro_batch", micro_batch_size), _whole("seq_len", seq_len)
+    try:
+        batches, lengths = np.broadcast_arrays(*numbers)
+    except ValueError:
+        shapes = " and ".join(str(one.shape) for one in numbers)
+        raise UsageError(
+            f"micro_batch and seq_len have shapes that do not go together: {shapes}.", "Give one number, or as many."
+        ) from None
     batches, lengths = batches.ravel(), lengths.ravel()
     if batches.size:
         for b, s in ((batches.min(), lengths.min()), (batches.max(), lengths.max())):
@@ -94,6 +102,20 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
         peak_allocated_bytes=peak,
         peak_process_bytes=reserved + context_bytes(estimator.gpu) + workspace_bytes(estimator.gpu),
     )
+
+
+def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """Whole numbers from 1 to 10**9."""
+    cure = f"Give {name} as whole numbers from 1 to {LARGEST_COUNT}."
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        raise UsageError(f"{name} is no array.", cure) from None
+    if array.size and array.dtype.kind not in "iu":
+        raise UsageError(f"{name} holds {array.dtype} values, not whole numbers.", cure)
+    if array.size and not (array.min() >= 1 and array.max() <= LARGEST_COUNT):
+        raise UsageError(f"{name} reaches from {array.min()} to {array.max()}.", cure)
+    return array.astype(np.int64)
 
 
 def _check(estimator: Estimator, setup: Setup) -> None:

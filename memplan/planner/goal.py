@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 WELL_DIVIDED = 8
 """A number of sequences that is a multiple of this can be split into micro-batches of 1, 2, 4 and 8."""
 
+CLEARLY_LARGER = 1.5
+"""Times as large a micro-batch, from which on a neighbouring target is spoken of."""
+
+MOST_TRIED = 10**5
+"""No micro-batch beyond this is looked for beside the target."""
+
 CHECKPOINTING_CHOICES = ("none", "selective", "every-4", "every-3", "every-2", "full")
 """What the planner may choose from where the user leaves checkpointing free."""
 
@@ -133,6 +139,23 @@ class Goal:
             f"{each:,} sequences on each GPU are a prime number: micro-batches can be 1 or {each:,}. "
             f"--target-batch {near * ranks} leaves more choice"
         )
+
+    def neighbour(self, micro: int, most: float) -> tuple[int, int] | None:
+        """A target close by that allows a clearly larger micro-batch than `micro`, up to `most`: (target, micro-batch).
+
+        Close by is within 0.1 %, or two sequences; None where there is none, or micro-batch or accumulation are fixed.
+        """
+        if self.micro_batch_size is not None or self.gradient_accumulation_steps is not None:
+            return None
+        ranks = self.setup.data_parallel_size
+        each = self.target.global_batch_size // ranks
+        reach = max(2 // ranks, each // 1000)
+        largest = min(int(most), each + reach, MOST_TRIED)
+        for larger in range(largest, int(CLEARLY_LARGER * micro), -1):
+            near = round(each / larger) * larger
+            if near and abs(near - each) <= reach:
+                return near * ranks, larger
+        return None
 
     def splits(self) -> Iterator[tuple[int, int]]:
         """Every (micro-batch, accumulation steps) that reaches the target exactly, largest micro-batch first."""

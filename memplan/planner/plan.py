@@ -104,6 +104,37 @@ class Plan(Tabular):
     speed_source: str
     """Whose FLOP/s and bandwidth the times are of."""
 
+    def coarseness(self) -> str | None:
+        """A sentence about a target that its neighbours divide better; None where they do not."""
+        said = self.goal.coarseness()
+        if said is not None or self.best is None:
+            return said
+        best = self.best
+        found = self.goal.neighbour(best.setup.micro_batch_size, self._largest_that_may_fit(best))
+        if found is None:
+            return None
+        target, micro = found
+        given = ""
+        if self.target.target_tokens is not None:
+            given = f" (--target-tokens {target * best.setup.seq_len})"
+        return (
+            f"{self.target.global_batch_size:,} sequences allow micro-batches of {best.setup.micro_batch_size:,} here; "
+            f"--target-batch {target}{given} would allow {micro:,}"
+        )
+
+    def _largest_that_may_fit(self, best: Candidate) -> float:
+        """The micro-batch, whatever the target, up to which `best` would fit.
+
+        Bytes are convex in the micro-batch, so that on the line to the next that was refused they are overestimated.
+        """
+        refused = [r.candidate for r in self.rejections if _beside(r.candidate.setup, best.setup)]
+        if not refused:
+            return best.setup.micro_batch_size
+        above = min(refused, key=lambda c: c.setup.micro_batch_size)
+        step = above.setup.micro_batch_size - best.setup.micro_batch_size
+        more = best.headroom_bytes - above.headroom_bytes
+        return best.setup.micro_batch_size + step * best.headroom_bytes / more
+
     def records(self) -> list[dict[str, Any]]:
         """The plans that fit, best first."""
         plans = ([] if self.best is None else [self.best]) + list(self.alternatives)
@@ -122,3 +153,9 @@ class Plan(Tabular):
             }
             for plan in plans
         ]
+
+
+def _beside(setup: Setup, best: Setup) -> bool:
+    """Whether `setup` differs from `best` by a larger micro-batch alone."""
+    same_mode = setup.activation_checkpointing == best.activation_checkpointing
+    return same_mode and setup.micro_batch_size > best.micro_batch_size

@@ -19,11 +19,11 @@ LABEL_WIDTH = 28
 
 
 def render_models(models: Sequence[Document]) -> list[Line]:
-    """One line a model, under the shortest name it has."""
+    """One line a model, under the shortest name it has, spelt with its hyphens: ``llama-3-8b``, not ``llama3-8b``."""
     rows = [("name", "parameters", "type", "full name")]
     rows += [
         (
-            min([*model["aliases"], model["id"]], key=len),
+            _shortest([*model["aliases"], model["id"]]),
             format_count(model["num_parameters"]),
             clip(model["model_type"], TYPE_WIDTH) + ("" if model["is_modelled"] else " -"),
             model["id"],
@@ -34,6 +34,11 @@ def render_models(models: Sequence[Document]) -> list[Line]:
         *table(rows, left=(0, 2, 3), shrink=3),
         *_note("-: its architecture has no formula yet. Any other model: a config.json or a hub id."),
     ]
+
+
+def _shortest(names: Sequence[str]) -> str:
+    spelt = {name.replace("-", ""): name for name in sorted(names, key=len)}  # of two spellings the longer
+    return min(spelt.values(), key=len)
 
 
 def render_gpus(gpus: Sequence[Document]) -> list[Line]:

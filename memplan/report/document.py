@@ -92,7 +92,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         **envelope("plan"),
         "model": model_document(plan.model, origin),
         "gpu": gpu_document(plan.gpu),
-        "target": {**target_document(plan.target, goal.setup), "coarseness": goal.coarseness()},
+        "target": {**target_document(plan.target, goal.setup), "coarseness": plan.coarseness()},
         "budget": {
             "usable_bytes": goal.usable_bytes,
             "reserve_bytes": goal.reserve_bytes,

@@ -85,14 +85,22 @@ class Setup:
         return self.global_batch_size * self.seq_len
 
 
+def _shown(value: object) -> str:
+    """A value to quote in a sentence, cut where it is long."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return "a number of more than 40 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}..."
+
+
 def check_count(name: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a whole number from 1 to 10**9."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(
-            f"{name} is {value!r}, not a whole number.", f"Give {name} as a number from 1 to {LARGEST_COUNT}."
+            f"{name} is {_shown(value)}, not a whole number.", f"Give {name} as a number from 1 to {LARGEST_COUNT}."
         )
     if not 1 <= value <= LARGEST_COUNT:
-        raise UsageError(f"{name} is {value}.", f"It has to lie between 1 and {LARGEST_COUNT}.")
+        raise UsageError(f"{name} is {_shown(value)}.", f"It has to lie between 1 and {LARGEST_COUNT}.")
 
 
 def check_choice(name: str, value: object, known: object) -> None:
@@ -100,7 +108,7 @@ def check_choice(name: str, value: object, known: object) -> None:
     names = list(known)  # type: ignore[call-overload]
     if value not in names:
         cure = did_you_mean(str(value), names, otherwise=f"Known: {', '.join(names)}.")
-        raise UsageError(f"{name} {value!r} is not known.", cure)
+        raise UsageError(f"{name} {_shown(value)} is not known.", cure)
 
 
 def check_checkpointing(value: object) -> None:
@@ -108,9 +116,10 @@ def check_checkpointing(value: object) -> None:
     if value in {"none", "selective", "full"}:
         return
     every = value[6:] if isinstance(value, str) and value.startswith("every-") else ""
-    if not (every.isascii() and every.isdigit() and 1 <= int(every) <= LARGEST_COUNT):
+    if not (every.isascii() and every.isdigit() and len(every) <= 10 and 1 <= int(every) <= LARGEST_COUNT):
         raise UsageError(
-            f"activation_checkpointing {value!r} is not known.", "Known: none, selective, full, every-2, every-3, ..."
+            f"activation_checkpointing {_shown(value)} is not known.",
+            "Known: none, selective, full, every-2, every-3, ...",
         )
 
 

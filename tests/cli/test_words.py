@@ -168,3 +168,44 @@ def test_which_head_is_estimated(run, model: str, head: str) -> None:
 )
 def test_the_length_where_none_is_given(run, model: str, tokens: int) -> None:
     assert json.loads(run(f"estimate {model} --json").out)["setup"]["seq_len"] == tokens
+
+
+# -- words on stderr ---------------------------------------------------------------------------------------------------
+
+
+def test_a_headroom_without_a_card(run) -> None:
+    ran = run("estimate gpt2 --headroom 10")
+    assert (ran.status, "--headroom has no effect without --gpu" in ran.err) == (0, True)
+    assert run("estimate gpt2 --headroom 10 -q").err == ""
+    assert run("estimate gpt2 --headroom 10 --gpu t4").err == ""
+
+
+@pytest.mark.parametrize(("every", "said"), [(11, False), (12, True), (999_999_999, True)])
+def test_every_nth_layer_of_fewer(run, every: int, said: bool) -> None:
+    """GPT-2 has 12 layers: of every-12 only the first is checkpointed."""
+    for command in ("estimate gpt2", "suggest gpt2 --gpu t4 --target-batch 1"):
+        ran = run(f"{command} --checkpointing every-{every}")
+        assert ran.status == 0
+        assert ("12 layers, so only the first is checkpointed" in ran.err) == said
+
+
+def test_no_reserve(run) -> None:
+    command = "suggest gpt2 --gpu t4 --target-batch 1"
+    assert run(f"{command} --reserve 0") == run(command)
+
+
+@pytest.mark.parametrize("option", ["--gpu", "--reserve", "--target-tokens", "--headroom", "--dropout", "--seq-len"])
+def test_numbers_of_thousands_of_digits(run, option: str) -> None:
+    ran = run("estimate", "gpt2", option, "9" * 5000)
+    assert ran.status == 2
+    assert "Exceeds the limit" not in ran.err
+    assert len(ran.err) < 400
+
+
+# -- the catalogue -----------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_by_the_name_that_the_documentation_uses(run) -> None:
+    names = [line.split()[0] for line in run("models").out.splitlines() if line.strip()]
+    assert {"llama-3-8b", "llama-3.2-3b", "gpt2", "qwen2.5-1.5b"} <= set(names)
+    assert len(set(names)) == len(names)
