@@ -177,8 +177,26 @@ def gelu_fast(t: Tape, x: Tensor) -> Tensor:
     return mul(t, half, add_scalar(t, bent))
 
 
+def gelu_python(t: Tape, x: Tensor) -> Tensor:
+    """GELU by the error function, written out (``GELUActivation._gelu_python``): keeps three tensors.
+
+    x * 0.5 * (1 + erf(x / sqrt(2))).  The derivative ``2 / sqrt(pi) * exp(-x.pow(2)) * grad`` is one C++ expression.
+    """
+    half, inner = scale(t, x), scale(t, x)
+    bent = t.op(
+        "erf",
+        (inner,),
+        x.shape,
+        keeps=(inner,),
+        gradients=[Gradient(inner, scratch=(x.bytes,) * 4)],
+        flops=elements(x).times(8),
+        reason="the derivative of erf needs its input",
+    )
+    return mul(t, half, add_scalar(t, bent))
+
+
 def relu_squared(t: Tape, x: Tensor) -> Tensor:
-    """``relu(x) ** 2``."""
+    """``torch.square(relu(x))``, which is ``pow`` (aten/src/ATen/native/UnaryOps.cpp): in fp32 under autocast."""
     return power(t, keeps_result(t, "relu", x))
 
 
@@ -194,7 +212,7 @@ ACTIVATION_BY_NAME: dict[str, Activation] = {
     "silu": _keeps_input("silu"),
     "swish": _keeps_input("silu"),
     "gelu": _keeps_input("gelu"),
-    "gelu_python": _keeps_input("gelu"),
+    "gelu_python": gelu_python,
     "gelu_pytorch_tanh": _keeps_input("gelu"),
     "gelu_new": gelu_new,
     "gelu_fast": gelu_fast,

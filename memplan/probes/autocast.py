@@ -30,7 +30,7 @@ FULL_PRECISION = _names(
     "cosine_embedding_loss nll_loss nll_loss_nd hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss "
     "margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss "
     "binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate "
-    "cross_entropy normalize norm"
+    "cross_entropy normalize norm square"
 )
 """Functions that run in fp32. The last line holds composites whose inner operators are on the list."""
 

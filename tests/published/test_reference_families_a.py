@@ -52,6 +52,8 @@ GEMMA3 = BASE | {
 CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
     "llama, heads that no kernel takes as they are": BASE
     | {"model_type": "llama", "head_dim": 50, "num_key_value_heads": 4},
+    "llama, relu squared": BASE | {"model_type": "llama", "hidden_act": "relu2", "intermediate_size": 512},
+    "llama, gelu written out": BASE | {"model_type": "llama", "hidden_act": "gelu_python", "intermediate_size": 512},
     "mistral, such heads under a window": BASE
     | {"model_type": "mistral", "head_dim": 50, "sliding_window": 64, "vocab_size": 3000},
     "mistral, window shorter than the sequence": BASE | {"model_type": "mistral", "sliding_window": 64},

@@ -100,6 +100,7 @@ CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
 EAGER_ONLY_BY_NAME: dict[str, dict[str, Any]] = {
     "gptj": GPTJ | {"resid_pdrop": 0.1, "attn_pdrop": 0.1},
     "bloom": BLOOM | {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "bloom, one head": BLOOM | {"n_head": 1},
     "bloom, residual after the norm": BLOOM | {"apply_residual_connection_post_layernorm": True},
     "mpt, q, k and v clamped": MPT | {"attn_config": {"clip_qkv": 3.0}},
 }

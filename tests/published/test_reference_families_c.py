@@ -7,6 +7,9 @@ the gradient of the relative embeddings, which its description leaves out.
 
 import pytest
 
+from memplan.architectures.registry import read_architecture
+from memplan.estimation.step import Recordings
+from memplan.specs.training import Setup
 from tests.support.compare import differences, resized, run_both
 
 pytestmark = pytest.mark.slow
@@ -116,6 +119,14 @@ def test_deberta_that_adds_positions_and_types_to_its_input():
 
 def test_xlm_roberta_is_roberta():
     agree(XLM_ROBERTA, precision="bf16", attention="sdpa", micro_batch_size=2)
+
+
+@pytest.mark.parametrize("config", [BERT, ROBERTA], ids=lambda config: config["model_type"])
+def test_a_decoder_of_its_own_has_a_bias_of_its_own(config):
+    untied = {**config, "tie_word_embeddings": False}
+    agree(untied, precision="bf16", attention="sdpa", micro_batch_size=2)
+    names = {row.name for row in Recordings(read_architecture(untied, "config")).recording(Setup(seq_len=64)).parameters()}
+    assert sum(name.endswith("decoder.bias") for name in names) == 1
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -116,8 +116,10 @@ def head(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     scope, inner, norm = (
         ("lm_head", "", "layer_norm") if m.positions_from_ids else ("cls.predictions", "transform", "LayerNorm")
     )
-    bias = t.parameter(m.head_bias, (m.vocab_size,), absolute=True)
+    bias = t.parameter(m.head_bias, (m.vocab_size,), absolute=True, trainable=m.tied)
     with t.scope(scope):
+        if not m.tied:  # the decoder has a bias of its own, and the other one is never used: it has no gradient
+            bias = t.parameter("decoder.bias", (m.vocab_size,))
         weight = (
             t.parameter(f"{m.body}.embeddings.word_embeddings.weight", (m.vocab_size, m.hidden_size), absolute=True)
             if m.tied
