@@ -184,7 +184,7 @@ def format_seconds(seconds: float) -> str:
     if hours < 24:
         return f"{hours} h {rest_minutes} min"
     days, rest_hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {rest_hours} h"
+    return f"{days:,} d {rest_hours} h"
 
 
 def is_nothing(text: str) -> bool:

@@ -118,7 +118,7 @@ def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
     name = gpu["name"] if gpu["name"] == gpu["label"] else f"{gpu['name']} ({gpu['label']})"
     each = " each" if num > 1 else ""
     text = f"{name}: {usable(gpu)} usable{each}, {gpu['usable_basis']}"
-    yield from paragraph("GPU", f"{num} x {text}" if num > 1 else text)
+    yield from paragraph("GPU", f"{num:,} x {text}" if num > 1 else text)
     if gpu["name"] == gpu["label"] and gpu["notes"]:
         yield from paragraph("", gpu["notes"])
     slow = [dtype for dtype in PRECISIONS[precision] if dtype in gpu["unsupported_dtypes"]]
@@ -141,6 +141,9 @@ def choices(setup: Document) -> str:
 
 def assumption_lines(assumptions: Iterable[Document]) -> Iterator[Line]:
     """What was taken for granted, and by how much the peak would change otherwise."""
+    assumptions = list(assumptions)
+    if not assumptions:
+        return
     yield from title("Assumed (in brackets: how the peak would change otherwise)")
     for assumption in assumptions:
         effect = ""

@@ -92,6 +92,7 @@ def test_huge_numbers_have_large_units(run) -> None:
     text = run("estimate gpt2 --micro-batch 1000000000 --accumulation 1000000000 --gpus 1000000000").out
     assert "ZiB" in text
     assert "e+" not in text
+    assert "1,000,000,000 GPUs" in words(text)
     assert "micro 1,000,000,000 x accumulation 1,000,000,000 x" in words(text)
 
 
