@@ -123,7 +123,7 @@ def _check(estimator: Estimator, setup: Setup) -> None:
     estimator.check(setup)
     if estimator.memory(setup).peak_process_bytes > np.iinfo(np.int64).max:
         raise UsageError(
-            f"A micro-batch of {setup.micro_batch_size:,} x {setup.seq_len:,} tokens takes more bytes than 64 bits count.",
+            f"A micro-batch of {setup.micro_batch_size:,} x {setup.seq_len:,} tokens is beyond what 64 bits count.",
             "Ask for smaller ones.",
         )
 
