@@ -175,6 +175,7 @@ class Layout:
             Part(LOSS, self.head.backward(tied)[which], (HEAD,)),
             *self._releasing(self._in_layers(BACKWARD, lambda x: x.backward()[which], reverse=True)),
             Part(BACKWARD, self.stem.backward(tied)[which], (STEM,)),
+            Part(BACKWARD, self.head.loss_released, (HEAD,)),
         )
 
     def _in_layers(

@@ -39,6 +39,8 @@ def hidden_gradient_row(x: Tensor) -> Row:
     return Row("between layers", "gradient of the hidden states", "temporary", x.shape, x.dtype)
 
 
+ROOT_ROW = Row("loss", "gradient of the loss", "temporary", (), "")
+
 OUTSIDE = frozenset({"parameter", "buffer", "input", "shared"})
 """Storages that a piece neither allocates nor frees."""
 
@@ -206,6 +208,18 @@ class PieceLifetimes:
         ]
         return Segment("autocast exit", tuple(events))
 
+    @cached_property
+    def loss_released(self) -> Segment:
+        """The end of the backward pass: the loss and its gradient, which its caller holds so long, go."""
+        out = self.piece.output
+        loss = self.tape.storages[out.storage]
+        row = ROOT_ROW._replace(dtype=out.dtype)
+        events = (
+            Event(("gradient of loss",), out.bytes, -1, row),
+            Event(("", out.storage), loss.size, -1, self.row(loss)),
+        )
+        return Segment("loss released", events)
+
     def backward(self, tied: frozenset[str] = frozenset()) -> tuple[Segment, Segment]:
         """The backward pass of the piece, once: in the first micro-step, and in later ones.
 
@@ -246,15 +260,14 @@ class _Backward:
         """The events of the first micro-step and of later ones."""
         out = self.lifetimes.piece.output
         if self.lifetimes.ends_in_loss:
-            row = Row("loss", "gradient of the loss", "temporary", (), out.dtype)
-            self.pending[out.number] = self._allocate(out.bytes, row)
+            root = self._allocate(out.bytes, ROOT_ROW._replace(dtype=out.dtype))
+            self._rename(root, ("gradient of loss",))
+            self.holders[root] += 1  # torch.autograd.backward's until it returns
+            self.pending[out.number] = root
         elif out.requires_grad:
             self.pending[out.number] = self._adopt(("gradient of output",), out)
         self._walk()
         self._hand_on()
-        if self.lifetimes.ends_in_loss:
-            loss = self.tape.storages[out.storage]
-            self.events.append(Event(("", out.storage), loss.size, -1, self.lifetimes.row(loss)))
         stays = [event for i, event in enumerate(self.events) if i not in self.added]
         passes = [
             e._replace(row=e.row._replace(kind="temporary")) if e.row.kind == "gradient" else e for e in self.events

@@ -39,6 +39,9 @@ FUSED_STEP_SOURCE = "torch.optim.AdamW(fused=True): the number of steps, on the 
 FOREACH_SOURCE = "torch/optim/adam.py: _multi_tensor_adam, _foreach_sqrt of all second moments"
 FORLOOP_SOURCE = "torch/optim/adam.py: _single_tensor_adam, of the largest parameter"
 MOMENTUM_SOURCE = "torch.optim.SGD: a clone of the gradient"
+FOREACH_CHUNK = 65536
+"""Elements that one block of a foreach kernel works on (kChunkSize in MultiTensorApply.cuh)."""
+
 CLIP_SOURCE = "torch.nn.utils.clip_grad_norm_ (foreach)"
 BITSANDBYTES_SOURCE = "bitsandbytes.optim.AdamW8bit: one byte an element"
 BITSANDBYTES_ABSMAX_SOURCE = "bitsandbytes.optim.AdamW8bit: an fp32 for each block of 256"
@@ -122,12 +125,26 @@ class ModelStates(NamedTuple):
         return Tensors(())
 
     def clip_temporaries(self) -> Tensors:
-        """``clip_grad_norm_`` (foreach): a norm for each gradient, and all of them stacked."""
+        """``clip_grad_norm_`` (foreach): norms of chunks, from them one tensor of all norms, these stacked, the total.
+
+        Norms of single gradients are views of one tensor (ForeachReduceOp.cu); every gradient has as many chunks as the
+        largest.  Counted as if all were there at once.
+        """
         trained = sum(times for p, times in self.groups if p.trainable)
-        one, stacked = num_bytes((), self.dtype), num_bytes((trained,), self.dtype)
-        norm = Row("clip_grad_norm_", "norm of each gradient", "temporary", (), self.dtype, CLIP_SOURCE)
-        norms = Row("clip_grad_norm_", "stacked norms", "temporary", (trained,), self.dtype, CLIP_SOURCE)
-        return Tensors(((norm, one, trained), (norms, stacked, 1)))
+        largest = max((count(p.shape).factor for p, _ in self.groups if p.trainable), default=0)
+        partial = (trained, -(-largest // FOREACH_CHUNK))
+        rows = (
+            ("norms of chunks of each gradient", partial, "fp32"),
+            ("norms of the gradients", (trained,), self.dtype),
+            ("stacked norms", (trained,), self.dtype),
+            ("norm of all gradients", (), self.dtype),
+        )
+        return Tensors(
+            tuple(
+                (Row("clip_grad_norm_", name, "temporary", shape, dtype, CLIP_SOURCE), num_bytes(shape, dtype), 1)
+                for name, shape, dtype in rows
+            )
+        )
 
     def gradient_buckets(self, data_parallel_size: int) -> Tensors:
         """DistributedDataParallel's flat copies of all gradients (none on one GPU)."""

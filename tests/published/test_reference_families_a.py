@@ -224,3 +224,15 @@ def test_only_training_on_text_is_claimed_of_gemma3() -> None:
     """The vision tower's weights are counted, and images are named as left out."""
     architecture = read_architecture(CONFIG_BY_NAME["gemma3, trained on text"], "config.json")
     assert architecture.unmodelled[0][0] == "images"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw-fused", "adamw-foreach"])
+@pytest.mark.parametrize("seq_len", [16, SEQ_LEN])
+def test_a_step_agrees_to_the_last_block(optimizer: str, seq_len: int) -> None:
+    """The loss and its gradient last as long as the backward pass; the clip's norms are one tensor."""
+    pair = run_both(BASE | {"model_type": "llama"}, micro_batch_size=2, seq_len=seq_len, optimizer=optimizer)
+    ours, theirs = pair.formula, pair.reference
+    assert ours.peak == theirs.peak_allocated_bytes
+    assert pair.formula_first.peak == theirs.first_step_peak_allocated_bytes
+    assert ours.by_instant["gradient clip"] == theirs.phase_peaks["clip"]

@@ -125,7 +125,9 @@ def test_xlm_roberta_is_roberta():
 def test_a_decoder_of_its_own_has_a_bias_of_its_own(config):
     untied = {**config, "tie_word_embeddings": False}
     agree(untied, precision="bf16", attention="sdpa", micro_batch_size=2)
-    names = {row.name for row in Recordings(read_architecture(untied, "config")).recording(Setup(seq_len=64)).parameters()}
+    names = {
+        row.name for row in Recordings(read_architecture(untied, "config")).recording(Setup(seq_len=64)).parameters()
+    }
     assert sum(name.endswith("decoder.bias") for name in names) == 1
 
 
