@@ -11,30 +11,39 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from memplan.architectures.config import shown
 from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
-from memplan.errors import UsageError
+from memplan.errors import MemplanError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
 from memplan.specs.training import Setup, check_count
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import MAX_SIZE_BYTES, is_nothing, parse_count, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike
 
     from memplan.architectures.architecture import Architecture
+    from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate
     from memplan.estimation.grid import Grid
-    from memplan.planner.goal import Target
+    from memplan.planner.goal import Goal, Target
     from memplan.planner.plan import Plan
+    from memplan.probes.events import Trace
+    from memplan.probes.models import TracedModel
+    from memplan.probes.modules import TracedModule
     from memplan.specs.gpu import GpuSpec
 
 DEFAULT_SEQ_LEN = 2048
 """Where nobody gives a length; less for a model with fewer positions."""
+
+DEFAULT_MODULE_SEQ_LEN = 1024
+"""The same for a module of the user's own."""
 
 DEFAULT_HEADROOM_PERCENT = 5.0
 """Share of the usable bytes that stays free: no measurement on a GPU bounds what is not modelled yet."""
@@ -80,19 +89,64 @@ class Model(NamedTuple):
     """Why it is this one: as asked for, from a file of the project, or the default."""
 
 
-def find_model(model: str | os.PathLike[str] | Model | None, *, dropout: float | None = None) -> Model:
+class UserModule(NamedTuple):
+    """A module of the user's own, ``package.module:factory``: nobody described it, so it is run (without numbers)."""
+
+    name: str
+    origin: str = "as asked for"
+    notify: Callable[[str], None] | None = None
+    """Told what is being traced."""
+
+
+class Traced(NamedTuple):
+    """What a run of the real module says."""
+
+    trace: Trace
+    estimate: Estimate
+    difference: Difference | None
+    """Formula against trace, where it was asked for."""
+    origin: str
+    """Why it is this model."""
+
+
+def names_factory(text: str) -> bool:
+    """Whether this is ``package.module:factory``; an existing file has priority.
+
+    Raises:
+        UsageError: it can only have been meant so, and is none.
+    """
+    if ":" not in text or "/" in text or "\\" in text or os.path.exists(text):
+        return False
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        cure = "Write package.module:factory, such as models.tiny:make_model."
+        raise UsageError(f"{shown(text)} does not name a factory.", cure)
+    return True
+
+
+@overload
+def find_model(model: Model, *, dropout: float | None = None) -> Model: ...
+@overload
+def find_model(
+    model: str | os.PathLike[str] | Model | UserModule | None, *, dropout: float | None = None
+) -> Model | UserModule: ...
+def find_model(
+    model: str | os.PathLike[str] | Model | UserModule | None, *, dropout: float | None = None
+) -> Model | UserModule:
     """The model of this name, path or hub id; the project's or memplan's default where None; a found one as it is.
 
     Raises:
         MemplanError: it cannot be found, read or modelled.
     """
-    if isinstance(model, Model):
+    if isinstance(model, Model | UserModule):
         return model
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if model is not None and not isinstance(model, str):
         raise UsageError(f"model is {shown(model)}, not a name or a path.", "Say for example 'llama-3-8b'.")
     asked, origin = (model, "as asked for") if model is not None else find_default_model()
+    if names_factory(asked):
+        return UserModule(asked, origin)
     values, name = read_config(asked)
     architecture = read_architecture(values, name, dropout=dropout)
     return Model(architecture=architecture, name=name, origin=origin, values=values)
@@ -129,18 +183,22 @@ def find_speed(gpu: GpuSpec) -> GpuSpec:
     return read_gpu(names[0])
 
 
-def default_seq_len(model: Model) -> int:
-    """2048, or as many tokens as the model has positions for or was made with."""
+def default_seq_len(model: Model | UserModule) -> int:
+    """2048, or as many tokens as the model has positions for or was made with; 1024 for a module nobody described."""
+    if isinstance(model, UserModule):
+        return DEFAULT_MODULE_SEQ_LEN
     most = model.architecture.max_positions or model.architecture.usual_positions
     return DEFAULT_SEQ_LEN if most is None else min(DEFAULT_SEQ_LEN, most)
 
 
-def default_attention(model: Model) -> str:
+def default_attention(model: Model | UserModule) -> str:
     """``sdpa`` where transformers has it for the model, as it chooses itself."""
+    if isinstance(model, UserModule):
+        return "sdpa"
     return "sdpa" if "sdpa" in model.architecture.attentions else model.architecture.attentions[0]
 
 
-def make_setup(model: Model, data_parallel_size: int, choices: dict[str, Any]) -> Setup:
+def make_setup(model: Model | UserModule, data_parallel_size: int, choices: dict[str, Any]) -> Setup:
     """A setup of what was given; what is None takes its default."""
     given = {name: value for name, value in choices.items() if value is not None}
     for name, argument in ARGUMENT_BY_COUNT.items():
@@ -191,7 +249,7 @@ def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:
 
 
 def estimate(  # noqa: PLR0913 -- all but the model are named at the call
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | Model | UserModule | None = None,
     *,
     gpu: str | None = None,
     gpus: int | None = None,
@@ -256,15 +314,15 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
         setup = reach(setup, target, accumulation)
-    margin = as_bytes(reserve)
-    if spec is not None:
-        margin += int(spec.usable_bytes * _percent(headroom) / 100)
+    margin = _margin(spec, reserve, headroom)
+    if isinstance(found, UserModule):
+        return _module(found, spec).estimate(setup, margin)[1]
     estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
     return estimator.estimate(setup, margin_bytes=margin)
 
 
 def estimate_grid(
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | Model | UserModule | None = None,
     *,
     micro_batch: ArrayLike,
     seq_len: ArrayLike,
@@ -302,13 +360,15 @@ def estimate_grid(
         "dropout": dropout,
         "padding": padding,
     }
+    if isinstance(found, UserModule):
+        raise UsageError(f"{found.name} is not described: there is no grid of it.", "Ask for one size at a time.")
     return evaluate(
         Estimator(found.architecture, found.name, spec), make_setup(found, num, choices), micro_batch, seq_len
     )
 
 
 def suggest(  # noqa: PLR0913 -- all but the model are named at the call
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | Model | UserModule | None = None,
     *,
     gpu: str,
     target_batch: int | None = None,
@@ -372,8 +432,157 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
         activation_checkpointing=checkpointing,
     )
     speed = find_speed(spec)
+    if isinstance(found, UserModule):
+        return _plan_of_module(found, goal, spec, speed)
     estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
     return search(estimator, goal, spec, speed.label)
+
+
+def trace(  # noqa: PLR0913 -- all but the model are named at the call
+    model: str | os.PathLike[str] | UserModule | None = None,
+    *,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    micro_batch: int | None = None,
+    accumulation: int | None = None,
+    seq_len: int | None = None,
+    precision: str | None = None,
+    optimizer: str | None = None,
+    checkpointing: str | None = None,
+    attention: str | None = None,
+    loss: str | None = None,
+    dropout: float | None = None,
+    padding: bool = False,
+    reserve: str | None = None,
+    headroom: float = DEFAULT_HEADROOM_PERCENT,
+    target_batch: int | None = None,
+    target_tokens: int | str | None = None,
+    sdpa_kernel: str | None = None,
+    diff: bool = False,
+    notify: Callable[[str], None] | None = None,
+) -> Traced:
+    """The bytes of one configuration from a run of the real module on PyTorch's meta device.
+
+    Everything is named as for `estimate`; `model` may also be a model that transformers can build and memplan does not
+    describe.
+
+    Args beside those:
+        sdpa_kernel: flash, efficient, cudnn or math, in place of the kernel that CUDA would choose.
+        diff: compare the formula with the trace.
+        notify: is told what is being traced.
+
+    Raises:
+        UsageError: a value or a combination has no meaning.
+        MemplanError: a library is not installed, or the module cannot be traced.
+    """
+    asked, origin, described = _find_traced(model, dropout=dropout, diff=diff)
+    spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
+    setup = make_setup(
+        described or UserModule(""),
+        num,
+        {
+            "micro_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "seq_len": seq_len,
+            "precision": precision,
+            "optimizer": optimizer,
+            "activation_checkpointing": checkpointing,
+            "attention": attention,
+            "loss": loss,
+            "dropout": dropout,
+            "padding": padding,
+        },
+    )
+    target = find_target(setup, target_batch, target_tokens)
+    if target is not None:
+        setup = reach(setup, target, accumulation)
+    margin = _margin(spec, reserve, headroom)
+    module = _traced_module(asked, spec, sdpa_kernel, notify)
+    model_type = "traced"
+    if not isinstance(asked, UserModule):
+        model_type = str(asked[0].get("model_type"))
+        if described is None and attention is None:
+            from memplan.probes.modules import fallback_attention
+
+            setup = replace(setup, attention=fallback_attention(module.model, setup))
+    found, answer = module.estimate(setup, margin, model_type=model_type)
+    if not diff:
+        return Traced(found, answer, None, origin)
+    from memplan.probes.differences import difference
+
+    assert described is not None
+    formula = Estimator(described.architecture, described.name, spec)
+    return Traced(found, answer, difference(formula, found, answer, setup), origin)
+
+
+def _find_traced(
+    model: str | os.PathLike[str] | UserModule | None, *, dropout: float | None, diff: bool
+) -> tuple[UserModule | tuple[dict[str, Any], str], str, Model | None]:
+    """A factory, or the values of a config and their name; why it is this one; memplan's description, if it has one."""
+    if isinstance(model, UserModule):
+        asked, origin = model.name, model.origin
+    else:
+        asked, origin = (os.fspath(model), "as asked for") if model is not None else find_default_model()
+    if isinstance(model, UserModule) or names_factory(asked):
+        if diff:
+            raise UsageError(f"memplan has no formula for {asked}.", "Leave --diff out, or name a described model.")
+        return UserModule(asked, origin), origin, None
+    values, name = read_config(asked)
+    try:
+        architecture = read_architecture(values, name, dropout=dropout)
+    except MemplanError:
+        if diff:
+            raise
+        return (values, name), origin, None
+    return (values, name), origin, Model(architecture=architecture, name=name, origin=origin, values=values)
+
+
+def _traced_module(
+    asked: UserModule | tuple[dict[str, Any], str],
+    gpu: GpuSpec | None,
+    sdpa_kernel: str | None,
+    notify: Callable[[str], None] | None,
+) -> TracedModule:
+    """What is to be run.
+
+    Raises:
+        MissingLibraryError: torch, or for a config transformers, is not installed.
+    """
+    from memplan.probes.faults import require
+
+    if notify is not None:
+        notify("starting PyTorch")
+    require("torch")
+    from memplan.probes.factories import factory_model
+    from memplan.probes.models import transformers_model
+    from memplan.probes.modules import TracedModule
+
+    model: TracedModel
+    model = factory_model(asked.name) if isinstance(asked, UserModule) else transformers_model(*asked)
+    return TracedModule(model, gpu=gpu, sdpa_kernel=sdpa_kernel, notify=notify)
+
+
+def _module(found: UserModule, gpu: GpuSpec | None) -> TracedModule:
+    return _traced_module(found, gpu, None, found.notify)
+
+
+def _plan_of_module(found: UserModule, goal: Goal, gpu: GpuSpec, speed: GpuSpec) -> Plan:
+    """The plan for a module that only traces tell about; what it chooses is traced at its real size."""
+    from memplan.catalog.programs import RememberedPrograms
+    from memplan.planner.search import search
+    from memplan.probes.modules import check_is_of_one_rank, confirm
+
+    check_is_of_one_rank(goal.setup)
+    module = _module(found, gpu)
+    goal = replace(goal, checkpointings=module.checkpointings(goal.setup))
+    estimator = module.estimator(speed, RememberedPrograms(os.environ))
+    return confirm(search(estimator, goal, gpu, speed.label), module, goal)
+
+
+def _margin(gpu: GpuSpec | None, reserve: str | int | None, headroom: float) -> int:
+    """Bytes that stay free: what was reserved for others, and of a card the headroom."""
+    margin = as_bytes(reserve)
+    return margin if gpu is None else margin + int(gpu.usable_bytes * _percent(headroom) / 100)
 
 
 def _percent(headroom: float) -> float:

@@ -72,6 +72,9 @@ KIND_BY_MODEL_TYPE = {
 }
 """What a model of an architecture without a description is, by ``model_type`` or by diffusers' ``_class_name``."""
 
+TRACE_IT = "Where PyTorch and transformers are installed, memplan trace runs the model itself."
+"""The way out for what transformers can build and memplan does not describe."""
+
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys that say how many experts a layer has."""
 
@@ -99,7 +102,7 @@ def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float 
 
 def _unknown(model_type: str, origin: str, key: str) -> UnknownModelError:
     known = sorted(READER_BY_MODEL_TYPE)
-    listed = f"Known: {', '.join(known)}."
+    listed = f"Known: {', '.join(known)}.{f' {TRACE_IT}' if key == 'model_type' else ''}"
     if model_type in KIND_BY_MODEL_TYPE:
         kind = KIND_BY_MODEL_TYPE[model_type]
         return UnknownModelError(f"{origin} is {kind} ({model_type}), which is not modelled yet.", listed)
@@ -120,5 +123,5 @@ def _refuse_what_is_not_dense(config: Config) -> None:
             if part.has(name) and part.integer(name, least=0) > 1:
                 raise ConfigError(
                     f"{name} in {part.origin} is {part.integer(name)}: mixtures of experts are not modelled yet.",
-                    f"Take {name} out if the model has none.",
+                    f"Take {name} out if the model has none. {TRACE_IT}",
                 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "estimate": "the bytes of one configuration",
     "suggest": "the fastest configuration that fits and keeps the batch",
+    "trace": "the same bytes as estimate, from the real module, without a GPU",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
 }
@@ -26,7 +27,6 @@ COMMANDS = {
 
 PLANNED = (
     "sweep",
-    "trace",
     "probe",
     "validate",
     "calibrate",

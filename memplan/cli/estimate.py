@@ -25,10 +25,15 @@ def answer(options: Options) -> int:
     if options.headroom is not None and options.gpu is None:
         say("--headroom has no effect without --gpu", quiet=options.quiet)
     model = api.find_model(options.model, dropout=options.dropout)
-    say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
-    found = api.estimate(model, gpu=options.gpu, **options.choices())
+    if isinstance(model, api.UserModule):
+        from memplan.cli.progress import Progress
+
+        with Progress(shown=not options.quiet) as progress:
+            found, way_out = _ask(model._replace(notify=progress.say), options)
+    else:
+        say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
+        found, way_out = _ask(model, options)
     target = api.find_target(found.setup, options.target_batch, options.target_tokens)
-    way_out = _plan(model, options, found)
     document = estimate_document(found, origin=model.origin, target=target, plan=way_out)
 
     def lines() -> Sequence[Line]:
@@ -47,7 +52,13 @@ def answer(options: Options) -> int:
     return DOES_NOT_FIT if found.fits is False else 0
 
 
-def _plan(model: api.Model, options: Options, found: Estimate) -> Plan | None:
+def _ask(model: api.Model | api.UserModule, options: Options) -> tuple[Estimate, Plan | None]:
+    """The bytes, and where they are too many a way out."""
+    found = api.estimate(model, gpu=options.gpu, **options.choices())
+    return found, _plan(model, options, found)
+
+
+def _plan(model: api.Model | api.UserModule, options: Options, found: Estimate) -> Plan | None:
     """Where it does not fit: what reaches the same batch on the same card."""
     if found.fits is not False or options.gpu is None or found.setup.global_batch_size > LARGEST_COUNT:
         return None

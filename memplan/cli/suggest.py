@@ -26,8 +26,14 @@ def answer(options: Options) -> int:
     if options.confidence is not None:
         say(NO_BOUND, quiet=options.quiet)
     model = api.find_model(options.model, dropout=options.dropout)
-    say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
-    plan = api.suggest(model, gpu=options.gpu, **options.choices())
+    if isinstance(model, api.UserModule):
+        from memplan.cli.progress import Progress
+
+        with Progress(shown=not options.quiet) as progress:
+            plan = api.suggest(model._replace(notify=progress.say), gpu=options.gpu, **options.choices())
+    else:
+        say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
+        plan = api.suggest(model, gpu=options.gpu, **options.choices())
     document = plan_document(plan, origin=model.origin, cards=_cards(plan))
     write_answer(
         document,

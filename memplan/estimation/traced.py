@@ -262,6 +262,17 @@ def traced_at(points: Sequence[tuple[int, int]], trace: Callable[[int, int], Seq
     return fit_program({point: trace(*point) for point in points})
 
 
+def digest(events: Sequence[Event]) -> str:
+    """Names a trace by its content."""
+    from hashlib import sha256
+
+    found = sha256()
+    for e in events:
+        line = (e.key, e.num_bytes, e.sign, e.op, e.module, e.phase, e.step, e.micro_step, e.category, e.dtype)
+        found.update(repr(line).encode())
+    return found.hexdigest()
+
+
 def as_values(program: TracedProgram) -> dict[str, Any]:
     """A program as plain values, for a file."""
     words: dict[str, int] = {}

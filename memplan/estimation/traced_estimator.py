@@ -26,7 +26,7 @@ from memplan.estimation.estimate import (
     workspace_bytes,
 )
 from memplan.estimation.ledger import LedgerRow
-from memplan.estimation.traced import POINTS, POINTS_OF_ONE, TRACED_MICRO_STEPS, TracedProgram, traced_at
+from memplan.estimation.traced import POINTS, POINTS_OF_ONE, TRACED_MICRO_STEPS, TracedProgram, digest, fit_program
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import replace
 from memplan.steptime.step import ACCESSES, ADAMW_8BIT_STATE_BYTES, CLIP_ACCESSES, StepTime
@@ -59,14 +59,20 @@ class TracedEstimator:
         gpu: GpuSpec | None = None,
         speed: GpuSpec | None = None,
         programs: Programs | None = None,
+        identity: str = "",
     ) -> None:
-        """`trace`: the events of a setup; `num_parameters`: all and trained ones; `programs`: what is known already."""
+        """`trace`: the events of a setup; `num_parameters`: all and trained ones; `programs`: what is known already.
+
+        `identity`: what `programs` are known by, beside the setup and a trace at the smallest size.
+        """
         self.name = name
         self.gpu = gpu
         self._trace = trace
         self._num_parameters = num_parameters
         self._speed = speed_of(speed or gpu)
         self._programs: Programs = {} if programs is None else programs
+        self._identity = identity
+        self._found: dict[str, TracedProgram] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` for what a trace cannot answer."""
@@ -78,12 +84,20 @@ class TracedEstimator:
         one = setup.micro_batch_size == 1
         choices = replace(setup, micro_batch_size=1, gradient_accumulation_steps=TRACED_MICRO_STEPS, seq_len=1)
         key = f"{'one' if one else 'many'} {choices!r}"
+        if key not in self._found:
+            self._found[key] = self._fitted(key, choices, POINTS_OF_ONE if one else POINTS)
+        return self._found[key]
+
+    def _fitted(self, key: str, choices: Setup, points: Sequence[tuple[int, int]]) -> TracedProgram:
+        """From `programs` where the trace at the smallest size is the same as it was then, else from all traces."""
+
+        def trace(micro_batch_size: int, seq_len: int) -> Sequence[Event]:
+            return self._trace(replace(choices, micro_batch_size=micro_batch_size, seq_len=seq_len))
+
+        first = trace(*points[0])
+        key = f"{self._identity} {key} {digest(first)}"
         if key not in self._programs:
-
-            def trace(micro_batch_size: int, seq_len: int) -> Sequence[Event]:
-                return self._trace(replace(choices, micro_batch_size=micro_batch_size, seq_len=seq_len))
-
-            self._programs[key] = traced_at(POINTS_OF_ONE if one else POINTS, trace)
+            self._programs[key] = fit_program({points[0]: first} | {point: trace(*point) for point in points[1:]})
         return self._programs[key]
 
     def memory(self, setup: Setup) -> Memory:

@@ -75,6 +75,8 @@ class Goal:
     """Fixed by the user, None where free."""
     gradient_accumulation_steps: int | None = None
     activation_checkpointing: str | None = None
+    checkpointings: tuple[str, ...] = CHECKPOINTING_CHOICES
+    """What may be chosen where it is free."""
 
     def __post_init__(self) -> None:
         check_count("the target batch", self.target.global_batch_size)
@@ -167,7 +169,7 @@ class Goal:
 
     def modes(self) -> tuple[str, ...]:
         """The checkpointing choices that are open."""
-        return CHECKPOINTING_CHOICES if self.activation_checkpointing is None else (self.activation_checkpointing,)
+        return self.checkpointings if self.activation_checkpointing is None else (self.activation_checkpointing,)
 
     def at(self, micro: int, steps: int, mode: str) -> Setup:
         """The setup of one candidate."""

@@ -135,8 +135,10 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     )
 
 
-def _by_time(candidate: Candidate) -> tuple[float, int]:
-    return candidate.step_time.total_s, -candidate.headroom_bytes
+def _by_time(candidate: Candidate) -> tuple[float, int, int]:
+    """Where a rule of thumb gives the same time, fewer passes come first: each has costs that it leaves out."""
+    time_s = float(f"{candidate.step_time.total_s:.9g}")
+    return time_s, candidate.setup.gradient_accumulation_steps, -candidate.headroom_bytes
 
 
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -14,6 +14,7 @@ from memplan.report.trainer import trainer_arguments
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate, ModelSummary
     from memplan.estimation.ledger import LedgerRow
     from memplan.planner.goal import Target
@@ -37,19 +38,25 @@ def envelope(kind: str) -> Document:
 
 
 def estimate_document(
-    estimate: Estimate, *, origin: str = "", target: Target | None = None, plan: Plan | None = None
+    estimate: Estimate,
+    *,
+    kind: str = "estimate",
+    origin: str = "",
+    target: Target | None = None,
+    plan: Plan | None = None,
 ) -> Document:
     """The bytes of one configuration.
 
     Args:
         estimate: The answer.
+        kind: ``estimate``, or ``trace`` where it comes from the real module.
         origin: Why it is this model.
         target: The batch that the accumulation was derived from.
         plan: Where it does not fit: what would reach the same batch.
     """
     memory = estimate.memory
     return {
-        **envelope("estimate"),
+        **envelope(kind),
         "model": model_document(estimate.model, origin),
         "setup": setup_document(estimate.setup),
         "target": None if target is None else target_document(target, estimate.setup),
@@ -76,6 +83,42 @@ def estimate_document(
         "ledger": [row_document(row) for row in estimate.ledger],
         "assumptions": assumptions_document(estimate),
         "unmodelled": unmodelled_document(estimate),
+    }
+
+
+def difference_document(difference: Difference, estimate: Estimate, *, origin: str = "") -> Document:
+    """Formula against trace.
+
+    Args:
+        difference: What they differ in.
+        estimate: What the trace says.
+        origin: Why it is this model.
+    """
+    return {
+        **envelope("trace-diff"),
+        "model": model_document(estimate.model, origin),
+        "setup": setup_document(estimate.setup),
+        "totals": [{**one._asdict(), "percent": one.percent} for one in difference.totals],
+        "instants": [{**one._asdict(), "percent": one.percent} for one in difference.instants],
+        "kept": [
+            {
+                "bytes": one.num_bytes,
+                "num_in_formula": one.num_in_formula,
+                "num_in_trace": one.num_in_trace,
+                "rows": [
+                    {
+                        "witness": row.witness,
+                        "module": row.module,
+                        "tensor": row.tensor,
+                        "dtype": row.dtype,
+                        "bytes": row.num_bytes,
+                        "count": row.num,
+                    }
+                    for row in one.rows
+                ],
+            }
+            for one in difference.kept
+        ],
     }
 
 

@@ -130,6 +130,8 @@ def _time(plan: Document, best: Document) -> str:
 def _trainer(trainer: Document, model: Document) -> str:
     shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
     arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
+        return f"module.to(torch.{trainer['dtype']}), TrainingArguments({arguments})"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
