@@ -334,7 +334,7 @@ class Tape:
         if low is None or x.dtype not in {"fp32", "bf16", "fp16"} or x.dtype == low:
             return x
         storage = self.storages[x.storage]
-        if storage.role != "parameter" or not x.requires_grad:
+        if self._parameter_of.get(storage.name) is not x or not x.requires_grad:
             return self.cast(x, low)
         key = (x.number, low)
         if key not in self._casts:

@@ -22,11 +22,11 @@ class Ran(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def fresh_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder, no network, no colours asked for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEMPLAN_OFFLINE", "1")
-    monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     for name in ("NO_COLOR", "FORCE_COLOR", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
 

@@ -29,7 +29,7 @@ from memplan.errors import ConfigError
 from memplan.operators.attention import fused, rotary, slices_batched, softmax
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_into, add_scalar, dropout, scale
 from memplan.operators.layout import copy, repeat_heads, take
-from memplan.operators.matrix import embedding, linear, matmul
+from memplan.operators.matrix import embedding, matmul, project
 from memplan.operators.normalisation import layer_norm
 from memplan.operators.sizes import count
 from memplan.specs.values import dataclass
@@ -78,12 +78,13 @@ def stem(m: Falcon, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def projection(m: Falcon, t: Tape, x: Tensor, width: int, name: str) -> Tensor:
-    """``FalconLinear``: the bias is added by an operator of its own."""
-    y = linear(t, x, width, name)
-    if not m.bias:
-        return y
+    """``FalconLinear``: ``x @ weight.T``, of whose view autocast caches no copy; the bias is an operator of its own."""
+    in_features = x.shape[-1]
+    assert isinstance(in_features, int)
     with t.scope(name):
-        return add(t, y, t.parameter("bias", (width,)))
+        weight = t.view(t.parameter("weight", (width, in_features)), (in_features, width))
+        y = project(t, x, weight, None, width)
+        return add(t, y, t.parameter("bias", (width,))) if m.bias else y
 
 
 def picked(t: Tape, joint: Tensor, num: int, head_dim: int) -> Tensor:

@@ -101,7 +101,8 @@ def head(m: GPTNeoX, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("gpt_neox"):
         x = layer_norm(t, x, "final_layer_norm")
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to="gpt_neox.embed_in.weight" if m.tied else None))
+    logits = lm_head(t, x, m.vocab_size, tied_to="gpt_neox.embed_in.weight" if m.tied else None)
+    return causal_loss(t, logits, held=x)
 
 
 def gpt_neox(config: Config) -> Architecture:

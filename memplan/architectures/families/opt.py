@@ -100,7 +100,7 @@ def head(m: OPT, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
         if m.embedding_size != m.hidden_size:
             x = linear(t, x, m.embedding_size, "project_out")
     logits = lm_head(t, x, m.vocab_size, tied_to="model.decoder.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits)
+    return causal_loss(t, logits, held=x)
 
 
 def opt(config: Config) -> Architecture:

@@ -83,6 +83,7 @@ def self_attention(m: Phi, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
 def layer(m: Phi, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer: attention and MLP side by side on one norm."""
     normed = layer_norm(t, x, "input_layernorm")
+    t.hold_in_piece(normed)
     with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     attended = dropout(t, attended, m.residual_dropout)
@@ -97,7 +98,7 @@ def head(m: Phi, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("model"):
         x = layer_norm(t, x, "final_layernorm")
     tied_to = "model.embed_tokens.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, bias=True))
+    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, bias=True), held=x)
 
 
 def phi(config: Config) -> Architecture:

@@ -94,7 +94,7 @@ def self_attention(m: StableLM, t: Tape, x: Tensor, shared: Mapping[str, Tensor]
 
 def feed_forward(m: StableLM, t: Tape, x: Tensor) -> Tensor:
     """Gated MLP and dropout."""
-    with t.scope("mlp"):
+    with t.scope("mlp", x):
         fed = gated_mlp(t, x, m.intermediate_size, m.activation)
     return dropout(t, fed, m.hidden_dropout)
 
@@ -102,6 +102,7 @@ def feed_forward(m: StableLM, t: Tape, x: Tensor) -> Tensor:
 def layer(m: StableLM, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One decoder layer."""
     normed = layer_norm(t, x, "input_layernorm")
+    t.hold_in_piece(normed)
     with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
     if m.parallel:
@@ -115,7 +116,8 @@ def head(m: StableLM, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("model"):
         x = layer_norm(t, x, "norm")
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None))
+    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
+    return causal_loss(t, logits, held=x)
 
 
 def stablelm(config: Config) -> Architecture:
