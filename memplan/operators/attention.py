@@ -159,42 +159,48 @@ def fused(
 
     The memory-efficient kernel rounds its log-sum-exp up to 32 rows.
     """
+    with t.recomputable("attention", q, k, v):
+        return _fused(t, q, k, v, mask, p=p, by_head=by_head)
+
+
+def _fused(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, p: float = 0.0, by_head: bool = False
+) -> Tensor:
     q, k, v = t.autocast(q), t.autocast(k), t.autocast(v)
     kernel = _kernel(t, q, k, v, mask)
     b, heads, s, head_dim = q.shape
     if kernel == "math":
         return math(t, q, k, v, mask, p=p, by_head=by_head)
     padding = -_whole(head_dim) % HEAD_DIM_STEP if kernel == "flash" else 0
-    with t.recomputable("attention", q, k, v):
-        if padding:
-            q, k, v = (t.op("pad", (x,), (*x.shape[:-1], _whole(x.shape[-1]) + padding)) for x in (q, k, v))
-        rows: Dim = "s to 32" if kernel == "efficient" and s == "s" else s
-        if mask is not None:
-            mask = _kernel_mask(t, mask, q.dtype)
-        extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
-        if t.attention == "flash":
-            extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
-        keeps = [q, k, v]
-        inputs = [q, k, v]
-        if mask is not None:
-            keeps.append(mask)
-            inputs.append(mask)
-        scratch = _flash_scratch(q, k) if kernel == "flash" else _efficient_scratch(q)
-        if padding:  # the gradient of the cut is no transpose of what the kernel wants
-            scratch.append(num_bytes(q.shape, q.dtype))
-        out = t.op(
-            "attention kernel",
-            inputs,
-            (b, s, heads, v.shape[-1]),
-            keeps=keeps,
-            keeps_output=True,
-            extra_outputs=extra,
-            backward_scratch=scratch,
-            flops=count((b, heads, s, s, head_dim)).times(4),
-            reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
-        )
-        if padding:
-            out = take(t, out, (b, s, heads, head_dim))
+    if padding:
+        q, k, v = (t.op("pad", (x,), (*x.shape[:-1], _whole(x.shape[-1]) + padding)) for x in (q, k, v))
+    rows: Dim = "s to 32" if kernel == "efficient" and s == "s" else s
+    if mask is not None:
+        mask = _kernel_mask(t, mask, q.dtype)
+    extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
+    if t.attention == "flash":
+        extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
+    keeps = [q, k, v]
+    inputs = [q, k, v]
+    if mask is not None:
+        keeps.append(mask)
+        inputs.append(mask)
+    scratch = _flash_scratch(q, k) if kernel == "flash" else _efficient_scratch(q)
+    if padding:  # the gradient of the cut is no transpose of what the kernel wants
+        scratch.append(num_bytes(q.shape, q.dtype))
+    out = t.op(
+        "attention kernel",
+        inputs,
+        (b, s, heads, v.shape[-1]),
+        keeps=keeps,
+        keeps_output=True,
+        extra_outputs=extra,
+        backward_scratch=scratch,
+        flops=count((b, heads, s, s, head_dim)).times(4),
+        reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
+    )
+    if padding:
+        out = take(t, out, (b, s, heads, head_dim))
     return copy(t, out) if padding or (by_head and kernel != "efficient") else out
 
 
@@ -255,40 +261,39 @@ def math(
     """
     b, heads, s, head_dim = q.shape
     kept_dtype, given = q.dtype, (q, k, v)
-    with t.recomputable("attention", q, k, v):
-        if mask is None:
-            mask = t.op("causal mask", (), ("s", "s"), dtype=q.dtype)
-        elif mask.dtype == "bool":
-            mask = t.op("additive mask", (mask,), ("b", 1, "s", "s"), dtype=q.dtype)
-        repeated = ("slice", "repeat_kv")
-        lies_by_head = [by_head, by_head or _made_by(t, k) in repeated, _made_by(t, v) in repeated]
-        q, k, v = (t.cast(x, "fp32") for x in (q, k, v))
-        ratio = _ratio(heads, k.shape[1])
-        scaled_q = scale(t, q)
-        k_for_all, v_for_all = repeat_heads(t, k, heads, ratio), repeat_heads(t, v, heads, ratio)
-        scaled_k = scale(t, k_for_all)
-        left = scaled_q if lies_by_head[0] else copy(t, scaled_q)
-        right = scaled_k if lies_by_head[1] or ratio > 1 else copy(t, scaled_k)
-        scores = matmul(t, left, right, (b, heads, s, s), head_dim, autocast=False)
-        t.keep_alive(scaled_k)
-        scores = add_into(t, scores, mask)
-        bytes_of_scores = num_bytes(scores.shape, "fp32")
-        weights = t.op(
-            "safe softmax",
-            (scores,),
-            scores.shape,
-            keeps_output=True,
-            scratch=(bytes_of_scores, num_bytes(scores.shape, "bool")),
-            gradients=[Gradient(scores, scratch=(bytes_of_scores,))],
-            flops=elements(scores).times(5),
-            reason="the derivative of softmax needs its result",
-        )
-        weights = dropout(t, weights, p)
-        values = v_for_all if lies_by_head[2] or ratio > 1 else copy(t, v_for_all)
-        out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), s, autocast=False)
-        out = t.cast(out, kept_dtype)
-        t.op("to", (weights,), weights.shape, dtype=kept_dtype, gradients=())
-        t.keep_alive(*given, q, k, v, scaled_q, k_for_all, v_for_all, mask)
+    if mask is None:
+        mask = t.op("causal mask", (), ("s", "s"), dtype=q.dtype)
+    elif mask.dtype == "bool":
+        mask = t.op("additive mask", (mask,), ("b", 1, "s", "s"), dtype=q.dtype)
+    repeated = ("slice", "repeat_kv")
+    lies_by_head = [by_head, by_head or _made_by(t, k) in repeated, _made_by(t, v) in repeated]
+    q, k, v = (t.cast(x, "fp32") for x in (q, k, v))
+    ratio = _ratio(heads, k.shape[1])
+    scaled_q = scale(t, q)
+    k_for_all, v_for_all = repeat_heads(t, k, heads, ratio), repeat_heads(t, v, heads, ratio)
+    scaled_k = scale(t, k_for_all)
+    left = scaled_q if lies_by_head[0] else copy(t, scaled_q)
+    right = scaled_k if lies_by_head[1] or ratio > 1 else copy(t, scaled_k)
+    scores = matmul(t, left, right, (b, heads, s, s), head_dim, autocast=False)
+    t.keep_alive(scaled_k)
+    scores = add_into(t, scores, mask)
+    bytes_of_scores = num_bytes(scores.shape, "fp32")
+    weights = t.op(
+        "safe softmax",
+        (scores,),
+        scores.shape,
+        keeps_output=True,
+        scratch=(bytes_of_scores, num_bytes(scores.shape, "bool")),
+        gradients=[Gradient(scores, scratch=(bytes_of_scores,))],
+        flops=elements(scores).times(5),
+        reason="the derivative of softmax needs its result",
+    )
+    weights = dropout(t, weights, p)
+    values = v_for_all if lies_by_head[2] or ratio > 1 else copy(t, v_for_all)
+    out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), s, autocast=False)
+    out = t.cast(out, kept_dtype)
+    t.op("to", (weights,), weights.shape, dtype=kept_dtype, gradients=())
+    t.keep_alive(*given, q, k, v, scaled_q, k_for_all, v_for_all, mask)
     return copy(t, out, (b, s, heads, v.shape[-1]))
 
 
@@ -348,7 +353,10 @@ def attention(
             softcap=softcap,
             weights_dtype=weights_dtype,
         )
-    if mask is not None:
-        k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
-        v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
-    return fused(t, q, k, v, mask, p=p, by_head=by_head)
+    with t.recomputable("attention", q, k, v):
+        if mask is not None:
+            k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
+            v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
+        out = _fused(t, q, k, v, mask, p=p, by_head=by_head)
+        t.keep_alive(k, v)
+    return out

@@ -1,0 +1,55 @@
+"""Selective checkpointing against the reference trace: attention alone is computed again in the backward pass.
+
+transformers has no switch for it: the reference runs the attention function that a model looks up under
+torch.utils.checkpoint (see memplan.probes.checkpointing).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.published.test_reference_families_a import BASE, SEQ_LEN
+from tests.published.test_reference_families_b import CONFIG_BY_NAME as FAMILIES_B
+from tests.support.compare import differences, run_both
+
+pytestmark = pytest.mark.slow
+
+PEAK_TOLERANCE = 0.015
+"""Relative: at the peak of eager attention a description may lack one tensor of the width of the hidden states."""
+
+LLAMA = BASE | {"model_type": "llama"}
+CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama, heads of 50": LLAMA | {"head_dim": 50, "num_key_value_heads": 4},
+    "mistral, heads of 50 under a window": BASE | {"model_type": "mistral", "head_dim": 50, "sliding_window": 64},
+    "gpt2": next(config for config in FAMILIES_B.values() if config["model_type"] == "gpt2"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_BY_NAME)
+@pytest.mark.parametrize(
+    ("attention", "precision", "padding"),
+    [
+        ("sdpa", "bf16", False),
+        ("sdpa", "bf16", True),
+        ("sdpa", "bf16-mixed", False),
+        ("eager", "bf16", False),
+        ("eager", "fp16-mixed", True),
+        ("flash", "bf16", False),
+    ],
+)
+def test_attention_alone_is_computed_again(name: str, attention: str, precision: str, padding: bool) -> None:
+    """What is kept is exactly what the reference keeps: queries, keys, values and mask instead of what lies between."""
+    pair = run_both(
+        CONFIG_BY_NAME[name],
+        micro_batch_size=2,
+        seq_len=SEQ_LEN,
+        attention=attention,
+        precision=precision,
+        padding=padding,
+        activation_checkpointing="selective",
+    )
+    assert pair.formula.kept_activation_bytes == pair.reference.kept_allocated_bytes, differences(pair)
+    assert pair.formula.peak == pytest.approx(pair.reference.peak_allocated_bytes, rel=PEAK_TOLERANCE)
