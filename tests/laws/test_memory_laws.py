@@ -99,13 +99,17 @@ def test_bytes_never_fall_with_more_layers(name: str, setup: Setup, layers: int)
 
 @given(model=models, setup=setups)
 def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
-    """Kept activations: full <= every second layer <= none, and selective <= none."""
+    """Kept activations: full <= every second layer <= none, and selective <= none.
+
+    Under autocast a span around a fused kernel keeps what is cast for it, in fp32, which may be more.
+    """
     kept = {
         mode: peaks(model, replace(setup, activation_checkpointing=mode)).kept_activation_bytes
         for mode in ("none", "selective", "every-2", "full")
     }
     assert kept["full"] <= kept["every-2"] <= kept["none"]
-    assert kept["selective"] <= kept["none"]
+    if setup.attention == "eager" or not setup.precision.endswith("-mixed"):
+        assert kept["selective"] <= kept["none"]
 
 
 @given(model=models, setup=setups)

@@ -16,8 +16,8 @@ from tests.support.compare import differences, run_both
 
 pytestmark = pytest.mark.slow
 
-PEAK_TOLERANCE = 0.015
-"""Relative: at the peak of eager attention a description may lack one tensor of the width of the hidden states."""
+PEAK_TOLERANCE = 0.03
+"""Relative: at the peak of eager attention a description lacks a tensor as large as the queries."""
 
 LLAMA = BASE | {"model_type": "llama"}
 CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
