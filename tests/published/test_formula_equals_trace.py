@@ -58,7 +58,7 @@ CASES = [
 """Model type, attention, precision, checkpointing, accumulation."""
 
 DIFFERENT_PEAKS = {
-    ("falcon", "bf16-mixed", "full", 2): "1 %: what the written-out kernel holds while the last layer is computed again",
+    ("falcon", "bf16-mixed", "full", 2): "1 %: what the written-out kernel holds while a layer is computed again",
     ("gemma3", "bf16-mixed", "none", 1): "Gemma 3's text model fills a key-value cache until the loss",
     ("gemma3", "bf16-mixed", "none", 2): "Gemma 3's text model fills a key-value cache until the loss",
     ("phi", "bf16-mixed", "full", 2): "0.8 %: what eager attention holds while the last layer is computed again",
