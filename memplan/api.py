@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from memplan.planner.goal import Goal, Target
     from memplan.planner.plan import Plan
     from memplan.probes.events import Trace
-    from memplan.probes.models import TracedModel
     from memplan.probes.modules import TracedModule
     from memplan.specs.gpu import GpuSpec
 
@@ -553,12 +552,10 @@ def _traced_module(
     if notify is not None:
         notify("starting PyTorch")
     require("torch")
-    from memplan.probes.factories import factory_model
     from memplan.probes.models import transformers_model
-    from memplan.probes.modules import TracedModule
+    from memplan.probes.modules import TracedModule, own_module
 
-    model: TracedModel
-    model = factory_model(asked.name) if isinstance(asked, UserModule) else transformers_model(*asked)
+    model = own_module(asked.name) if isinstance(asked, UserModule) else transformers_model(*asked)
     return TracedModule(model, gpu=gpu, sdpa_kernel=sdpa_kernel, notify=notify)
 
 

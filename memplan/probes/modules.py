@@ -168,6 +168,27 @@ def _retraced(candidate: Candidate, module: TracedModule, goal: Goal) -> tuple[C
     ), estimate
 
 
+def own_module(spec: str) -> TracedModel:
+    """What ``package.module:factory`` makes.
+
+    Its Python module is imported here: tensors that are made by the import are no part of a training step.
+
+    Raises:
+        MissingLibraryError: torch is not installed.
+        FactoryError: it cannot be imported.
+    """
+    require("torch")
+    import torch
+
+    from memplan.probes.factories import factory_model, find_factory
+
+    model = factory_model(spec)
+    module, _, name = spec.partition(":")
+    with torch.device("meta"):
+        find_factory(module, name)
+    return model
+
+
 def check_is_of_one_rank(setup: Setup) -> None:
     """Raise `UsageError` for several GPUs."""
     if setup.data_parallel_size > 1:
