@@ -16,8 +16,11 @@ from tests.support.compare import differences, run_both
 
 pytestmark = pytest.mark.slow
 
-PEAK_TOLERANCE = 0.03
-"""Relative: at the peak of eager attention a description lacks a tensor as large as the queries."""
+PEAK_TOLERANCE = 0.001
+"""Relative."""
+
+SHORT_OF_QUERIES = {"llama": 1, "llama, heads of 50": 2, "mistral, heads of 50 under a window": 1}
+"""In eager bf16 the description of these lacks so many tensors as large as the queries at the softmax's backward."""
 
 LLAMA = BASE | {"model_type": "llama"}
 CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
@@ -52,4 +55,7 @@ def test_attention_alone_is_computed_again(name: str, attention: str, precision:
         activation_checkpointing="selective",
     )
     assert pair.formula.kept_activation_bytes == pair.reference.kept_allocated_bytes, differences(pair)
-    assert pair.formula.peak == pytest.approx(pair.reference.peak_allocated_bytes, rel=PEAK_TOLERANCE)
+    error = abs(pair.formula.peak / pair.reference.peak_allocated_bytes - 1)
+    if (attention, precision) == ("eager", "bf16") and name in SHORT_OF_QUERIES and error > PEAK_TOLERANCE:
+        pytest.xfail(f"{SHORT_OF_QUERIES[name]} tensors as large as the queries are missing: {error:.1%} of the peak")
+    assert error < PEAK_TOLERANCE
