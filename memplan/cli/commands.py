@@ -104,8 +104,9 @@ def memplan(ctx: click.Context) -> None:
 def estimate(**given: Any) -> int:
     """Show the bytes of one configuration: three totals, by kind, by instant, row by row.
 
-    MODEL is a name that `memplan models` lists, a config.json, a folder holding one, or a hub id. What is not given
-    takes its default: micro-batch 1, accumulation 1, no checkpointing.
+    MODEL is a name that `memplan models` lists, a config.json, a folder holding one, a hub id, or
+    package.module:factory, a function that makes a module (see `memplan trace`). What is not given takes its default:
+    micro-batch 1, accumulation 1, no checkpointing.
     """
     from memplan.cli.estimate import answer
 
@@ -117,8 +118,9 @@ def estimate(**given: Any) -> int:
 def suggest(**given: Any) -> int:
     """Plan: micro-batch, accumulation steps and checkpointing that reach the batch on this GPU, the fastest first.
 
-    MODEL is a name that `memplan models` lists, a config.json, a folder holding one, or a hub id. Micro-batch,
-    accumulation and checkpointing are kept where they are given, and else free.
+    MODEL is a name that `memplan models` lists, a config.json, a folder holding one, a hub id, or
+    package.module:factory, a function that makes a module (see `memplan trace`). Micro-batch, accumulation and
+    checkpointing are kept where they are given, and else free.
     """
     from memplan.cli.suggest import answer
 

@@ -14,6 +14,7 @@ from memplan.allocator.settings import AllocatorSettings
 from memplan.estimation.assumptions import Assumption
 from memplan.estimation.estimate import (
     EXPANDABLE_SEGMENTS,
+    SEGMENT_BYTES,
     Estimate,
     Instant,
     Memory,
@@ -145,12 +146,13 @@ def memory_of(trace: Trace, gpu: GpuSpec | None, budget_bytes: int | None) -> Me
     """The three totals; `budget_bytes`: what the whole process may take."""
     context, workspaces = context_bytes(gpu), workspace_bytes(gpu)
     capacity = None if budget_bytes is None else max(budget_bytes - context - workspaces, 0)
-    reserved, alloc_conf = _reserved(trace, None, expandable=False), ""
-    if capacity is not None and reserved > capacity >= trace.peak_allocated_bytes:
-        within = _reserved(trace, capacity, expandable=False)
-        tighter = within if within <= capacity else _reserved(trace, capacity, expandable=True)
-        if tighter < reserved:
-            reserved, alloc_conf = tighter, "" if within <= capacity else EXPANDABLE_SEGMENTS
+    reserved, alloc_conf = -(-trace.peak_allocated_bytes // SEGMENT_BYTES) * SEGMENT_BYTES, ""
+    if capacity is None or reserved <= capacity:  # else not even the tensors fit
+        reserved = _reserved(trace, capacity, expandable=False)
+        if capacity is not None and reserved > capacity:
+            tighter = _reserved(trace, capacity, expandable=True)
+            if tighter < reserved:
+                reserved, alloc_conf = tighter, EXPANDABLE_SEGMENTS
     return Memory(
         peak_allocated_bytes=trace.peak_allocated_bytes,
         peak_reserved_bytes=reserved,

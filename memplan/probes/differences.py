@@ -25,7 +25,8 @@ INSTANT_BY_INSTANT = {"loss": ("forward", "backward")}
 
 def difference(estimator: Estimator, trace: Trace, traced: Estimate, setup: Setup) -> Difference:
     """Compare the formula's answer with that of a trace of the same setup."""
-    formula = estimator.estimate(setup)
+    margin = traced.upper_bound_bytes - traced.memory.peak_process_bytes
+    formula = estimator.estimate(setup, margin_bytes=margin)
     names = ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes", "kept_activation_bytes")
     totals = [
         Compared("num_parameters", formula.model.num_parameters, traced.model.num_parameters),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import MemplanError, UsageError
 from memplan.estimation.assumptions import Assumption
 from memplan.estimation.traced_estimator import TracedEstimator
+from memplan.planner.plan import Rejection
 from memplan.probes.answers import capability, estimate_of, trace_setup
 from memplan.probes.faults import require
 from memplan.probes.trace import trace_training
@@ -89,6 +90,8 @@ class TracedModule:
 
         with torch.device("meta"):
             module = self.model.build(setup).module
+        if "transformers" in sys.modules:  # what it would say of each of the many traces
+            sys.modules["transformers"].logging.set_verbosity_error()
         if not hasattr(module, "gradient_checkpointing_enable"):
             return CHECKPOINTINGS[:1]
         several = hasattr(module, "activation_checkpointing_enable")
@@ -140,10 +143,28 @@ def confirm(plan: Plan, module: TracedModule, goal: Goal) -> Plan:
         first = first or estimate
         if found.fits:
             rest = tuple(ranked[position + 1 :])
-            return replace(plan, best=found, nearest=None, estimate=estimate, alternatives=rest, ways_out=())
+            return replace(
+                plan,
+                best=found,
+                nearest=None,
+                estimate=estimate,
+                alternatives=rest,
+                rejections=(*_refused(short), *plan.rejections),
+                ways_out=(),
+            )
         short.append(found)
     assert first is not None
-    return replace(plan, best=None, nearest=short[0], estimate=first, alternatives=())
+    refused = _refused(short) if plan.best else ()
+    return replace(
+        plan, best=None, nearest=short[0], estimate=first, alternatives=(), rejections=(*refused, *plan.rejections)
+    )
+
+
+def _refused(candidates: Sequence[Candidate]) -> tuple[Rejection, ...]:
+    return tuple(
+        Rejection(c, f"{format_bytes(c.short_by_bytes)} short of the budget, by a trace of its own size")
+        for c in candidates
+    )
 
 
 def _retraced(candidate: Candidate, module: TracedModule, goal: Goal) -> tuple[Candidate, Estimate]:

@@ -42,7 +42,7 @@ def _numbers(heading: str, numbers: Sequence[Document]) -> Iterator[Line]:
     rows = [("", "formula", "trace", "difference")]
     rows += [
         (
-            one["name"].removesuffix("_bytes").replace("_", " ").replace("num ", ""),
+            one["name"].removesuffix("_bytes").replace("num_", "number of ").replace("_", " "),
             f"{one['formula']:,}",
             f"{one['trace']:,}",
             "equal" if one["formula"] == one["trace"] else f"{one['percent']:+.3f} %",

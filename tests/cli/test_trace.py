@@ -58,6 +58,13 @@ class Longer(OwnLoss):
         return super().forward(x)
 
 
+class MuchLonger(OwnLoss):
+    def forward(self, x):
+        if x.shape[1] > 500:
+            x = torch.sigmoid(torch.cat([torch.tanh(x * self.layers[0].weight[0])] * 8))
+        return super().forward(x)
+
+
 class OnCuda(OwnLoss):
     def forward(self, x):
         return super().forward(x.cuda())
@@ -96,7 +103,7 @@ def on_cuda():
     return Mlp().cuda(), rows, mean
 
 
-own_loss, longer, cuda_inside, narrow, made = OwnLoss, Longer, OnCuda, Narrow, Mlp()
+own_loss, longer, much_longer, cuda_inside, narrow, made = OwnLoss, Longer, MuchLonger, OnCuda, Narrow, Mlp()
 """
 
 BAD = [
@@ -299,6 +306,24 @@ def test_a_plan_of_a_module(run) -> None:
     assert len(files) == 1
     assert parsed(run(command)) == plan
     assert "The plan" in run(command.removesuffix(" --json")).out
+
+
+def test_a_plan_that_a_trace_of_its_own_size_contradicts(run) -> None:
+    """GIVEN a module that takes more above the sizes that were fitted, THEN the trace's bytes hold."""
+    ran = run("suggest own_modules:much_longer --gpu 24GB --target-batch 64 --json")
+    plan = parsed(ran)
+    check(plan, "plan")
+    assert ran.status == 0
+    trace = parsed(run("trace own_modules:much_longer --micro-batch 64 --json"))
+    assert plan["best"]["setup"]["micro_batch_size"] == 64
+    assert plan["best"]["peak_allocated_bytes"] == trace["peak_allocated_bytes"]
+    (size,) = [one for one in plan["assumptions"] if one["what"] == "size"]
+    assert size["effect_bytes"] < 0
+    assert "which is used" in size["value"]
+    tight = parsed(run("suggest own_modules:much_longer --gpu 600MB --target-batch 64 --json"))
+    assert tight["fits"] is True
+    assert tight["best"]["headroom_bytes"] >= 0
+    assert "trace of its own size" in tight["rejections"][0]["reason"]
 
 
 def test_a_plan_that_does_not_fit(run) -> None:
