@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.estimation.estimate import SEGMENT_BYTES
 from memplan.report.ansi import Line
 from memplan.report.layout import bar, plural, wrap
 from memplan.report.plan import way_lines
@@ -64,6 +65,9 @@ def _asked(estimate: Document) -> Iterator[Line]:
 def _by_the_allocator(estimate: Document) -> str:
     if estimate["alloc_conf"]:
         return f"with PYTORCH_ALLOC_CONF={estimate['alloc_conf']}"
+    least = -(-estimate["peak_allocated_bytes"] // SEGMENT_BYTES) * SEGMENT_BYTES
+    if estimate["fits"] is False and estimate["peak_reserved_bytes"] == least:
+        return "in whole segments, at the least: too much already"
     return "by the caching allocator, the run replayed through it"
 
 
