@@ -11,16 +11,16 @@ from memplan.operators.sizes import allocated
 from memplan.probes.answers import instants_of, pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
-    from memplan.estimation.estimate import Estimate, Estimator
+    from memplan.estimation.estimate import Estimate, Estimator, Instant
     from memplan.estimation.step import Part, StepProgram
     from memplan.probes.events import Trace
     from memplan.specs.training import Setup
 
-INSTANT_BY_INSTANT = {"loss": ("forward", "backward")}
-"""The formula's instants that a trace has no phase of, and where they lie in it."""
+PASSES = ("forward", "loss", "backward")
+"""The formula's loss lies in both passes of a trace, so that the three are compared as one."""
 
 
 def difference(estimator: Estimator, trace: Trace, traced: Estimate, setup: Setup) -> Difference:
@@ -34,13 +34,19 @@ def difference(estimator: Estimator, trace: Trace, traced: Estimate, setup: Setu
         Compared("peak_allocated_bytes", formula.memory.peak_allocated_bytes, traced.memory.peak_allocated_bytes),
         Compared("peak_reserved_bytes", formula.memory.peak_reserved_bytes, traced.memory.peak_reserved_bytes),
     ]
-    ours: Counter[str] = Counter()
-    for one in formula.instants:
-        for name in INSTANT_BY_INSTANT.get(one.name, (one.name,)):
-            ours[name] = max(ours[name], one.allocated_bytes)
-    instants = [Compared(one.name, ours[one.name], one.allocated_bytes) for one in instants_of(trace)]
+    ours, theirs = _joined(formula.instants), _joined(instants_of(trace))
+    instants = [Compared(name, ours[name], theirs[name]) for name in theirs]
     rows = [*_of_formula(estimator.program(setup), estimator, setup), *_of_trace(trace)]
     return Difference(tuple(totals), tuple(instants), tuple(_unlike(rows)))
+
+
+def _joined(instants: Iterable[Instant]) -> dict[str, int]:
+    """The highest point by instant."""
+    found: dict[str, int] = {}
+    for one in instants:
+        name = "forward, loss and backward" if one.name in PASSES else one.name
+        found[name] = max(found.get(name, 0), one.allocated_bytes)
+    return found
 
 
 def _unlike(rows: list[KeptRow]) -> Iterator[KeptDifference]:

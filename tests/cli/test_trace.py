@@ -193,6 +193,14 @@ def test_formula_against_trace(run) -> None:
     assert ran.status == 0
     assert "equal, tensor by tensor" in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
+    numbers = parsed(run("trace config.json --diff --json"))
+    assert numbers["kept"] == []
+    assert [one["name"] for one in numbers["instants"]] == [
+        "forward, loss and backward",
+        "gradient clip",
+        "optimizer step",
+    ]
+    assert all(abs(one["percent"]) < 2 for one in numbers["instants"])
     other = run("trace config.json --diff --json --sdpa-kernel math")
     document = parsed(other)
     check(document, "trace-diff")
