@@ -41,7 +41,7 @@ def render_estimate(estimate: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(estimate),
         *_totals(estimate),
-        *(way_lines(estimate["ways_out"]) if estimate["fits"] is False else ()),
+        *(way_lines(estimate["ways_out"], estimate) if estimate["fits"] is False else ()),
         *_kinds(estimate),
         *_instants(estimate),
         *_rows(estimate["ledger"]),

@@ -211,14 +211,14 @@ def _nothing_fits(plan: Document) -> Iterator[Line]:
     yield from paragraph("held by", text)
     if any(card["is_from_nvidia_smi"] for card in plan["cards"]):
         yield from paragraph("", STAR)
-    yield from way_lines(plan["ways_out"])
+    yield from way_lines(plan["ways_out"], plan)
 
 
-def way_lines(ways: Sequence[Document]) -> Iterator[Line]:
+def way_lines(ways: Sequence[Document], answer: Document) -> Iterator[Line]:
     """What would make it fit, as options to add to the command."""
     yield from title("Ways out, cheapest first: add these options" if ways else "Ways out")
     if not ways:
-        yield Line("  no combination of up to three single changes is enough")
+        yield from (Line(line) for line in wrap(_no_way(answer), first="  "))
     for way in ways:
         update = "stays the same" if way["same_update"] else "changes"
         price = (
@@ -227,6 +227,15 @@ def way_lines(ways: Sequence[Document]) -> Iterator[Line]:
         )
         yield from (Line(line, "title") for line in wrap(way["options"], first="  "))
         yield from (Line(line) for line in wrap(price, first="      "))
+
+
+def _no_way(answer: Document) -> str:
+    """Why none is named: none is enough, or none was looked for."""
+    if answer["kind"] == "trace":
+        return "a trace looks for none: memplan suggest finds a configuration that fits"
+    if answer["model"]["model_type"] == "traced":
+        return "no smaller micro-batch is enough; other changes to a module of your own are not priced"
+    return "no combination of up to three single changes is enough"
 
 
 # -- levers ------------------------------------------------------------------------------------------------------------

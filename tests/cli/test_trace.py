@@ -184,6 +184,8 @@ def test_it_does_not_fit(run) -> None:
     ran = run("trace own_modules:mlp --gpu 500MB")
     assert ran.status == 3
     assert "It does not fit" in ran.out
+    assert "a trace looks for none: memplan suggest" in ran.out
+    assert "are not priced" in " ".join(run("estimate own_modules:mlp --gpu 500MB").out.split())
 
 
 def test_formula_against_trace(run) -> None:
