@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memplan.allocator.settings import AllocatorSettings
 from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions
 from memplan.estimation.ledger import LedgerRow, ledger
-from memplan.estimation.replaying import replay
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
@@ -249,6 +247,9 @@ class Estimator:
         key = f"{capacity} {alloc_conf} {replace(setup, data_parallel_size=min(setup.data_parallel_size, 2))!r}"
         known = self._replays.get(key)
         if known is None:
+            from memplan.allocator.settings import AllocatorSettings
+            from memplan.estimation.replaying import replay
+
             settings = AllocatorSettings(expandable_segments=bool(alloc_conf))
             steps = setup.gradient_accumulation_steps
             found = replay(self.program(setup), self.sizes(setup), steps, capacity_bytes=capacity, settings=settings)
