@@ -496,6 +496,8 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
     if target is not None:
         setup = reach(setup, target, accumulation)
     margin = _margin(spec, reserve, headroom)
+    if described is not None:
+        described.architecture.check_length(setup.seq_len, described.name)
     module = _traced_module(asked, spec, sdpa_kernel, notify)
     model_type = "traced"
     if not isinstance(asked, UserModule):

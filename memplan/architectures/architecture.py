@@ -78,6 +78,14 @@ class Architecture:
     unmodelled: tuple[tuple[str, str], ...] = ()
     """(what, why) of everything that this description leaves out."""
 
+    def check_length(self, seq_len: int, name: str) -> None:
+        """Raise `UsageError` where the model, known to the user as `name`, has too few positions."""
+        most = self.max_positions
+        if most is not None and seq_len > most:
+            raise UsageError(
+                f"{name} has positions for {most} tokens, not for {seq_len}.", f"Use --seq-len {most} or less."
+            )
+
 
 class Piece(NamedTuple):
     """A recorded part of the model."""

@@ -103,5 +103,7 @@ def _check(data: bytes, source: str, cure: str) -> None:
 
 
 def _skip_steady(data: bytes, at: int) -> int:
-    run = _STEADY.match(data, min(at, len(data)))
-    return at if run is None else run.end()
+    at = min(at, len(data))
+    while (run := _STEADY.match(data, at)) is not None:
+        at = run.end()
+    return at

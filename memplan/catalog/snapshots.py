@@ -120,12 +120,13 @@ def read_snapshot(path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYT
         ConfigError: it is truncated, holds more than plain values, or is not a memory snapshot.
     """
     name = os.path.basename(path)
-    content = load_plain(_read_bytes(path, max_bytes), source=name, cure=CURE)
+    data = _read_bytes(path, max_bytes)
+    content = load_plain(data, source=name, cure=CURE)
     if isinstance(content, list):  # torch.cuda.memory_snapshot(): the segments alone
         content = {"segments": content}
     if not isinstance(content, dict) or "segments" not in content:
         raise ConfigError(f"{name} is a pickle, but not a memory snapshot.", CURE)
-    return tuple(_Reader(name).devices(content))
+    return tuple(_Reader(name, most_entries=len(data)).devices(content))
 
 
 def compare_reserved(device: DeviceSnapshot, settings: AllocatorSettings | None = None) -> ReservedComparison:
@@ -152,8 +153,10 @@ def _read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 class _Reader:
     """Checks and translates the content of one file."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, most_entries: int) -> None:
+        """`most_entries`: as many as a file of this size may list, each with some bytes of its own."""
         self.name = name
+        self.entries_left = most_entries
 
     def devices(self, content: dict[Any, Any]) -> Iterator[DeviceSnapshot]:
         segments: dict[int, list[dict[Any, Any]]] = {}
@@ -170,7 +173,7 @@ class _Reader:
 
     def device(self, device: int, segments: list[Any], trace: list[Any], alloc_conf: str) -> DeviceSnapshot:
         blocks = [block for segment in segments for block in self.blocks(segment)]
-        live = {address: requested for address, _, requested, state in blocks if state != "inactive"}
+        live = {address: (requested, stream) for address, _, requested, state, stream in blocks if state != "inactive"}
         events, num_prior = _Translation(self).events(trace, live)
         reserved = sum(self.number(segment, "total_size") for segment in segments)
         return DeviceSnapshot(
@@ -181,21 +184,21 @@ class _Reader:
             num_ooms=sum(entry.get("action") == "oom" for entry in trace),
             num_segments=len(segments),
             reserved_bytes=reserved,
-            active_bytes=sum(size for _, size, _, state in blocks if state != "inactive"),
-            allocated_bytes=sum(size for _, size, _, state in blocks if state == "active_allocated"),
-            requested_bytes=sum(live.values()),
+            active_bytes=sum(size for _, size, _, state, _ in blocks if state != "inactive"),
+            allocated_bytes=sum(size for _, size, _, state, _ in blocks if state == "active_allocated"),
+            requested_bytes=sum(requested for requested, _ in live.values()),
             peak_reserved_bytes=self.peak_reserved(trace, reserved),
             alloc_conf=alloc_conf,
         )
 
-    def blocks(self, segment: dict[Any, Any]) -> Iterator[tuple[int, int, int, str]]:
-        """Address, bytes, requested bytes and state of each block of a segment."""
-        address = self.number(segment, "address")
+    def blocks(self, segment: dict[Any, Any]) -> Iterator[tuple[int, int, int, str, int]]:
+        """Address, bytes, requested bytes, state and stream of each block of a segment."""
+        address, stream = self.number(segment, "address"), self.number(segment, "stream", 0)
         for block in self.dicts(segment.get("blocks", []), "blocks"):
             size, state = self.number(block, "size"), block.get("state")
             if not isinstance(state, str) or state not in STATES:
                 raise self.fault("a block has no known state")
-            yield address, size, self.number(block, "requested_size", size), state
+            yield address, size, self.number(block, "requested_size", size), state, stream
             address += size
 
     def peak_reserved(self, trace: list[Any], reserved: int) -> int:
@@ -219,6 +222,9 @@ class _Reader:
     def dicts(self, value: Any, what: str) -> list[dict[Any, Any]]:
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             raise self.fault(f"{what} is not a list of dicts")
+        self.entries_left -= len(value)
+        if self.entries_left < 0:
+            raise self.fault("it lists the same entries over and over")
         return value
 
     def number(self, entry: dict[Any, Any], name: str, default: int | None = None) -> int:
@@ -241,7 +247,9 @@ class _Translation:
         self.live: dict[int, AllocatorEvent] = {}
         """Address -> the allocation that lies there."""
 
-    def events(self, trace: list[Any], live_at_end: dict[int, int]) -> tuple[tuple[AllocatorEvent, ...], int]:
+    def events(
+        self, trace: list[Any], live_at_end: dict[int, tuple[int, int]]
+    ) -> tuple[tuple[AllocatorEvent, ...], int]:
         """All events, and how many of them are tensors from before the recording."""
         number = self.reader.number
         for n, entry in enumerate(trace):
@@ -254,9 +262,9 @@ class _Translation:
                 self.event_list.append(event._replace(sign=FREE))
             elif action == "free_requested" and not _completes(trace, n):
                 self.event_list.append(self.known(entry)._replace(sign=RETIRE))
-        for address, requested in live_at_end.items():
+        for address, (requested, stream) in live_at_end.items():
             if address not in self.live:
-                self.prior.append(AllocatorEvent((address, -1), requested, ALLOCATE))
+                self.prior.append(AllocatorEvent((address, -1), requested, ALLOCATE, stream))
         self.prior.sort(key=lambda event: event.key)
         return (*self.prior, *self.event_list), len(self.prior)
 

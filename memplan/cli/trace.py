@@ -11,6 +11,7 @@ from memplan.cli.options import Option, SetupCommand, Value, setup_options
 from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, write_answer
 from memplan.cli.progress import Progress
 from memplan.cli.values import Options, Row, one_of, read_text
+from memplan.errors import UsageError
 from memplan.report.document import difference_document, estimate_document
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def trace(diff: bool, sdpa_kernel: str | None, snapshot: str | None, **given: An
 
 def answer(options: Options, *, diff: bool = False, sdpa_kernel: str | None = None, snapshot: str | None = None) -> int:
     """Print what the trace says; the exit status."""
+    if snapshot == "-":
+        raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
     if options.confidence is not None:
         say(NO_BOUND, quiet=options.quiet)
     with Progress(shown=not options.quiet) as progress:

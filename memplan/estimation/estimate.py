@@ -166,12 +166,7 @@ class Estimator:
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this."""
-        most = self.architecture.max_positions
-        if most is not None and setup.seq_len > most:
-            raise UsageError(
-                f"{self.name} has positions for {most} tokens, not for {setup.seq_len}.",
-                f"Use --seq-len {most} or less.",
-            )
+        self.architecture.check_length(setup.seq_len, self.name)
         if setup.attention not in self.architecture.attentions:
             raise UsageError(
                 f"{self.architecture.model_type} has no {setup.attention} attention in transformers.",

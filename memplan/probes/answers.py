@@ -214,5 +214,8 @@ def _assumptions(trace: Trace, gpu: GpuSpec | None, sdpa_kernel: str | None) -> 
         others = steps - TRACED_MICRO_STEPS
         text = f"{TRACED_MICRO_STEPS} micro-steps were run; the other {others:,} do what the second did"
         found.append(Assumption("accumulation", text, "", None, "their inputs are counted"))
+    if trace.grown_bytes:
+        text = f"no steady state: {trace.grown_bytes:+,} bytes from step to step, which the module holds; two were run"
+        found.append(Assumption("steps", text, "", None, "a peak after more steps is another one"))
     found += [Assumption("data", text, "", None, "a trace has no data") for text in trace.assumptions]
     return found

@@ -140,6 +140,14 @@ class Trace(Tabular):
         """The same of the first step, which makes the optimizer states."""
         return self.peak(0).allocated_bytes
 
+    @cached_property
+    def grown_bytes(self) -> int:
+        """What is allocated after the last step more than after the one before: 0 in a steady state."""
+        if self.num_steps < 2:
+            return 0
+        last, before = (max(span.stop for span in self._of_step(self.num_steps - n)) for n in (1, 2))
+        return self.levels[last - 1] - self.levels[before - 1]
+
     def _of_step(self, step: int | None) -> Iterable[Span]:
         wanted = self.num_steps - 1 if step is None else step
         return [span for span in self.spans if span.step == wanted]

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
-from memplan.probes.faults import FactoryError
+from memplan.probes.faults import EXIT_CURE, FactoryError
 from memplan.probes.models import PARAMETER_DTYPES, Built, TracedModel, token_inputs
 from memplan.specs.training import PRECISIONS
 
@@ -64,11 +64,15 @@ def find_factory(module: str, name: str) -> Callable[[], Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
         raise FactoryError(
             f"{module} cannot be imported: {_text(error)}",
-            "Run memplan where the module lies, or install it." if missing else "Correct the module.",
+            "Run memplan where the module lies, or install it."
+            if missing
+            else EXIT_CURE
+            if isinstance(error, SystemExit)
+            else "Correct the module.",
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -94,7 +98,7 @@ def build_with(factory: Callable[[], Any], name: str, setup: Setup) -> Built:
         made = factory()
     except MemplanError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FactoryError(f"{name} raises {_text(error)}", _cure(error)) from error
     module, make_inputs, loss_of = _unpack(made, name)
     dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
@@ -138,7 +142,7 @@ def _call_inputs(make_inputs: Callable[[int, int], Any], name: str, micro_batch_
         inputs = make_inputs(micro_batch_size, seq_len)
     except MemplanError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FactoryError(f"The inputs of {name} raise {_text(error)}", _cure(error)) from error
     if not isinstance(inputs, (dict, tuple, list, torch.Tensor)):
         raise FactoryError(
@@ -158,12 +162,14 @@ def _move(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _cure(error: Exception) -> str:
+def _cure(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return EXIT_CURE
     if "CUDA" in str(error) or "NVIDIA" in str(error):
         return "Leave the device to memplan: no .cuda() or .to('cuda') in the factory."
     return "Correct the factory; it runs with the default device meta, where tensors have no numbers."

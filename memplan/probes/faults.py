@@ -19,6 +19,9 @@ class MissingLibraryError(MemplanError):
     """A library that only some questions need is not installed."""
 
 
+EXIT_CURE = "Nothing in it may end the process: guard a script with if __name__ == '__main__'."
+"""Of code that calls ``sys.exit``."""
+
 EXTRA_BY_LIBRARY = {"torch": "torch", "transformers": "hf"}
 """Library -> the optional dependency of memplan that brings it."""
 
@@ -34,7 +37,7 @@ def require(library: str) -> None:
         ) from error
 
 
-def explain(error: Exception, op: str, module: str) -> TraceError:
+def explain(error: BaseException, op: str, module: str) -> TraceError:
     """The fault behind an exception that a step raised in operator `op` of `module` (either may be unknown)."""
     text = " ".join(str(error).split())
     place = " of ".join(x for x in (op, repr(module) if module else "") if x)
@@ -42,13 +45,17 @@ def explain(error: Exception, op: str, module: str) -> TraceError:
     return TraceError(cause if cause.endswith((".", "!", "?")) else f"{cause}.", _cure(error, text))
 
 
-def _cure(error: Exception, text: str) -> str:
+def _cure(error: BaseException, text: str) -> str:
+    if isinstance(error, SystemExit):
+        return EXIT_CURE
     if "no fake impl or Meta kernel" in text or "meta kernel" in text.lower():
         return "Register how the operator shapes its result: torch.library.register_fake(...)."
     if "CUDA" in text or "NVIDIA" in text:
         return "Leave the device to memplan: no .cuda() or .to('cuda') in the module, take it from a parameter."
     if "meta tensor" in text.lower() or "data-independent" in text:
         return "A trace has shapes but no numbers: keep data-dependent Python out of the training step."
+    if isinstance(error, TypeError) and ("input_ids" in text or "labels" in text):
+        return "A module alone is called with input_ids and labels: return (module, inputs, loss) for other inputs."
     if isinstance(error, TypeError):
         return "Check that the inputs have the names and the number that forward() takes."
     if any(word in text for word in ("shape", "size", "dtype", "dim")):

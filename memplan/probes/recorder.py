@@ -143,7 +143,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             if record.category == "temporary":
                 record.category = "activation"
 
-    def failure(self, error: Exception) -> tuple[str, str]:
+    def failure(self, error: BaseException) -> tuple[str, str]:
         """(operator, module) that raised `error`, as far as known."""
         if self._failure[0] == id(error):
             return self._failure[1:]

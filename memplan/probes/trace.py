@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.probes.events import Trace
-from memplan.probes.faults import explain, require
+from memplan.probes.faults import TraceError, explain, require
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def trace_training(
             return _run(chosen, setup, recorder, loop, sdpa_kernel, compute_capability, num_steps)
     except MemplanError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise explain(error, *recorder.failure(error)) from error
     finally:
         gc.unfreeze()
@@ -119,6 +119,7 @@ def _run(
     with torch.device("meta"):
         built = model.build(setup)
     module = built.module.train()
+    _refuse_recurrent(module)
     _load(module, recorder)
     enable_checkpointing(module, setup.activation_checkpointing, autocast)
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
@@ -141,6 +142,19 @@ def _run(
         spans=recorder.spans(),
         assumptions=tuple(recorder.assumptions),
     )
+
+
+def _refuse_recurrent(module: nn.Module) -> None:
+    """Raise `TraceError` for what CUDA runs as one operator of cuDNN, and the meta device as one for each token."""
+    import torch
+
+    for path, part in module.named_modules():
+        if isinstance(part, torch.nn.RNNBase):
+            raise TraceError(
+                f"nn.{type(part).__name__} at {path or 'the top'} runs as one cuDNN operator on a GPU, whose buffers "
+                "are not known without one.",
+                "Trace a module without recurrent layers of PyTorch's own.",
+            )
 
 
 def _load(module: nn.Module, recorder: StorageRecorder) -> None:

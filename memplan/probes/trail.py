@@ -53,7 +53,7 @@ class ModuleTrail:
         index = bisect.bisect_right(self._first_numbers, node._sequence_nr()) - 1
         return self._modules[index] if index >= 0 else ""
 
-    def failed_in(self, error: Exception) -> str:
+    def failed_in(self, error: BaseException) -> str:
         """The innermost module that `error` left."""
         return self._failure[1] if self._failure[0] == id(error) else ""
 

@@ -47,7 +47,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
-        *_alternatives(_roomier(plan)),
+        *_alternatives(_roomier(plan), bounded=plan["model"]["model_type"] != "traced"),
         *_rejections(plan),
         *assumption_lines(plan["assumptions"]),
         *_levers(plan),
@@ -121,6 +121,11 @@ def _free(plan: Document, best: Document) -> str:
 def _time(plan: Document, best: Document) -> str:
     gpu, source = plan["gpu"], plan["speed_source"]
     rates = source if source == gpu["label"] else f"{source}, as those of {gpu['name']} are not known"
+    if plan["model"]["model_type"] == "traced":
+        return (
+            f"some {format_seconds(best['step_time_s'])} per step by the rule of 6 FLOPs a parameter and token, at the "
+            f"rates of {rates}: it serves to rank plans and is no bound"
+        )
     return (
         f"at least {format_seconds(best['step_time_s'])} per step, at most {best['tokens_per_s']:,.0f} tokens/s: "
         f"a lower bound, at the rates of {rates}"
@@ -156,11 +161,21 @@ def _roomier(plan: Document) -> list[Document]:
     return shown
 
 
-def _alternatives(alternatives: Sequence[Document]) -> Iterator[Line]:
+def _alternatives(alternatives: Sequence[Document], *, bounded: bool) -> Iterator[Line]:
+    """`bounded`: times are lower bounds."""
     if not alternatives:
         return
     yield from title("Slower, with more room")
-    rows = [("micro", "accum.", "checkpointing", "peak GiB", "spare GiB", "step >=", "tokens/s <=")]
+    rows = [
+        (
+            "micro",
+            "accum.",
+            "checkpointing",
+            "peak GiB",
+            "spare GiB",
+            *(("step >=", "tokens/s <=") if bounded else ("step ~",)),
+        )
+    ]
     rows += [
         (
             f"{one['setup']['micro_batch_size']:,}",
@@ -169,7 +184,7 @@ def _alternatives(alternatives: Sequence[Document]) -> Iterator[Line]:
             gib(one["peak_process_bytes"]),
             gib(one["headroom_bytes"]),
             format_seconds(one["step_time_s"]),
-            f"{one['tokens_per_s']:,.0f}",
+            *((f"{one['tokens_per_s']:,.0f}",) if bounded else ()),
         )
         for one in alternatives
     ]

@@ -75,6 +75,21 @@ class Narrow(OwnLoss):
         return super().forward(x[:, :, :32])
 
 
+class Leaving(OwnLoss):
+    def forward(self, x):
+        raise SystemExit(3)
+
+
+class Hoarding(OwnLoss):
+    def forward(self, x):
+        self.hoard = [*getattr(self, "hoard", []), x * 2]
+        return super().forward(x)
+
+
+def leaves_inside():
+    return Leaving(), rows
+
+
 def rows(micro_batch_size, seq_len):
     return torch.randn(micro_batch_size, seq_len, 64)
 
@@ -95,6 +110,22 @@ def number():
     return 3
 
 
+def leaves():
+    raise SystemExit(0)
+
+
+def recurrent():
+    return nn.LSTM(64, 64), rows, lambda output: output[0].mean()
+
+
+def ids():
+    return Mlp()
+
+
+def hoarding():
+    return Hoarding(), rows
+
+
 def no_loss():
     return Mlp(), rows
 
@@ -109,6 +140,10 @@ own_loss, longer, much_longer, cuda_inside, narrow, made = OwnLoss, Longer, Much
 BAD = [
     ("raises", 1, "raises ValueError: no weights here", "Correct the factory"),
     ("number", 1, "returns int, not a module", "Return an nn.Module"),
+    ("leaves", 1, "raises SystemExit: 0", "__main__"),
+    ("leaves_inside", 1, "SystemExit: 3", "__main__"),
+    ("recurrent", 1, "nn.LSTM at the top", "recurrent"),
+    ("ids", 1, "input_ids", "return (module, inputs, loss)"),
     ("no_loss", 1, "The module has no loss", "output.loss"),
     ("on_cuda", 1, "CUDA", "Leave the device to memplan"),
     ("cuda_inside", 1, "CUDA", "Leave the device to memplan"),
@@ -253,6 +288,8 @@ def test_a_bad_factory(run, tmp_path, name: str, status: int, cause: str, cure: 
     [
         ("trace not_there:make", 1, "cannot be imported"),
         ("trace own_modules:mlp --diff", 2, "has no formula"),
+        ("trace gpt2 --seq-len 99999", 2, "positions for 1024 tokens, not for 99999"),
+        ("trace own_modules:mlp --snapshot -", 2, "not for the screen"),
         ("trace own_modules:mlp --gpus 2", 2, "one rank"),
         ("trace own_modules:mlp --padding", 2, "makes its own inputs"),
         ("trace own_modules:mlp --sdpa-kernel flesh", 2, "'flesh' is not known"),
@@ -266,6 +303,15 @@ def test_what_has_no_answer(run, command: str, status: int, cause: str) -> None:
     assert (ran.status, ran.out) == (status, "")
     assert cause in ran.err
     assert len(ran.err.splitlines()) == 2
+
+
+def test_a_module_that_holds_more_from_step_to_step(run) -> None:
+    """Doubled inputs of 4 x 16 x 64 numbers in bf16 are held after each step."""
+    document = parsed(run("trace own_modules:hoarding --micro-batch 4 --seq-len 16 --json"))
+    (found,) = (one for one in document["assumptions"] if one["what"] == "steps")
+    assert f"{4 * 16 * 64 * 2:+,} bytes" in found["value"]
+    steady = parsed(run("trace own_modules:mlp --micro-batch 4 --seq-len 16 --json"))
+    assert "steps" not in [one["what"] for one in steady["assumptions"]]
 
 
 def test_a_file_of_that_name_has_priority(run, tmp_path) -> None:

@@ -282,6 +282,29 @@ def test_shared_references_are_not_multiplied(tmp_path: Path) -> None:
     assert device.num_segments == 2
 
 
+def test_entries_that_are_read_are_not_multiplied_either(tmp_path: Path) -> None:
+    """Six thousand times the same segment with six thousand times the same block: some 24 KB."""
+    blocks = [{"size": 1, "state": "inactive"}] * 6000
+    content = {"segments": [{"device": 0, "total_size": 1, "address": 0, "blocks": blocks}] * 6000}
+    with pytest.raises(ConfigError, match="over and over"):
+        read_snapshot(write(tmp_path / "s.pickle", content))
+
+
+def test_a_long_run_of_plain_values_is_read() -> None:
+    content = [{"a": i} for i in range(5000)] + [{} for _ in range(50_000)]
+    assert load_plain(pickle.dumps(content), source="s", cure="") == content
+
+
+def test_earlier_tensors_keep_their_stream(tmp_path: Path) -> None:
+    """Nobody reuses memory of another stream: one segment each."""
+    segments = [
+        segment(n << 30, [(512, 512, "active_allocated"), (2 * MIB - 512, 0, "inactive")], stream=n) for n in (0, 7)
+    ]
+    (device,) = read_snapshot(write(tmp_path / "s.pickle", {"segments": segments, "device_traces": []}))
+    assert [event.stream for event in device.events] == [0, 7]
+    assert compare_reserved(device) == (4 * MIB, 4 * MIB)
+
+
 def test_files_that_are_missing_or_too_large(tmp_path: Path) -> None:
     with pytest.raises(MemplanError, match="cannot be read"):
         read_snapshot(tmp_path / "missing.pickle")
