@@ -186,7 +186,7 @@ def test_a_config_in_the_shape_of_an_estimate(run) -> None:
     for key in ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes", "kept_activation_bytes"):
         assert trace[key] == estimate[key]
     assert trace["kept_activation_bytes_per_layer"] == estimate["kept_activation_bytes_per_layer"]
-    assert trace["peak_allocated_bytes"] == pytest.approx(estimate["peak_allocated_bytes"], rel=0.02)
+    assert trace["peak_allocated_bytes"] == pytest.approx(estimate["peak_allocated_bytes"], rel=0.005)
     assert [one["name"] for one in trace["instants"]] == ["forward", "backward", "gradient clip", "optimizer step"]
     assert sum(row["bytes_at_peak"] for row in trace["ledger"]) == trace["peak_process_bytes"]
     assert trace["peak_allocated_bytes"] == max(one["allocated_bytes"] for one in trace["instants"])

@@ -59,13 +59,17 @@ CASES = [
 ]
 """Model type, attention, precision, checkpointing, accumulation."""
 
+KV_CACHE = "Gemma 3's text model fills a key-value cache until the loss"
 DIFFERENT_PEAKS = {
-    ("falcon", "bf16-mixed", "full", 2): "1 %: what the written-out kernel holds while a layer is computed again",
-    ("gemma3", "bf16-mixed", "none", 1): "Gemma 3's text model fills a key-value cache until the loss",
-    ("gemma3", "bf16-mixed", "none", 2): "Gemma 3's text model fills a key-value cache until the loss",
-    ("phi", "bf16-mixed", "full", 2): "0.8 %: what eager attention holds while the last layer is computed again",
+    ("falcon", "sdpa", "bf16-mixed", "full", 2): (0.011, "what the written-out kernel holds in a layer computed again"),
+    ("phi", "eager", "bf16-mixed", "full", 2): (0.009, "what eager attention holds in a layer computed again"),
+    **{
+        ("gemma3", attention, "bf16-mixed", "none", k): (0.05, KV_CACHE)
+        for attention in ("eager", "sdpa")
+        for k in (1, 2)
+    },
 }
-"""Where peaks differ by more, and the tensor that explains it."""
+"""Where the formula's peak is lower by more: at most by this share of the trace's, and for want of this tensor."""
 
 
 def kernel_to_force(config: dict[str, Any]) -> str | None:
@@ -98,9 +102,11 @@ def test_the_formula_is_the_trace(
     trace = trace_training(config, setup, sdpa_kernel=kernel)
     assert formula.kept_activation_bytes == trace.kept_activation_bytes
     assert formula.kept_activation_bytes_per_layer == trace.kept_activation_bytes_per_layer
-    reason = DIFFERENT_PEAKS.get((model_type, precision, checkpointing, accumulation))
-    if reason and abs(formula.peak / trace.peak_allocated_bytes - 1) > PEAK_TOLERANCE:
-        pytest.xfail(reason)
+    missing = 1 - formula.peak / trace.peak_allocated_bytes
+    most, reason = DIFFERENT_PEAKS.get((model_type, attention, precision, checkpointing, accumulation), (0.0, ""))
+    if PEAK_TOLERANCE < missing < most:
+        pytest.xfail(f"{missing:.1%} of the peak: {reason}")
+    assert not reason, "mended: take it out of DIFFERENT_PEAKS, or worse than that says"
     assert formula.peak == pytest.approx(trace.peak_allocated_bytes, rel=PEAK_TOLERANCE)
 
 
