@@ -35,6 +35,10 @@ class ConfigError(MemplanError):
     """A model configuration that cannot be read or contradicts itself."""
 
 
+class NotModelledError(MemplanError):
+    """A way of training that no formula describes yet."""
+
+
 class UnknownModelError(MemplanError):
     """A model or architecture that memplan has no description of."""
 

@@ -120,6 +120,25 @@ def parse_count(text: str) -> int:
     return count
 
 
+SECONDS_BY_UNIT = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_duration(text: str) -> float:
+    """The seconds that `8m`, `90s`, `1.5h` or `480` stand for; else a `UsageError`."""
+    plain = text.strip().lower()
+    number = plain.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    scale = SECONDS_BY_UNIT.get(plain[len(number) :].strip())
+    if scale is not None and number.replace(".", "", 1).isascii() and number.replace(".", "", 1).isdigit():
+        seconds = float(number) * scale
+        if 0 < seconds <= MAX_DURATION_S:
+            return seconds
+    raise UsageError(f"{_quoted(text)} is no time to wait.", "Say seconds, minutes or hours, such as 90s, 8m or 1.5h.")
+
+
+MAX_DURATION_S = 30 * 86400.0
+"""Nobody waits longer than a month."""
+
+
 def format_bytes(num_bytes: int) -> str:
     """Bytes in GiB with two decimals; below 1 GiB or from 10,000 on in another unit with three significant digits.
 

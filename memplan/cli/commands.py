@@ -19,6 +19,7 @@ COMMANDS = {
     "estimate": "the bytes of one configuration",
     "suggest": "the fastest configuration that fits and keeps the batch",
     "trace": "the same bytes as estimate, from the real module, without a GPU",
+    "probe": "the same bytes and the step time, measured on a GPU",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
 }
@@ -27,7 +28,6 @@ COMMANDS = {
 
 PLANNED = (
     "sweep",
-    "probe",
     "validate",
     "calibrate",
     "lengths",

@@ -126,7 +126,7 @@ def _unpack(made: Any, name: str) -> tuple[nn.Module, Callable[[int, int], Any],
             "Return an nn.Module, (module, inputs) or (module, inputs, loss).",
         )
     module = parts[0]
-    make_inputs = parts[1] if len(parts) > 1 else getattr(module, "make_inputs", token_inputs)
+    make_inputs = parts[1] if len(parts) > 1 else getattr(module, "make_inputs", token_inputs(1))
     loss_of = parts[2] if len(parts) > 2 else None
     for what, function in (("inputs", make_inputs), ("loss", loss_of or len)):
         if not callable(function):

@@ -22,7 +22,7 @@ class MissingLibraryError(MemplanError):
 EXIT_CURE = "Nothing in it may end the process: guard a script with if __name__ == '__main__'."
 """Of code that calls ``sys.exit``."""
 
-EXTRA_BY_LIBRARY = {"torch": "torch", "transformers": "hf"}
+EXTRA_BY_LIBRARY = {"torch": "torch", "transformers": "hf", "peft": "hf"}
 """Library -> the optional dependency of memplan that brings it."""
 
 
@@ -32,9 +32,14 @@ def require(library: str) -> None:
         import_module(library)
     except ImportError as error:
         raise MissingLibraryError(
-            f"Tracing needs {library}, which cannot be imported ({error}).",
-            f"Install it with: pip install 'memplan[{EXTRA_BY_LIBRARY[library]}]'",
+            f"This needs {library}, which cannot be imported ({error}).",
+            f"Install it with: pip install {_requirement(library)}",
         ) from error
+
+
+def _requirement(library: str) -> str:
+    extra = EXTRA_BY_LIBRARY.get(library)
+    return f"'memplan[{extra}]'" if extra else library
 
 
 def explain(error: BaseException, op: str, module: str) -> TraceError:

@@ -1,4 +1,4 @@
-"""Which module is traced, with which inputs, and what is its loss?"""
+"""Which module is trained, with which inputs, and what is its loss?  On the default device, mostly the meta device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memplan.errors import ConfigError, MemplanError, UsageError
+from memplan.probes.adapters import with_adapters
 from memplan.probes.faults import TraceError, require
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -24,7 +25,7 @@ FLASH_NAME = "maskless_kernel"
 
 
 class Built(NamedTuple):
-    """A module on the meta device and how to train it."""
+    """A module and how to train it."""
 
     module: nn.Module
     make_inputs: Callable[[int, int], Any]
@@ -35,19 +36,23 @@ class Built(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TracedModel:
-    """A model that can be built on the meta device."""
+    """A model that can be built, without numbers or with random ones."""
 
     name: str
     build: Callable[[Setup], Built]
-    """Runs on the default device "meta"; may run code of the user."""
+    """Makes it on the default device; may run code of the user."""
     accepts_padding: bool = False
     """Whether it can be given an ``attention_mask``."""
 
 
-def token_inputs(micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
-    """What language models are trained on: int64 ids and labels."""
-    shape = (micro_batch_size, seq_len)
-    return {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+def token_inputs(vocab_size: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """What language models are trained on: int64 ids and labels at random, on the default device."""
+
+    def inputs(micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+        shape = (micro_batch_size, seq_len)
+        return {name: torch.randint(vocab_size, shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+
+    return inputs
 
 
 def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class: str | None = None) -> TracedModel:
@@ -63,12 +68,14 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
         raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
 
     def build(setup: Setup) -> Built:
-        return Built(_build(values, setup, auto_class), token_inputs, None)
+        module, vocab_size = _build(values, setup, auto_class)
+        return Built(with_adapters(module, setup), token_inputs(vocab_size), None)
 
     return TracedModel(name=name or values["model_type"], build=build, accepts_padding=True)
 
 
-def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.Module:
+def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tuple[nn.Module, int]:
+    """The model and the number of its token ids."""
     require("transformers")
     import transformers
 
@@ -97,7 +104,7 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.M
             f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {text}",
             "Correct the config.json, or try --attention eager.",
         ) from error
-    return model
+    return model, int(config.get_text_config().vocab_size)
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:

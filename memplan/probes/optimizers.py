@@ -1,4 +1,6 @@
-"""What does an optimizer allocate?  The real ones of torch.optim where they run on meta tensors, else their states.
+"""What does an optimizer allocate?
+
+For a trace the real ones of torch.optim where they run on meta tensors, else their states; for a probe the real ones.
 
 Sources: torch/optim/adamw.py, sgd.py (2.13); bitsandbytes/optim/optimizer.py (0.50): blocks of 256, 8-bit states from
 4096 elements on; transformers/trainer.py registers embeddings with 32-bit states.
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from memplan.probes.faults import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +35,27 @@ def build_optimizer(module: nn.Module, name: str) -> Any:
     if name.startswith("adamw"):
         return torch.optim.AdamW(parameters, lr=1e-4, foreach=name == "adamw-foreach")
     return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9 if name == "sgd-momentum" else 0.0, foreach=True)
+
+
+def real_optimizer(module: nn.Module, name: str) -> Any:
+    """The same for parameters with numbers: the library's own.
+
+    Raises:
+        MissingLibraryError: it comes with a library that is not installed.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if name == "adamw-fused":
+        return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    if name == "adamw-8bit":
+        require("bitsandbytes")
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for part in module.modules():
+            if isinstance(part, nn.Embedding):  # as the Trainer does
+                manager.register_module_override(part, "weight", {"optim_bits": 32})
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-4)
+    return build_optimizer(module, name)
 
 
 class FusedAdamW:

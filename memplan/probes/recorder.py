@@ -2,8 +2,8 @@
 
 A dispatch mode sees every operator below autograd.  Each storage that an operator creates gets a record and a weak
 reference whose callback writes down its death.  Nothing here holds a tensor, so lifetimes are exactly those of the
-program.  Only storages on the meta device are counted: they stand for the GPU; CPU tensors (the step counters of
-foreach optimizers) do not.
+program.  Only storages on one device are counted: those on the meta device stand for the GPU, and CPU tensors (the step
+counters of foreach optimizers) do not; or the CPU's, of a run with numbers.
 """
 
 from __future__ import annotations
@@ -56,16 +56,23 @@ class _Watch(weakref.ref):  # type: ignore[type-arg]  # the class is generic for
 
 
 class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Records birth and death of every meta storage made while it is active, span by span."""
+    """Records birth and death of every storage made while it is active, span by span."""
 
     def __init__(
-        self, scratch: Scratch, ignored: Mapping[Any, tuple[int, ...]], *, has_padding: bool, trust: Iterable[str]
+        self,
+        scratch: Scratch,
+        ignored: Mapping[Any, tuple[int, ...]],
+        *,
+        has_padding: bool,
+        trust: Iterable[str],
+        device: str = "meta",
     ) -> None:
         """`scratch`: see `Scratch`.
 
         `ignored`: operator -> outputs that are not counted.
         `has_padding`: what code that asks about its data is told, see `_answer`.
         `trust`: packages whose questions are answered; those of others are errors.
+        `device`: whose storages are recorded: "meta" or "cpu".
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.trail = ModuleTrail()
@@ -74,6 +81,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._ignored = ignored
         self._has_padding = has_padding
         self._trust = tuple(trust)
+        self._device = device
         self._operators: dict[int, Operator] = {}
         self._events: list[tuple[StorageRecord, int]] = []
         self._spans: list[tuple[str, int, int, int]] = []
@@ -109,6 +117,10 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         return outputs
 
     # -- what the run says -------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """A step begins."""
+        self.trail.forget_graph()
 
     def enter(self, phase: str, step: int, micro_step: int) -> None:
         """Begin a span; it ends where the next begins."""
@@ -179,6 +191,10 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             for record, sign in self._events[span.start : span.stop]
         )
 
+    def raw_events(self, start: int) -> list[tuple[int, int]]:
+        """(bytes, sign) of the events from number `start` on."""
+        return [(record.num_bytes, sign) for record, sign in self._events[start:]]
+
     # -- storages ----------------------------------------------------------------------------------------------------
 
     def _adopt(self, operator: Operator, outputs: Any) -> None:
@@ -191,7 +207,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
                     self._adopt_tensor(operator.name, output)
 
     def _adopt_tensor(self, op: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_meta:
+        if tensor.device.type != self._device:
             if tensor.is_cuda:
                 raise TraceError(
                     f"{op} of {self.trail.current()!r} makes a tensor on a GPU.",

@@ -123,7 +123,8 @@ def _run(
     _load(module, recorder)
     enable_checkpointing(module, setup.activation_checkpointing, autocast)
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
-    run = TrainingRun(built, optimizer, recorder, autocast, loop)
+    region = autocast.region if autocast else None
+    run = TrainingRun(built, optimizer, recorder, region, loop)
     with (
         cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel, compute_capability=compute_capability),
         selective_checkpointing(module, setup.activation_checkpointing, autocast),

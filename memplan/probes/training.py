@@ -1,16 +1,19 @@
 """One optimizer step after the other, as the Hugging Face Trainer runs them (transformers/trainer.py, accelerate).
 
+The same loop on every device: with tensors that have no numbers for a trace, with real ones for a probe.  A witness is
+told where the step is and what tensors are for.
+
 The inputs of all micro-batches are on the device throughout; for each micro-batch: forward with ``num_items_in_batch``
 where the model takes it, the output object is dropped once the loss is taken, backward; then the gradient norm is
 clipped, the optimizer updates, gradients are set to None.  Mixed precision wraps the forward pass in autocast and casts
-floating-point outputs to fp32.  A gradient scaler is not modelled.
+floating-point outputs to fp32.  A trace has no gradient scaler.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -20,11 +23,29 @@ from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
-    from memplan.probes.autocast import CudaAutocast
     from memplan.probes.models import Built
-    from memplan.probes.recorder import StorageRecorder
     from memplan.specs.training import Setup
+
+    Region = Callable[[], AbstractContextManager[Any]]
+    """Makes the region of autocast around a forward pass."""
+
+
+class Witness(Protocol):
+    """Who watches the steps."""
+
+    def begin_step(self) -> None:
+        """A step begins."""
+
+    def enter(self, phase: str, step: int, micro_step: int) -> None:
+        """A phase of a step begins; the one before it ends."""
+
+    def mark_kept(self) -> None:
+        """A forward pass has ended; what it keeps for the backward pass is all that is left of it."""
+
+    def label(self, tensor: torch.Tensor, category: str, module: str, op: str) -> None:
+        """What a tensor is for."""
 
 
 class Loop(NamedTuple):
@@ -46,39 +67,56 @@ class TrainingRun:
     """Training steps of one module."""
 
     def __init__(
-        self, built: Built, optimizer: Any, recorder: StorageRecorder, autocast: CudaAutocast | None, loop: Loop
+        self,
+        built: Built,
+        optimizer: Any,
+        witness: Witness,
+        autocast: Region | None,
+        loop: Loop,
+        *,
+        device: str = "meta",
+        module: Any = None,
+        scaler: Any = None,
     ) -> None:
+        """`module`: what is called, where that is a wrapper of the model; `scaler`: a torch.amp.GradScaler."""
         self.model: Any = built.module
+        self.called: Any = built.module if module is None else module
         self.make_inputs = built.make_inputs
         self.loss_of = built.loss_of
         self.optimizer = optimizer
-        self.recorder = recorder
+        self.witness = witness
         self.autocast = autocast
         self.loop = loop
+        self.device = device
+        self.scaler = scaler
         self.takes_num_items = accepts_num_items(self.model)
         self._outputs: Any = None
 
     def step(self, number: int, setup: Setup) -> None:
         """One optimizer step."""
-        enter = self.recorder.enter
-        self.recorder.trail.forget_graph()
+        enter = self.witness.enter
+        self.witness.begin_step()
         enter("forward", number, -1)
         inputs = [self._inputs(setup) for _ in range(setup.gradient_accumulation_steps)]
-        num_items = self._num_items() if self.takes_num_items else None
+        num_items = self._num_items(setup) if self.takes_num_items else None
         for micro_step, micro_batch in enumerate(inputs):
-            enter("forward", number, micro_step)
-            loss = self._forward(micro_batch, num_items, setup.gradient_accumulation_steps)
-            self.recorder.mark_kept()
-            enter("backward", number, micro_step)
-            loss.backward()  # type: ignore[no-untyped-call]
+            last = micro_step == len(inputs) - 1
+            with contextlib.nullcontext() if last or not hasattr(self.called, "no_sync") else self.called.no_sync():
+                enter("forward", number, micro_step)
+                loss = self._forward(micro_batch, num_items, setup.gradient_accumulation_steps)
+                self.witness.mark_kept()
+                enter("backward", number, micro_step)
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self._name_gradients()
             del loss
         if self.loop.update:
             if self.loop.clip:
                 enter("clip", number, -1)
+                if self.scaler is not None:
+                    self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             enter("optimizer", number, -1)
-            self.optimizer.step()
+            self._update()
             self._name_states()
         enter("zero_grad", number, -1)
         del inputs, micro_batch, num_items
@@ -88,21 +126,22 @@ class TrainingRun:
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def _inputs(self, setup: Setup) -> Any:
-        with torch.device("meta"):
+        with torch.device(self.device):
             inputs = self.make_inputs(setup.micro_batch_size, setup.seq_len)
         if setup.padding:
-            inputs["attention_mask"] = torch.empty_like(inputs["input_ids"])
+            inputs["attention_mask"] = _mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):
-            self.recorder.label(tensor, "input", "inputs", name)
+            self.witness.label(tensor, "input", "inputs", name)
         return inputs
 
-    def _num_items(self) -> torch.Tensor:
-        num_items = torch.empty((), dtype=torch.int64, device="meta")
-        self.recorder.label(num_items, "input", "inputs", "num_items_in_batch")
+    def _num_items(self, setup: Setup) -> torch.Tensor:
+        tokens = setup.tokens_per_micro_batch * setup.gradient_accumulation_steps
+        num_items = torch.full((), tokens, dtype=torch.int64, device=self.device)
+        self.witness.label(num_items, "input", "inputs", "num_items_in_batch")
         return num_items
 
     def _forward(self, inputs: Any, num_items: torch.Tensor | None, accumulation: int) -> torch.Tensor:
-        with self.autocast.region() if self.autocast else contextlib.nullcontext():
+        with self.autocast() if self.autocast else contextlib.nullcontext():
             outputs = self._call(inputs, num_items)
         if self.autocast and self.loop.outputs_to_fp32:
             outputs = _to_fp32(outputs)
@@ -114,23 +153,30 @@ class TrainingRun:
     def _call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:
         if isinstance(inputs, dict):
             extra = {} if num_items is None else {"num_items_in_batch": num_items}
-            return self.model(**inputs, **extra)
-        return self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+            return self.called(**inputs, **extra)
+        return self.called(*inputs) if isinstance(inputs, (tuple, list)) else self.called(inputs)
+
+    def _update(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
     # -- names -------------------------------------------------------------------------------------------------------
 
     def _name_gradients(self) -> None:
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                self.recorder.label(parameter.grad, "gradient", name, "gradient")
+                self.witness.label(parameter.grad, "gradient", name, "gradient")
 
     def _name_states(self) -> None:
         for name, parameter in self.model.named_parameters():
             for state, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.is_meta:
-                    self.recorder.label(value, "optimizer_state", name, state)
+                if isinstance(value, torch.Tensor) and value.device.type == self.device:
+                    self.witness.label(value, "optimizer_state", name, state)
         for name, value in getattr(self.optimizer, "code_books", {}).items():
-            self.recorder.label(value, "optimizer_state", "optimizer", f"code book, {name}")
+            self.witness.label(value, "optimizer_state", "optimizer", f"code book, {name}")
 
 
 def find_loss(outputs: Any, loss_of: Callable[[Any], Any] | None) -> torch.Tensor:
@@ -159,12 +205,20 @@ def find_loss(outputs: Any, loss_of: Callable[[Any], Any] | None) -> torch.Tenso
 
 def accepts_num_items(model: Any) -> bool:
     """Trainer.model_accepts_loss_kwargs: the model's own word, else a **kwargs in its forward; of transformers only."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
     if not hasattr(model, "gradient_checkpointing_enable"):
         return False
     if hasattr(model, "accepts_loss_kwargs"):
         return bool(model.accepts_loss_kwargs)
     parameters = inspect.signature(model.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _mask(ids: torch.Tensor) -> torch.Tensor:
+    """An attention mask: every sequence lacks its last token, as transformers drops a mask that hides nothing."""
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    return mask
 
 
 def _to_fp32(outputs: Any) -> Any:

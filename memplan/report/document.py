@@ -198,6 +198,9 @@ def setup_document(setup: Setup) -> Document:
         "loss": setup.loss,
         "dropout": setup.dropout,
         "padding": setup.padding,
+        "lora": None
+        if setup.lora is None
+        else {"rank": setup.lora.rank, "targets": list(setup.lora.targets), "dropout": setup.lora.dropout},
     }
 
 

@@ -133,6 +133,8 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["lora"] is not None:
+        parts.append(f"LoRA of rank {setup['lora']['rank']} on {', '.join(setup['lora']['targets'])}")
     return ", ".join(parts)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.errors import UsageError, did_you_mean
 from memplan.specs.values import dataclass
+
+if TYPE_CHECKING:
+    from memplan.specs.adapter import Lora
 
 LARGEST_COUNT = 10**9
 """No batch, accumulation or length beyond this is taken seriously."""
@@ -58,6 +63,8 @@ class Setup:
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
     """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
+    lora: Lora | None = None
+    """Adapters that are trained in place of the weights; None: all weights are trained."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):

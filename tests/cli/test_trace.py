@@ -327,7 +327,7 @@ def test_without_torch(run, monkeypatch) -> None:
     for command in ("trace own_modules:mlp", "estimate own_modules:mlp"):
         ran = run(command)
         assert ran.status == 1
-        assert "Tracing needs torch" in ran.err
+        assert "This needs torch" in ran.err
         assert "pip install 'memplan[torch]'" in ran.err
 
 

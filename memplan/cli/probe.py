@@ -1,0 +1,245 @@
+"""`memplan probe`: real training steps on a device of this machine, against what the formula says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from memplan import measuring
+from memplan.catalog.matrix import MatrixEntry, named_matrices, read_matrix
+from memplan.cli.options import Option, SetupCommand, Value, output_options
+from memplan.cli.output import DOES_NOT_FIT, say, write_answer
+from memplan.cli.progress import Progress
+from memplan.cli.values import BATCH, MODEL, SETUP_ROWS, TRAINING, Row, below, one_of, read_count, read_text
+from memplan.errors import MemplanError, UsageError
+from memplan.report.probe import probe_document, render_probe, render_trials
+from memplan.specs.measurement import DONE, OUT_OF_MEMORY
+from memplan.specs.values import NamedTuple
+from memplan.units import parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from memplan.measuring import Probe
+    from memplan.report.ansi import Line
+    from memplan.specs.measurement import Measurement
+
+PROBE, LORA = "The probe", "Adapters"
+DEVICES = ("cuda", "cpu")
+
+
+def _read_duration(text: str, flag: str) -> float:
+    try:
+        return parse_duration(text)
+    except UsageError as fault:
+        raise UsageError(f"{flag}: {fault.cause}", fault.cure) from None
+
+
+OWN_ROWS = (
+    Row(("--lora-rank",), LORA, "Train adapters of this rank, by peft.", read_count, "N"),
+    Row(("--lora-targets",), LORA, "Layers they are added to, with commas (all linear ones).", read_text, "NAMES"),
+    Row(("--lora-dropout",), LORA, "Dropout before them (0).", below(1), "P"),
+    Row(("--limit",), PROBE, "What the process may take: a size (24GB) or a card (rtx4090).", read_text, "GPU"),
+    Row(("--find-max",), PROBE, "Bisect to the largest micro-batch that survives."),
+    Row(("--matrix",), PROBE, f"A grid of trials in TOML: FILE, or {', '.join(named_matrices())}.", read_text, "FILE"),
+    Row(("--time-budget",), PROBE, "Stop after this time, such as 8m (when all is done).", _read_duration, "TIME"),
+    Row(("--time-limit",), PROBE, "Give a trial up after this time (10m).", _read_duration, "TIME"),
+    Row(("--again",), PROBE, "Measure what is known already, too."),
+    Row(("--records",), PROBE, "Folder that measurements are appended to; - is none.", read_text, "FOLDER"),
+    Row(("--snapshot",), PROBE, "Write the allocator's history, for pytorch.org/memory_viz.", read_text, "FILE"),
+    Row(("--device",), PROBE, "cpu counts the bytes of tensors, without a GPU (cuda).", one_of(DEVICES), "cuda|cpu"),
+)
+SETUP = [
+    row for row in SETUP_ROWS if row.section in {BATCH, TRAINING} and not row.hidden and row.flag != "--target-tokens"
+]
+
+
+class Asked(NamedTuple):
+    """What the user gave beside model and setup."""
+
+    model: str | None
+    limit: str | None
+    find_max: bool
+    matrix: str | None
+    time_budget: float | None
+    time_limit: float | None
+    again: bool
+    records: str | None
+    snapshot: str | None
+    device: str | None
+    target_batch: int | None
+    format: str
+    output: str | None
+    quiet: bool
+    traceback: bool
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = output_options(command)
+    for row in reversed([*OWN_ROWS, *SETUP]):
+        settings: dict[str, Any] = {"is_flag": True}
+        if row.read is not None:
+            settings = {"type": Value(row), "metavar": row.metavar}
+        command = click.option(*row.names, cls=Option, section=row.section, help=row.help, **settings)(command)
+    return click.argument(MODEL.field, required=False, type=Value(MODEL), metavar=MODEL.metavar)(command)
+
+
+@click.command(cls=SetupCommand, short_help="the same bytes and the step time, measured on a GPU")
+@_options
+def probe(**given: Any) -> int:
+    """Measure one configuration, or a grid of them, with real training steps on random tokens.
+
+    Each trial runs in a process of its own, and running out of memory is one of its outcomes. With --limit a large
+    card stands in for a smaller one; with --target-batch and --limit the plan for that batch is put to the test: does
+    it fit, and does the next larger micro-batch fail?
+
+    MODEL is a name that `memplan models` lists, a config.json, a folder holding one, or a hub id. For several ranks:
+    torchrun --nproc-per-node 2 -m memplan probe MODEL
+    """
+    asked = Asked(**{name: given.pop(name) for name in Asked._fields})
+    choices = {name: value for name, value in given.items() if value not in (None, False)}
+    return answer(asked, choices)
+
+
+def answer(asked: Asked, choices: dict[str, Any]) -> int:
+    """Measure, print what was found; the exit status."""
+    ranks = measuring.torchrun_ranks(os.environ)
+    entries = _entries(asked, choices, ranks[1])
+    trial = None
+    if asked.matrix is None:
+        trial = measuring.make_trial(asked.model, limit=asked.limit, data_parallel_size=ranks[1], **choices)
+    if asked.snapshot == "-":
+        raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
+    quiet = asked.quiet or ranks[0] > 0
+    records = None if asked.records == "-" else asked.records or measuring.default_records()
+    with _ending_on_sigterm(), Progress(shown=not quiet) as progress:
+        probing = measuring.Probe(
+            device=asked.device or "cuda",
+            records=records,
+            time_limit_s=asked.time_limit or measuring.DEFAULT_TIME_LIMIT_S,
+            time_budget_s=asked.time_budget,
+            again=asked.again or entries is None,
+            notify=progress.say,
+            ranks=ranks,
+        )
+        with probing:
+            _say_bad_lines(probing, quiet=quiet)
+            if entries is None:
+                assert trial is not None
+                found = probing.run(trial, snapshot=asked.snapshot)
+                assert found is not None
+                return _write_one(found, probing, asked, ranks[0])
+            document = measuring.trials_document(probing, [probing.run_entry(entry) for entry in entries])
+    return _write_several(document, asked)
+
+
+def _entries(asked: Asked, choices: dict[str, Any], world_size: int) -> tuple[MatrixEntry, ...] | None:
+    """What is to be measured, None for a single trial.
+
+    Raises:
+        UsageError: two ways of saying it contradict each other.
+    """
+    several = [flag for flag, on in (("--matrix", asked.matrix), ("--find-max", asked.find_max)) if on]
+    several += ["--target-batch"] if asked.target_batch is not None else []
+    if len(several) > 1:
+        raise UsageError(f"{' and '.join(several)} contradict each other.", "Leave one of them out.")
+    if several and world_size > 1:
+        raise UsageError(f"{several[0]} is for one rank.", "Under torchrun, measure one configuration at a time.")
+    if several and asked.snapshot is not None:
+        raise UsageError(f"--snapshot is of one trial, and {several[0]} runs several.", "Leave one of them out.")
+    if asked.matrix is not None:
+        given = [*(["MODEL"] if asked.model else []), *(["--limit"] if asked.limit else []), *choices]
+        if given:
+            name = given[0] if given[0][:1] in "M-" else f"--{given[0].replace('_', '-')}"
+            raise UsageError(f"{name} and --matrix contradict each other.", "The file says what is measured.")
+        return read_matrix(asked.matrix)
+    if not several:
+        return None
+    if asked.target_batch is not None and asked.limit is None:
+        raise UsageError("--target-batch has no --limit to plan for.", "Say for example --limit 24GB.")
+    limit = {} if asked.limit is None else {"limit": asked.limit}
+    fixed = {"micro_batch", "accumulation"} & set(choices) if asked.target_batch is not None else set()
+    if fixed:
+        name = sorted(fixed)[0].replace("_", "-")
+        raise UsageError(f"--{name} and --target-batch contradict each other.", "The plan chooses it.")
+    return (MatrixEntry({"model": asked.model, **choices, **limit}, asked.find_max, asked.target_batch),)
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let a polite request to end clean up as an interrupt does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say_bad_lines(probing: Probe, *, quiet: bool) -> None:
+    for line in probing.bad_lines:
+        say(f"{line.path}, line {line.number} is passed over: {line.reason}", quiet=quiet)
+
+
+def _write_one(found: Measurement, probing: Probe, asked: Asked, rank: int) -> int:
+    gpu = probing.gpu(found.trial)
+    document = probe_document(
+        found,
+        measuring.prediction_for(found),
+        gpu,
+        context_bytes=measuring.assumed_context_bytes(gpu),
+        records=probing.path,
+    )
+    if rank == 0:
+
+        def lines() -> Sequence[Line]:
+            return render_probe(document, quiet=asked.quiet)
+
+        rows = [{"name": one["name"], "allocated_bytes": one["allocated_bytes"]} for one in document["instants"]]
+        write_answer(
+            document,
+            format=asked.format,
+            output=asked.output,
+            quiet=asked.quiet,
+            lines=lines,
+            records=lambda: rows,
+        )
+    if found.outcome == OUT_OF_MEMORY:
+        return DOES_NOT_FIT
+    if found.outcome != DONE:
+        raise MemplanError(f"The trial has no answer, it {found.outcome}: {found.message}", _cure(found))
+    return 0
+
+
+def _cure(found: Measurement) -> str:
+    if found.outcome == "timed-out":
+        return "Give it more time with --time-limit, or measure something smaller."
+    return "Nothing was measured; what was read before is in the answer."
+
+
+def _write_several(document: dict[str, Any], asked: Asked) -> int:
+    write_answer(
+        document,
+        format=asked.format,
+        output=asked.output,
+        quiet=asked.quiet,
+        lines=lambda: render_trials(document, quiet=asked.quiet),
+        records=lambda: [{**row.pop("setup"), **row} for row in (dict(one) for one in document["trials"])],
+    )
+    if asked.matrix is not None:
+        return 0
+    largest, decisions = document["largest"], document["decisions"]
+    failed = any(one["complete"] and one["micro_batch_size"] is None for one in largest)
+    failed = failed or any(one["plan"] is None or one["plan"]["outcome"] == OUT_OF_MEMORY for one in decisions)
+    return DOES_NOT_FIT if failed else 0

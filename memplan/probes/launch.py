@@ -1,0 +1,252 @@
+"""Runs trials in processes of their own, and makes a measurement of whatever came of each.
+
+A measurement is made of what was reported before the end, and how the process ended: by itself, over its time limit, by
+a signal.  Nothing is left behind: the process group is killed when the time is up, when the caller is interrupted and
+when the launcher is closed, and the child ends by itself when its stdin does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from memplan.errors import MemplanError
+from memplan.specs.measurement import FAILED, KILLED, TIMED_OUT, Card, Measurement
+from memplan.specs.records import parse_card, parse_step, trial_record
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import IO
+
+    from memplan.specs.measurement import Trial
+
+CHILD = (sys.executable, "-m", "memplan.probes.child")
+DESCRIBE_LIMIT_S = 180.0
+"""Importing PyTorch and making a context can take this long on a machine that has just started."""
+
+COUNTED = (
+    "num_parameters",
+    "num_trainable_parameters",
+    "parameter_bytes",
+    "gradient_bytes",
+    "optimizer_state_bytes",
+    "kept_activation_bytes",
+    "context_bytes",
+    "workspace_bytes",
+    "process_basis",
+)
+"""Fields of a measurement that the child reports under their names."""
+
+NOT_DESCRIBED = Card(device="", name="unknown", total_bytes=0)
+
+
+class ProbeError(MemplanError):
+    """There is nothing to measure on, or with."""
+
+
+class Place(NamedTuple):
+    """Where trials run."""
+
+    card: Card
+    versions: Mapping[str, str]
+
+
+class Launcher:
+    """Starts one process for each trial."""
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        *,
+        time_limit_s: float = 600.0,
+        command: tuple[str, ...] = CHILD,
+        environment: Mapping[str, str] | None = None,
+        ranks: tuple[int, int] = (0, 1),
+    ) -> None:
+        """`device`: ``cuda`` or ``cpu``; `time_limit_s`: of one trial; `ranks`: (this rank, their number)."""
+        self.device = device
+        self.time_limit_s = time_limit_s
+        self.rank, self.world_size = ranks
+        self._command = command
+        self._environment = dict(os.environ if environment is None else environment)
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._errors: deque[str] = deque(maxlen=20)
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe(self) -> Place:
+        """The device and the versions that trials run with.
+
+        Raises:
+            ProbeError: there is no such device, or PyTorch cannot use it.
+        """
+        reports, ended = self._order({"ask": "describe"}, DESCRIBE_LIMIT_S)
+        found = _merged(reports)
+        if found.get("end") != "done":
+            cause = found.get("message") or f"The device could not be looked at: {self._why(ended)}."
+            raise ProbeError(cause, found.get("cure") or "Check that PyTorch works: python -c 'import torch'.")
+        return Place(parse_card(found["card"]), found["versions"])
+
+    def measure(self, trial: Trial, *, snapshot: str | None = None) -> Measurement:
+        """Run a trial; running out of memory, hanging and dying are outcomes."""
+        begun = time.monotonic()
+        order = {"ask": "measure", "trial": trial_record(trial), "snapshot": snapshot}
+        reports, ended = self._order(order, self.time_limit_s)
+        found = _merged(reports)
+        outcome, message = found.get("end"), found.get("message", "")
+        if outcome is None:
+            outcome, message = ended, self._why(ended)
+        card = parse_card({**found["card"], "clocks": _clocks(found)}) if "card" in found else NOT_DESCRIBED
+        return Measurement(
+            trial=trial,
+            outcome=outcome,
+            message=message,
+            phase=found.get("phase", ""),
+            rank=self.rank,
+            measured_at=now(),
+            card=card,
+            versions=found.get("versions", {}),
+            steps=tuple(parse_step(report["step"]) for report in reports if "step" in report),
+            step_times_s=tuple(found.get("timed", ())),
+            wall_s=round(time.monotonic() - begun, 3),
+            **{name: found[name] for name in COUNTED if name in found},
+        )
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    # -- orders --------------------------------------------------------------------------------------------------------
+
+    def _order(self, order: dict[str, Any], limit_s: float) -> tuple[list[dict[str, Any]], str]:
+        """What was reported, and where no end was reported how it ended: an outcome."""
+        order |= {"device": self.device, "rank": self.rank, "world_size": self.world_size}
+        reports: list[dict[str, Any]] = []
+        deadline = time.monotonic() + limit_s
+        try:
+            self._send(order)
+            while True:
+                line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.001))
+                if line is None:
+                    self.close()
+                    return reports, KILLED
+                report = _parsed(line)
+                if report is None:
+                    continue
+                if "exited" in report:
+                    self._exit = report["exited"]
+                    return reports, KILLED if report["exited"] < 0 else FAILED
+                reports.append(report)
+        except queue.Empty:
+            self.close()
+            return reports, TIMED_OUT
+        except BaseException:
+            self.close()
+            raise
+
+    def _send(self, order: dict[str, Any]) -> None:
+        text = json.dumps(order) + "\n"
+        for _ in range(2):  # a process that has died since the last trial is started anew
+            process = self._process or self._start()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(text)
+                process.stdin.flush()
+                return
+            except OSError:
+                self.close()
+        raise ProbeError(f"The process for the trials does not start: {self._why(KILLED)}.", "Check python -c pass.")
+
+    def _start(self) -> subprocess.Popen[str]:
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join(filter(None, (package, self._environment.get("PYTHONPATH"))))
+        self._errors.clear()
+        self._exit = 0
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**self._environment, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+        self._process, lines = process, queue.Queue[str | None]()
+        self._lines = lines
+        assert process.stdout is not None
+        assert process.stderr is not None
+        threading.Thread(target=_pump, args=(process.stdout, lines.put, True), daemon=True).start()
+        threading.Thread(target=_pump, args=(process.stderr, self._errors.append, False), daemon=True).start()
+        return process
+
+    def _why(self, ended: str) -> str:
+        if ended == TIMED_OUT:
+            return f"it was not done after {self.time_limit_s:g} s"
+        last = next((line.strip() for line in reversed(self._errors) if line.strip()), "")
+        how = f"it exited with status {self._exit}"
+        if self._exit < 0:
+            how = f"it was ended by signal {-self._exit}"
+            if -self._exit == signal.SIGKILL:
+                how += ", as the host does when its own memory runs out"
+        return f"{how}{f' ({last[:300]})' if last else ''}"
+
+
+def _pump(stream: IO[str], put: Callable[[Any], None], tell_end: bool) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in stream:
+            put(line)
+    if tell_end:
+        put(None)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        report = json.loads(line)
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) else None
+
+
+def _merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for report in reports:
+        found |= report
+    return found
+
+
+def _clocks(found: dict[str, Any]) -> dict[str, int]:
+    clocks = dict(found["card"].get("clocks") or {})
+    later = found.get("clocks") or {}
+    return clocks | ({"sm_loaded": later["sm"]} if "sm" in later else {})
+
+
+def now() -> str:
+    """The time, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

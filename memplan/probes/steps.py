@@ -1,0 +1,211 @@
+"""Real training steps of one trial on one device, reported as they come.
+
+Three steps are metered phase by phase, then further ones are timed with nothing read in between.  What is reported is a
+list of small JSON objects, so that whatever happens later (out of memory, a time limit, a signal) what was read before
+is known:
+
+    {"card": ...}  {"num_parameters": ...}  {"step": ...} x 3  {"gradient_bytes": ...}  {"timed": [...]}
+    {"end": "done"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memplan.errors import MemplanError
+from memplan.operators.sizes import allocated
+from memplan.probes.checkpointing import enable_checkpointing, selective_checkpointing
+from memplan.probes.devices import watching
+from memplan.probes.meter import PhaseMeter, Unwatched
+from memplan.probes.models import PARAMETER_DTYPES, transformers_model
+from memplan.probes.optimizers import real_optimizer
+from memplan.probes.training import Loop, TrainingRun
+from memplan.specs.measurement import DONE, FAILED, METERED_STEPS, OUT_OF_MEMORY
+from memplan.specs.records import step_record
+from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from memplan.probes.devices import Device
+    from memplan.specs.measurement import Trial
+    from memplan.specs.training import Setup
+
+    Report = Callable[[dict[str, Any]], None]
+
+MAX_TIMED_STEPS = 7
+TIMED_S = 4.0
+"""Steps are timed until there are so many, or until so many seconds are over and there are three."""
+
+SEED = 0
+
+
+class Ranks(NamedTuple):
+    """Which part of a data-parallel run this process is."""
+
+    rank: int = 0
+    size: int = 1
+    wrap: Callable[[Any, str], Any] | None = None
+    """Module and device type -> DistributedDataParallel."""
+
+
+def run_trial(
+    trial: Trial,
+    device: Device,
+    report: Report,
+    *,
+    ranks: Ranks | None = None,
+    snapshot: str | None = None,
+    limit_bytes: int | None = None,
+) -> None:
+    """Measure a trial; whatever goes wrong is reported as its end."""
+    ranks = ranks or Ranks()
+    meter = PhaseMeter(device)
+    try:
+        card = device.open(limit_bytes)
+        report({"card": card._asdict(), "context_bytes": device.context_bytes, "process_basis": device.process_basis})
+        with watching(device), history(snapshot, device):
+            _train(trial, device, meter, report, ranks)
+        report({"clocks": device.clocks(), "workspace_bytes": device.workspace_bytes()})
+        report({"end": DONE})
+    except MemplanError as fault:
+        report({"end": FAILED, "message": f"{fault.cause} {fault.cure}".strip(), "phase": meter.position})
+    except Exception as error:  # noqa: BLE001 -- the end of a trial, whatever it is
+        end = OUT_OF_MEMORY if device.is_out_of_memory(error) else FAILED
+        text = " ".join(str(error).split())
+        report({"end": end, "message": f"{type(error).__name__}: {text[:600]}", "phase": meter.position})
+
+
+def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, ranks: Ranks) -> None:
+    setup = trial.setup
+    torch.manual_seed(SEED)
+    meter.position = "building the model"
+    with torch.device(device.type), kernels(setup, device.type):
+        built = transformers_model(trial.config, trial.model).build(setup)
+        module: Any = built.module.train()
+        enable_checkpointing(module, setup.activation_checkpointing, None)
+        optimizer = real_optimizer(module, OPTIMIZERS[setup.optimizer])
+    device.settle()
+    called = module if ranks.wrap is None else ranks.wrap(module, device.type)
+    report(_model(module))
+    run = TrainingRun(
+        built,
+        optimizer,
+        meter,
+        _autocast(setup, device.type),
+        Loop(),
+        device=device.type,
+        module=called,
+        scaler=_scaler(setup, device.type),
+    )
+    with selective_checkpointing(module, setup.activation_checkpointing, None), kernels(setup, device.type):
+        for number in range(METERED_STEPS):
+            meter.close()
+            run.step(number, setup)
+            meter.close()
+            report({"step": step_record(meter.step(number))})
+            _hide_counters(device, optimizer)
+            device.tighten()
+        states = meter.held_bytes("optimizer_state") - getattr(device, "hidden_bytes", 0)
+        report(
+            {
+                "gradient_bytes": meter.held_bytes("gradient"),
+                "optimizer_state_bytes": states,
+                "kept_activation_bytes": meter.kept_activation_bytes,
+            }
+        )
+        run.witness = Unwatched()
+        meter.position = "timed steps"
+        report({"timed": list(_timed(run, setup, device))})
+
+
+def _timed(run: TrainingRun, setup: Setup, device: Device) -> Iterator[float]:
+    gc.collect()
+    begun = time.monotonic()
+    for number in range(MAX_TIMED_STEPS):
+        yield device.seconds(lambda: run.step(METERED_STEPS, setup))
+        if number >= 2 and time.monotonic() - begun > TIMED_S:
+            return
+
+
+def _autocast(setup: Setup, device_type: str) -> Callable[[], Any] | None:
+    lower = PRECISIONS[setup.precision][1]
+    if lower is None:
+        return None
+    return lambda: torch.autocast(device_type, PARAMETER_DTYPES[lower])
+
+
+def _scaler(setup: Setup, device_type: str) -> Any:
+    """That of fp16 under autocast; its first scale is 1, with which no step is left out."""
+    return torch.amp.GradScaler(device_type, init_scale=1.0) if setup.precision == "fp16-mixed" else None
+
+
+@contextlib.contextmanager
+def kernels(setup: Setup, device_type: str) -> Iterator[None]:
+    """``flash`` is the flash kernel alone; ``sdpa`` what PyTorch chooses."""
+    if setup.attention != "flash" or device_type != "cuda":
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
+
+
+@contextlib.contextmanager
+def history(path: str | None, device: Device) -> Iterator[None]:
+    """Record the allocator's history into a file that `memplan` and pytorch.org/memory_viz read.
+
+    Raises:
+        MemplanError: the device has no allocator that records one.
+    """
+    if path is None:
+        yield
+        return
+    if device.type != "cuda":
+        raise MemplanError("A memory snapshot is taken of a CUDA device.", "Leave --snapshot out.")
+    memory: Any = torch.cuda.memory
+    memory._record_memory_history(max_entries=1_000_000, stacks="python")
+    try:
+        yield
+    finally:
+        memory._dump_snapshot(path)
+        memory._record_memory_history(enabled=None)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _model(module: Any) -> dict[str, int]:
+    parameters = list(module.parameters())
+    return {
+        "num_parameters": sum(p.numel() for p in parameters),
+        "num_trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameter_bytes": _held(parameters),
+    }
+
+
+def _held(tensors: Iterable[torch.Tensor]) -> int:
+    """Allocated bytes of the storages behind some tensors, each once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(allocated(num_bytes) for num_bytes in storages.values())
+
+
+def _is_counter(state: torch.Tensor, optimizer: Any, device_type: str) -> bool:
+    """Whether it is a step counter that a run on a card keeps on the host."""
+    return device_type == "cpu" and state.numel() == 1 and not optimizer.defaults.get("fused")
+
+
+def _hide_counters(device: Any, optimizer: Any) -> None:
+    """On a CPU everything is on the host; counters that would be there in any case are no tensors of the device."""
+    if device.type == "cpu":
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        device.hidden_bytes = sum(
+            allocated(x.untyped_storage().nbytes()) for x in states if _is_counter(x, optimizer, "cpu")
+        )
