@@ -19,6 +19,7 @@ from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
 from memplan.errors import MemplanError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
+from memplan.specs.margin import Margin
 from memplan.specs.training import Setup, check_count
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import MAX_SIZE_BYTES, is_nothing, parse_count, parse_size
@@ -159,6 +160,7 @@ def remembered(model: Model) -> RememberedReplays:
 
 def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
     """The card and how many of them; ``2xa100-80gb`` and ``gpus=2`` say the same."""
+    from memplan.catalog.calibrations import calibrated
     from memplan.catalog.gpus import parse_gpu
 
     if not isinstance(gpu, str):
@@ -169,7 +171,7 @@ def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:
         if num not in {1, gpus}:
             raise UsageError(f"--gpu {gpu} names {num} GPUs and --gpus says {gpus}.", "Leave one of them out.")
         num = gpus
-    return spec, num
+    return calibrated(spec, os.environ), num
 
 
 def find_speed(gpu: GpuSpec) -> GpuSpec:
@@ -263,7 +265,8 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     dropout: float | None = None,
     padding: bool = False,
     reserve: str | int | None = None,
-    headroom: float = DEFAULT_HEADROOM_PERCENT,
+    headroom: float | None = None,
+    confidence: float | None = None,
     target_batch: int | None = None,
     target_tokens: int | str | None = None,
 ) -> Estimate:
@@ -284,7 +287,9 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         dropout: Overrides every dropout probability of the config.
         padding: Micro-batches hold padding, so that an attention mask is passed.
         reserve: Bytes that something else on the card needs, as ``1GiB`` or as a number.
-        headroom: Percent of the usable bytes that has to stay free.
+        headroom: Percent of the usable bytes that has to stay free (5, or 0 with a confidence that measurements of the
+            card vouch for).
+        confidence: Probability with which the upper bound has to hold, by the measurements of the card.
         target_batch: Sequences per optimizer step over all GPUs, from which the accumulation follows; or
         target_tokens: tokens per optimizer step (``4M``), rounded to whole sequences.
 
@@ -313,11 +318,12 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
         setup = reach(setup, target, accumulation)
-    margin = _margin(spec, reserve, headroom)
+    safety = find_safety(spec, headroom, confidence)
+    margin = _margin(spec, reserve, safety)
     if isinstance(found, UserModule):
-        return _module(found, spec).estimate(setup, margin)[1]
+        return vouched(_module(found, spec).estimate(setup, margin)[1], as_bytes(reserve))
     estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
-    return estimator.estimate(setup, margin_bytes=margin)
+    return vouched(estimator.estimate(setup, margin=margin), as_bytes(reserve))
 
 
 def estimate_grid(
@@ -384,7 +390,8 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     dropout: float | None = None,
     padding: bool = False,
     reserve: str | int | None = None,
-    headroom: float = DEFAULT_HEADROOM_PERCENT,
+    headroom: float | None = None,
+    confidence: float | None = None,
 ) -> Plan:
     """The fastest configuration that fits and keeps the batch; what is None is free or takes its default.
 
@@ -420,21 +427,25 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     )
     target = find_target(setup, target_batch, target_tokens)
     assert target is not None
+    safety = find_safety(spec, headroom, confidence)
     goal = Goal(
         setup=setup,
         target=target,
         usable_bytes=spec.usable_bytes,
         reserve_bytes=as_bytes(reserve),
-        headroom_percent=_percent(headroom),
+        headroom_percent=safety.headroom_percent,
+        bound_ratio=safety.ratio,
         micro_batch_size=None if micro_batch is None else as_count("micro_batch", micro_batch),
         gradient_accumulation_steps=None if accumulation is None else as_count("accumulation", accumulation),
         activation_checkpointing=checkpointing,
     )
     speed = find_speed(spec)
     if isinstance(found, UserModule):
-        return _plan_of_module(found, goal, spec, speed)
-    estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
-    return search(estimator, goal, spec, speed.label)
+        plan = _plan_of_module(found, goal, spec, speed)
+    else:
+        estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
+        plan = search(estimator, goal, spec, speed.label)
+    return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
 
 
 def trace(  # noqa: PLR0913 -- all but the model are named at the call
@@ -453,7 +464,8 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
     dropout: float | None = None,
     padding: bool = False,
     reserve: str | None = None,
-    headroom: float = DEFAULT_HEADROOM_PERCENT,
+    headroom: float | None = None,
+    confidence: float | None = None,
     target_batch: int | None = None,
     target_tokens: int | str | None = None,
     sdpa_kernel: str | None = None,
@@ -495,7 +507,7 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
         setup = reach(setup, target, accumulation)
-    margin = _margin(spec, reserve, headroom)
+    margin = _margin(spec, reserve, find_safety(spec, headroom, confidence))
     if described is not None:
         described.architecture.check_length(setup.seq_len, described.name)
     module = _traced_module(asked, spec, sdpa_kernel, notify)
@@ -507,6 +519,7 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
 
             setup = replace(setup, attention=fallback_attention(module.model, setup))
     found, answer = module.estimate(setup, margin, model_type=model_type)
+    answer = vouched(answer, as_bytes(reserve))
     if not diff:
         return Traced(found, answer, None, origin)
     from memplan.probes.differences import difference
@@ -578,10 +591,76 @@ def _plan_of_module(found: UserModule, goal: Goal, gpu: GpuSpec, speed: GpuSpec)
     return confirm(search(estimator, goal, gpu, speed.label), module, goal)
 
 
-def _margin(gpu: GpuSpec | None, reserve: str | int | None, headroom: float) -> int:
-    """Bytes that stay free: what was reserved for others, and of a card the headroom."""
-    margin = as_bytes(reserve)
-    return margin if gpu is None else margin + int(gpu.usable_bytes * _percent(headroom) / 100)
+class Safety(NamedTuple):
+    """What stands between a prediction and the card's last byte."""
+
+    headroom_percent: float
+    ratio: float = 0.0
+    """How far a calibrated bound lies above the prediction, as a share of it."""
+    said: str = ""
+    """What there is to say about a confidence that was asked for; empty where it is attained."""
+
+
+def find_safety(gpu: GpuSpec | None, headroom: float | None, confidence: float | None) -> Safety:
+    """Headroom, and the bound for a confidence where measurements vouch for one.
+
+    Where they do not, the headroom stays and what is known of other cards is added to it.
+    """
+    percent = DEFAULT_HEADROOM_PERCENT if headroom is None else _percent(headroom)
+    if confidence is None or gpu is None:
+        return Safety(percent)
+    asked: object = confidence
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not 0 < asked < 1:
+        raise UsageError(f"confidence is {shown(confidence)}.", "Give a probability between 0 and 1, such as 0.99.")
+    from memplan.calibration.bounds import bound, least_scores
+
+    scores = () if gpu.calibration is None else gpu.calibration.scores
+    if not scores:
+        return _from_other_cards(gpu, percent, confidence)
+    found = bound(scores, confidence)
+    if found.is_attained:
+        return Safety(0.0 if headroom is None else percent, found.ratio)
+    said = (
+        f"{len(scores)} measurements of this card vouch for {found.confidence:.2f} at most, {confidence:g} takes "
+        f"{least_scores(confidence)}: the bound is the largest error seen, and the headroom of {percent:g} % is added"
+    )
+    return Safety(percent, found.ratio, said)
+
+
+def _from_other_cards(gpu: GpuSpec, percent: float, confidence: float) -> Safety:
+    """For a card that nobody has measured: the widest bound of those that were, and the headroom."""
+    from memplan.calibration.bounds import bound
+    from memplan.catalog.calibrations import read_calibrations
+
+    ratios = [bound(one.scores, confidence).ratio for one in read_calibrations(os.environ) if one.scores]
+    if not ratios:
+        said = "nothing is calibrated yet; the bound is the headroom, not a statistical one"
+        return Safety(percent, 0.0, said)
+    said = (
+        f"{gpu.label} is not calibrated: the bound is the widest of {len(ratios)} other cards and the headroom of "
+        f"{percent:g} %, and no confidence is vouched for"
+    )
+    return Safety(percent, max(ratios), said)
+
+
+def vouched(estimate: Estimate, reserve_bytes: int) -> Estimate:
+    """The estimate with the confidence that the measurements of its card vouch for."""
+    calibration = None if estimate.gpu is None else estimate.gpu.calibration
+    if calibration is None or not calibration.scores:
+        return estimate
+    from memplan.calibration.bounds import confidence_of
+
+    process = estimate.memory.peak_process_bytes
+    ratio = (estimate.upper_bound_bytes - reserve_bytes - process) / process
+    return replace(estimate, confidence=confidence_of(calibration.scores, ratio))
+
+
+def _margin(gpu: GpuSpec | None, reserve: str | int | None, safety: Safety) -> Margin:
+    """What is added to the process bytes: what was reserved for others, and of a card headroom or bound."""
+    reserved = as_bytes(reserve)
+    if gpu is None:
+        return Margin(reserved)
+    return Margin(reserved + int(gpu.usable_bytes * safety.headroom_percent / 100), safety.ratio)
 
 
 def _percent(headroom: float) -> float:

@@ -20,6 +20,8 @@ COMMANDS = {
     "suggest": "the fastest configuration that fits and keeps the batch",
     "trace": "the same bytes as estimate, from the real module, without a GPU",
     "probe": "the same bytes and the step time, measured on a GPU",
+    "validate": "predicted against measured",
+    "calibrate": "measurements to coefficients and error bounds for a GPU",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
 }
@@ -28,8 +30,6 @@ COMMANDS = {
 
 PLANNED = (
     "sweep",
-    "validate",
-    "calibrate",
     "lengths",
     "same-update",
     "check",

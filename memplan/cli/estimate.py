@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan import api
-from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, say_every, write_answer
+from memplan.cli.output import DOES_NOT_FIT, say, say_bound, say_every, write_answer
 from memplan.report.document import estimate_document
 from memplan.specs.training import LARGEST_COUNT
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 def answer(options: Options) -> int:
     """Print the bytes of the configuration; the exit status."""
-    if options.confidence is not None:
-        say(NO_BOUND, quiet=options.quiet)
+    say_bound(options)
     if options.headroom is not None and options.gpu is None:
         say("--headroom has no effect without --gpu", quiet=options.quiet)
     model = api.find_model(options.model, dropout=options.dropout)

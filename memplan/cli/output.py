@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import TextIO
 
+    from memplan.cli.values import Options
     from memplan.report.ansi import Line
 
 DOES_NOT_FIT = 3
 """The exit status where the answer is that it does not fit."""
-
-NO_BOUND = "--confidence: nothing is calibrated yet; the bound is the headroom, not a statistical one"
 
 
 def write_answer(
@@ -60,6 +59,21 @@ def say(text: str, *, quiet: bool) -> None:
     """A word on stderr, beside the result."""
     if not quiet:
         write_stderr(f"memplan: {text}\n")
+
+
+def say_bound(options: Options) -> None:
+    """A word where measurements do not vouch for the confidence that was asked for."""
+    if options.confidence is None:
+        return
+    if options.gpu is None:
+        say("--confidence has no effect without --gpu", quiet=options.quiet)
+        return
+    from memplan import api
+
+    gpu, _ = api.find_gpu(options.gpu, options.gpus)
+    said = api.find_safety(gpu, options.headroom, options.confidence).said
+    if said:
+        say(f"--confidence: {said}", quiet=options.quiet)
 
 
 def say_every(checkpointing: str | None, num_layers: int, *, quiet: bool) -> None:

@@ -49,7 +49,7 @@ OWN_ROWS = (
     Row(("--time-budget",), PROBE, "Stop after this time, such as 8m (when all is done).", _read_duration, "TIME"),
     Row(("--time-limit",), PROBE, "Give a trial up after this time (10m).", _read_duration, "TIME"),
     Row(("--again",), PROBE, "Measure what is known already, too."),
-    Row(("--records",), PROBE, "Folder that measurements are appended to; - is none.", read_text, "FOLDER"),
+    Row(("--records",), PROBE, "Folder that measurements are appended to; - is none, as for cpu.", read_text, "FOLDER"),
     Row(("--snapshot",), PROBE, "Write the allocator's history, for pytorch.org/memory_viz.", read_text, "FILE"),
     Row(("--device",), PROBE, "cpu counts the bytes of tensors, without a GPU (cuda).", one_of(DEVICES), "cuda|cpu"),
 )
@@ -115,7 +115,7 @@ def answer(asked: Asked, choices: dict[str, Any]) -> int:
     if asked.snapshot == "-":
         raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
     quiet = asked.quiet or ranks[0] > 0
-    records = None if asked.records == "-" else asked.records or measuring.default_records()
+    records = _records(asked)
     with _ending_on_sigterm(), Progress(shown=not quiet) as progress:
         probing = measuring.Probe(
             device=asked.device or "cuda",
@@ -185,6 +185,13 @@ def _ending_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _records(asked: Asked) -> str | None:
+    """Where measurements are appended to; those of a CPU, which say nothing about a card, only where asked for."""
+    if asked.records is not None:
+        return None if asked.records == "-" else asked.records
+    return None if asked.device == "cpu" else measuring.default_records()
 
 
 def _say_bad_lines(probing: Probe, *, quiet: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
-from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, say_every, write_answer
+from memplan.cli.output import DOES_NOT_FIT, say, say_bound, say_every, write_answer
 from memplan.errors import UsageError
 from memplan.report.document import plan_document
 from memplan.report.plan import render_plan
@@ -23,8 +23,7 @@ def answer(options: Options) -> int:
         raise UsageError(
             "A plan needs a target: --target-batch or --target-tokens is missing.", "Say for example --target-batch 32."
         )
-    if options.confidence is not None:
-        say(NO_BOUND, quiet=options.quiet)
+    say_bound(options)
     model = api.find_model(options.model, dropout=options.dropout)
     if isinstance(model, api.UserModule):
         from memplan.cli.progress import Progress

@@ -8,7 +8,7 @@ import click
 
 from memplan import api
 from memplan.cli.options import Option, SetupCommand, Value, setup_options
-from memplan.cli.output import DOES_NOT_FIT, NO_BOUND, say, write_answer
+from memplan.cli.output import DOES_NOT_FIT, say, say_bound, write_answer
 from memplan.cli.progress import Progress
 from memplan.cli.values import Options, Row, one_of, read_text
 from memplan.errors import UsageError
@@ -59,8 +59,7 @@ def answer(options: Options, *, diff: bool = False, sdpa_kernel: str | None = No
     """Print what the trace says; the exit status."""
     if snapshot == "-":
         raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
-    if options.confidence is not None:
-        say(NO_BOUND, quiet=options.quiet)
+    say_bound(options)
     with Progress(shown=not options.quiet) as progress:
         found = api.trace(
             options.model,

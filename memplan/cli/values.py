@@ -84,6 +84,7 @@ class Options(NamedTuple):
             "padding",
             "reserve",
             "headroom",
+            "confidence",
         )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -280,7 +281,7 @@ SETUP_ROWS = (
     Row(
         ("--confidence",),
         CARD,
-        "Probability that the bound holds; without calibration the bound is the headroom.",
+        "Probability that the bound holds, by measurements of the card.",
         below(1, above_zero=True),
         "P",
     ),

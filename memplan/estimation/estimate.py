@@ -11,6 +11,7 @@ from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
+from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from memplan.architectures.architecture import Architecture, Recording
     from memplan.specs.gpu import GpuSpec
+    from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
 
     Replays = MutableMapping[str, int]
@@ -109,7 +111,7 @@ class Estimate(Tabular):
     """The same of the layer in the middle of the model."""
     instants: tuple[Instant, ...]
     upper_bound_bytes: int
-    """Process bytes plus the headroom that was asked for."""
+    """Process bytes plus the headroom or the calibrated bound that was asked for."""
     step_time: StepTime | None
     """A lower bound; None where the GPU's rates are not known."""
     ledger: tuple[LedgerRow, ...]
@@ -117,6 +119,8 @@ class Estimate(Tabular):
     """What is taken for granted, with its effect on the peak."""
     unmodelled: tuple[tuple[str, str], ...]
     """(what, why) of what the numbers leave out."""
+    confidence: float = 0.0
+    """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
 
     @property
     def peak_instant(self) -> str:
@@ -278,15 +282,21 @@ class Estimator:
             trained=program.states.num_trained,
         )
 
-    def estimate(self, setup: Setup, *, margin_bytes: int = 0) -> Estimate:
-        """Everything about one configuration; `margin_bytes` is added to the process bytes for the upper bound."""
+    def at_speed(self, speed: GpuSpec) -> Estimator:
+        """The same with the rates of another card; what does not depend on them is not worked out again."""
+        other = Estimator(self.architecture, self.name, self.gpu, speed, self._replays)
+        other._recordings, other._sizes = self._recordings, self._sizes
+        return other
+
+    def estimate(self, setup: Setup, *, margin: Margin = NO_MARGIN) -> Estimate:
+        """Everything about one configuration; `margin` is added to the process bytes for the upper bound."""
         self.check(setup)
         program = self.program(setup)
         sizes = self.sizes(setup)
         accumulation = setup.gradient_accumulation_steps
         steady = program.peaks(sizes, accumulation)
         first = program.peaks(sizes, accumulation, first_step=True)
-        memory = self.replayed_memory(setup, None if self.gpu is None else self.gpu.usable_bytes - margin_bytes)
+        memory = self.replayed_memory(setup, None if self.gpu is None else margin.budget(self.gpu.usable_bytes))
         rows = ledger(program, sizes, accumulation)
         return Estimate(
             model=self.summary(setup),
@@ -302,7 +312,7 @@ class Estimator:
                 Instant(name=name, allocated_bytes=value, first_step_allocated_bytes=first.by_instant[name])
                 for name, value in steady.by_instant.items()
             ),
-            upper_bound_bytes=memory.peak_process_bytes + margin_bytes,
+            upper_bound_bytes=margin.upper_bound(memory.peak_process_bytes),
             step_time=self.step_time(setup),
             ledger=rows + process_rows(memory),
             assumptions=assumptions(self, setup, program, sizes, steady, rows),
@@ -325,8 +335,11 @@ class Estimator:
         """What the numbers leave out, for this setup."""
         found = [
             ("sequences of varying length", "all are as long as --seq-len; varying ones fragment the allocator more"),
-            ("kernel launches, host and data loading", "the step time is a lower bound from FLOPs and bytes"),
         ]
+        if self.gpu is None or self.gpu.calibration is None or self.gpu.calibration.launch_s is None:
+            found.append(
+                ("kernel launches, host and data loading", "the step time is a lower bound from FLOPs and bytes")
+            )
         if self.gpu is None or self.gpu.context_bytes is None:
             found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
         if self.gpu is not None and set(PRECISIONS[setup.precision]) & set(self.gpu.unsupported_dtypes):
@@ -362,7 +375,7 @@ def speed_of(gpu: GpuSpec | None) -> Speed | None:
     """The rates of a GPU, None where they are not known."""
     if gpu is None or gpu.memory_bandwidth_bytes_per_s is None or not gpu.flops_per_s:
         return None
-    return Speed(gpu.flops_per_s, gpu.memory_bandwidth_bytes_per_s)
+    return Speed(gpu.flops_per_s, gpu.memory_bandwidth_bytes_per_s, gpu.launch_s)
 
 
 def context_bytes(gpu: GpuSpec | None) -> int:
@@ -371,7 +384,9 @@ def context_bytes(gpu: GpuSpec | None) -> int:
 
 
 def workspace_bytes(gpu: GpuSpec | None) -> int:
-    """Bytes of the cuBLAS workspaces of the process."""
+    """Bytes of the cuBLAS workspaces of the process: measured on this card, else PyTorch's default."""
+    if gpu is not None and gpu.workspace_bytes is not None:
+        return gpu.workspace_bytes
     hopper = gpu is not None and gpu.compute_capability == "9.0"
     return NUM_CUBLAS_HANDLES * (CUBLAS_WORKSPACE_BYTES_HOPPER if hopper else CUBLAS_WORKSPACE_BYTES)
 

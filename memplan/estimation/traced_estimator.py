@@ -27,6 +27,7 @@ from memplan.estimation.estimate import (
 )
 from memplan.estimation.ledger import LedgerRow
 from memplan.estimation.traced import POINTS, POINTS_OF_ONE, TRACED_MICRO_STEPS, TracedProgram, digest, fit_program
+from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import replace
 from memplan.steptime.step import ACCESSES, ADAMW_8BIT_STATE_BYTES, CLIP_ACCESSES, StepTime
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from memplan.estimation.traced import Event
     from memplan.specs.gpu import GpuSpec
+    from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
 
     Tracer = Callable[[Setup], Sequence[Event]]
@@ -158,13 +160,13 @@ class TracedEstimator:
         num, trained = self._num_parameters(setup)
         return ModelSummary(name=self.name, model_type="traced", num_parameters=num, num_trainable_parameters=trained)
 
-    def estimate(self, setup: Setup, *, margin_bytes: int = 0) -> Estimate:
+    def estimate(self, setup: Setup, *, margin: Margin = NO_MARGIN) -> Estimate:
         """Everything about one configuration."""
         self.check(setup)
         program = self.program(setup)
         size = (setup.micro_batch_size, setup.seq_len, setup.gradient_accumulation_steps)
         peaks = program.peaks(*size)
-        budget = None if self.gpu is None else self.gpu.usable_bytes - margin_bytes
+        budget = None if self.gpu is None else margin.budget(self.gpu.usable_bytes)
         memory = self.replayed_memory(setup, budget)
         rows = tuple(
             LedgerRow(
@@ -195,7 +197,7 @@ class TracedEstimator:
                 Instant(name=name, allocated_bytes=value, first_step_allocated_bytes=peaks.first_step.get(name, 0))
                 for name, value in peaks.by_instant.items()
             ),
-            upper_bound_bytes=memory.peak_process_bytes + margin_bytes,
+            upper_bound_bytes=margin.upper_bound(memory.peak_process_bytes),
             step_time=self.step_time(setup),
             ledger=rows + process_rows(memory),
             assumptions=(),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
-from memplan.specs.training import check_checkpointing, check_count
+from memplan.specs.margin import Margin
+from memplan.specs.training import check_checkpointing, check_count, divisors
 from memplan.specs.values import NamedTuple, dataclass, replace
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Goal:
     """Bytes that something else on the card needs."""
     headroom_percent: float = 5.0
     """Share of the usable bytes that has to stay free."""
+    bound_ratio: float = 0.0
+    """Share of the predicted process bytes by which a calibrated bound lies above them."""
     micro_batch_size: int | None = None
     """Fixed by the user, None where free."""
     gradient_accumulation_steps: int | None = None
@@ -97,6 +100,11 @@ class Goal:
     def margin_bytes(self) -> int:
         """Bytes that have to stay free."""
         return int(self.usable_bytes * self.headroom_percent / 100)
+
+    @property
+    def margin(self) -> Margin:
+        """Everything that is added to the bytes of a process."""
+        return Margin(self.margin_bytes + self.reserve_bytes, self.bound_ratio)
 
     @property
     def budget_bytes(self) -> int:
@@ -176,16 +184,3 @@ class Goal:
         return replace(
             self.setup, micro_batch_size=micro, gradient_accumulation_steps=steps, activation_checkpointing=mode
         )
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small, large = [], []
-    candidate = 1
-    while candidate * candidate <= number:
-        if number % candidate == 0:
-            small.append(candidate)
-            if candidate * candidate != number:
-                large.append(number // candidate)
-        candidate += 1
-    return small + large[::-1]

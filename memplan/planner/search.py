@@ -46,7 +46,7 @@ class Search:
             step_time = self.estimator.step_time(setup)
             if step_time is None:
                 raise ValueError("a plan needs the rates of a GPU")
-            bound = memory.peak_process_bytes + self.goal.margin_bytes + self.goal.reserve_bytes
+            bound = self.goal.margin.upper_bound(memory.peak_process_bytes)
             self._seen[setup] = Candidate(
                 setup=setup,
                 memory=memory,
@@ -58,14 +58,10 @@ class Search:
 
     def replayed(self, candidate: Candidate) -> Candidate:
         """The same with what the caching allocator really reserves."""
-        budget = self.goal.usable_bytes - self.goal.margin_bytes - self.goal.reserve_bytes
-        memory = self.estimator.replayed_memory(candidate.setup, budget)
-        more = memory.peak_reserved_bytes - candidate.memory.peak_reserved_bytes
-        return candidate._replace(
-            memory=memory,
-            upper_bound_bytes=candidate.upper_bound_bytes + more,
-            headroom_bytes=candidate.headroom_bytes - more,
-        )
+        margin, usable = self.goal.margin, self.goal.usable_bytes
+        memory = self.estimator.replayed_memory(candidate.setup, margin.budget(usable))
+        bound = margin.upper_bound(memory.peak_process_bytes)
+        return candidate._replace(memory=memory, upper_bound_bytes=bound, headroom_bytes=usable - bound)
 
     def first_that_fits(self, ranked: Sequence[Candidate]) -> tuple[int, list[Candidate]]:
         """Position of the first candidate that fits as replayed (their number where none does); all that were."""
@@ -125,7 +121,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
         goal=goal,
         target=goal.target,
         best=best,
-        estimate=estimator.estimate(start.setup, margin_bytes=goal.margin_bytes + goal.reserve_bytes),
+        estimate=estimator.estimate(start.setup, margin=goal.margin),
         alternatives=tuple(undominated(ranked[position + 1 :])[:MOST_ALTERNATIVES]),
         rejections=_rejections(refused, best),
         levers=levers,

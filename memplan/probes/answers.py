@@ -27,6 +27,7 @@ from memplan.estimation.ledger import KIND_ORDER, LedgerRow
 from memplan.estimation.traced import INSTANT_BY_PHASE, TRACED_MICRO_STEPS
 from memplan.operators.sizes import allocated
 from memplan.probes.trace import trace_training
+from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from memplan.probes.events import Trace, TraceEvent
     from memplan.probes.models import TracedModel
     from memplan.specs.gpu import GpuSpec
+    from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
 
 UNMODELLED = (
@@ -92,13 +94,13 @@ def estimate_of(
     trace: Trace,
     *,
     gpu: GpuSpec | None = None,
-    margin_bytes: int = 0,
+    margin: Margin = NO_MARGIN,
     model_type: str = "traced",
     sdpa_kernel: str | None = None,
     notes: Sequence[Assumption] = (),
 ) -> Estimate:
     """Everything that a trace says about its configuration; `notes` are further assumptions."""
-    memory = memory_of(trace, gpu, None if gpu is None else gpu.usable_bytes - margin_bytes)
+    memory = memory_of(trace, gpu, None if gpu is None else margin.budget(gpu.usable_bytes))
     resident = {kind: trace.category_bytes(kind) for kind in ("parameter", "gradient", "optimizer_state")}
     return Estimate(
         model=ModelSummary(
@@ -116,7 +118,7 @@ def estimate_of(
         kept_activation_bytes=trace.kept_activation_bytes,
         kept_activation_bytes_per_layer=trace.kept_activation_bytes_per_layer,
         instants=instants_of(trace),
-        upper_bound_bytes=memory.peak_process_bytes + margin_bytes,
+        upper_bound_bytes=margin.upper_bound(memory.peak_process_bytes),
         step_time=None,
         ledger=rows_of(trace) + process_rows(memory),
         assumptions=(*_assumptions(trace, gpu, sdpa_kernel), *notes),

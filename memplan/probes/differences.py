@@ -9,6 +9,7 @@ from memplan.estimation.difference import FORMULA, TRACE, Compared, Difference, 
 from memplan.estimation.step import HEAD, STEM
 from memplan.operators.sizes import allocated
 from memplan.probes.answers import instants_of, pattern
+from memplan.specs.margin import Margin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,8 +26,8 @@ PASSES = ("forward", "loss", "backward")
 
 def difference(estimator: Estimator, trace: Trace, traced: Estimate, setup: Setup) -> Difference:
     """Compare the formula's answer with that of a trace of the same setup."""
-    margin = traced.upper_bound_bytes - traced.memory.peak_process_bytes
-    formula = estimator.estimate(setup, margin_bytes=margin)
+    margin = Margin(traced.upper_bound_bytes - traced.memory.peak_process_bytes)
+    formula = estimator.estimate(setup, margin=margin)
     names = ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes", "kept_activation_bytes")
     totals = [
         Compared("num_parameters", formula.model.num_parameters, traced.model.num_parameters),

@@ -80,6 +80,7 @@ class Launcher:
         self.rank, self.world_size = ranks
         self._command = command
         self._environment = dict(os.environ if environment is None else environment)
+        self._place = Place(NOT_DESCRIBED, {})
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: deque[str] = deque(maxlen=20)
@@ -101,7 +102,8 @@ class Launcher:
         if found.get("end") != "done":
             cause = found.get("message") or f"The device could not be looked at: {self._why(ended)}."
             raise ProbeError(cause, found.get("cure") or "Check that PyTorch works: python -c 'import torch'.")
-        return Place(parse_card(found["card"]), found["versions"])
+        self._place = Place(parse_card(found["card"]), found["versions"])
+        return self._place
 
     def measure(self, trial: Trial, *, snapshot: str | None = None) -> Measurement:
         """Run a trial; running out of memory, hanging and dying are outcomes."""
@@ -112,7 +114,9 @@ class Launcher:
         outcome, message = found.get("end"), found.get("message", "")
         if outcome is None:
             outcome, message = ended, self._why(ended)
-        card = parse_card({**found["card"], "clocks": _clocks(found)}) if "card" in found else NOT_DESCRIBED
+        card, libraries = self._place
+        if "card" in found:
+            card = parse_card({**found["card"], "clocks": _clocks(found)})
         return Measurement(
             trial=trial,
             outcome=outcome,
@@ -121,7 +125,7 @@ class Launcher:
             rank=self.rank,
             measured_at=now(),
             card=card,
-            versions=found.get("versions", {}),
+            versions=found.get("versions", libraries),
             steps=tuple(parse_step(report["step"]) for report in reports if "step" in report),
             step_times_s=tuple(found.get("timed", ())),
             wall_s=round(time.monotonic() - begun, 3),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memplan.probes.events import Trace, TraceEvent
     from memplan.probes.models import TracedModel
     from memplan.specs.gpu import GpuSpec
+    from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
 
 CHECKPOINTINGS = ("none", "every-2", "full")
@@ -62,12 +63,10 @@ class TracedModule:
         self._num_parameters = (found.num_parameters, found.num_trainable_parameters)
         return found
 
-    def estimate(self, setup: Setup, margin_bytes: int, *, model_type: str = "traced") -> tuple[Trace, Estimate]:
+    def estimate(self, setup: Setup, margin: Margin, *, model_type: str = "traced") -> tuple[Trace, Estimate]:
         """A trace of this very setup, and what it says."""
         trace = self.trace(setup)
-        answer = estimate_of(
-            trace, gpu=self.gpu, margin_bytes=margin_bytes, model_type=model_type, sdpa_kernel=self.sdpa_kernel
-        )
+        answer = estimate_of(trace, gpu=self.gpu, margin=margin, model_type=model_type, sdpa_kernel=self.sdpa_kernel)
         return trace, answer
 
     def estimator(self, speed: GpuSpec, programs: MutableMapping[str, TracedProgram]) -> TracedEstimator:
@@ -168,7 +167,7 @@ def _refused(candidates: Sequence[Candidate]) -> tuple[Rejection, ...]:
 
 
 def _retraced(candidate: Candidate, module: TracedModule, goal: Goal) -> tuple[Candidate, Estimate]:
-    margin = goal.margin_bytes + goal.reserve_bytes
+    margin = goal.margin
     _, estimate = module.estimate(candidate.setup, margin)
     exact, fitted = estimate.memory.peak_allocated_bytes, candidate.memory.peak_allocated_bytes
     if exact == fitted:
@@ -183,7 +182,7 @@ def _retraced(candidate: Candidate, module: TracedModule, goal: Goal) -> tuple[C
     note = Assumption("size", value, "as fitted" if effect else "", effect, "alternatives are as fitted")
     estimate = replace(estimate, assumptions=(*estimate.assumptions, note))
     memory = estimate.memory
-    bound = memory.peak_process_bytes + margin
+    bound = margin.upper_bound(memory.peak_process_bytes)
     return candidate._replace(
         memory=memory, upper_bound_bytes=bound, headroom_bytes=goal.usable_bytes - bound
     ), estimate

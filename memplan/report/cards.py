@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.estimation.estimate import context_bytes, workspace_bytes
+from memplan.specs.margin import Margin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,15 +25,16 @@ def cards_that_hold(candidate: Candidate, goal: Goal, gpus: Iterable[GpuSpec]) -
     found = []
     for gpu in gpus:
         process = candidate.memory.peak_reserved_bytes + context_bytes(gpu) + workspace_bytes(gpu)
-        margin = int(gpu.usable_bytes * goal.headroom_percent / 100) + goal.reserve_bytes
-        if process + margin <= gpu.usable_bytes:
+        headroom = int(gpu.usable_bytes * goal.headroom_percent / 100)
+        bound = Margin(headroom + goal.reserve_bytes, goal.bound_ratio).upper_bound(process)
+        if bound <= gpu.usable_bytes:
             found.append(
                 {
                     "name": gpu.name,
                     "label": gpu.label,
                     "usable_bytes": gpu.usable_bytes,
                     "is_from_nvidia_smi": gpu.is_from_nvidia_smi,
-                    "headroom_bytes": gpu.usable_bytes - process - margin,
+                    "headroom_bytes": gpu.usable_bytes - bound,
                 }
             )
     return sorted(found, key=lambda card: (card["usable_bytes"], card["name"]))[:MOST_CARDS]

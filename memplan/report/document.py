@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 """Raised when a key changes its meaning or goes."""
 
-CONFIDENCE = 0.0
-"""Of `upper_bound_bytes`: no measurement stands behind it yet, it is the headroom that was asked for."""
-
 
 def envelope(kind: str) -> Document:
     """What every document begins with."""
@@ -75,7 +72,7 @@ def estimate_document(
         "peak_instant": estimate.peak_instant,
         "instants": instants_document(estimate),
         "upper_bound_bytes": estimate.upper_bound_bytes,
-        "confidence": CONFIDENCE,
+        "confidence": estimate.confidence,
         "step_time_s": None if estimate.step_time is None else estimate.step_time.total_s,
         "fits": estimate.fits,
         "headroom_bytes": estimate.headroom_bytes,
@@ -141,8 +138,9 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
             "reserve_bytes": goal.reserve_bytes,
             "headroom_percent": goal.headroom_percent,
             "margin_bytes": goal.margin_bytes,
+            "bound_ratio": goal.bound_ratio,
         },
-        "confidence": CONFIDENCE,
+        "confidence": plan.estimate.confidence,
         "speed_source": plan.speed_source,
         "fits": best is not None,
         "best": None if best is None else candidate_document(best),
@@ -215,6 +213,22 @@ def target_document(target: Target, setup: Setup) -> Document:
     }
 
 
+def calibration_document(gpu: GpuSpec) -> Document | None:
+    """The measurements that a prediction for this card stands on; None: none."""
+    found = gpu.calibration
+    if found is None:
+        return None
+    return {
+        "name": found.name,
+        "gpu": found.gpu,
+        "num_records": found.num_fitted + len(found.scores),
+        "num_scored": len(found.scores),
+        "is_timed": found.launch_s is not None,
+        "first": found.first,
+        "last": found.last,
+    }
+
+
 def gpu_document(gpu: GpuSpec) -> Document:
     """The card, its bytes and why these."""
     return {
@@ -226,6 +240,7 @@ def gpu_document(gpu: GpuSpec) -> Document:
         "is_from_nvidia_smi": gpu.is_from_nvidia_smi,
         "unsupported_dtypes": list(gpu.unsupported_dtypes),
         "notes": " ".join(gpu.notes.split()),
+        "calibration": calibration_document(gpu),
     }
 
 

@@ -20,6 +20,7 @@ from memplan.report.text import (
     table,
     title,
     unmodelled_lines,
+    vouched,
 )
 from memplan.units import format_bytes, format_seconds
 
@@ -85,13 +86,20 @@ def _totals(estimate: Document) -> Iterator[Line]:
     ]
     margin = estimate["upper_bound_bytes"] - estimate["peak_process_bytes"]
     if margin:
-        rows.append(
-            ("bound", gib(estimate["upper_bound_bytes"]), f"with {format_bytes(margin)} of headroom and reserve")
-        )
+        said = vouched(estimate["confidence"]) or f"with {format_bytes(margin)} of headroom and reserve"
+        rows.append(("bound", gib(estimate["upper_bound_bytes"]), said))
     yield from table([("", "GiB", ""), *rows], left=(0, 2))
     if estimate["step_time_s"] is not None:
-        yield from paragraph("time", f"at least {format_seconds(estimate['step_time_s'])} per step (roofline)")
+        yield from paragraph("time", _time(estimate))
     yield from _verdict(estimate)
+
+
+def _time(estimate: Document) -> str:
+    seconds = format_seconds(estimate["step_time_s"])
+    calibration = estimate["gpu"]["calibration"] if estimate["gpu"] else None
+    if calibration is not None and calibration["is_timed"]:
+        return f"about {seconds} per step, at the speed that was measured"
+    return f"at least {seconds} per step (roofline)"
 
 
 def _verdict(estimate: Document) -> Iterator[Line]:

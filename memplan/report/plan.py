@@ -23,6 +23,7 @@ from memplan.report.text import (
     title,
     unmodelled_lines,
     usable,
+    vouched,
 )
 from memplan.report.trainer import OPTIM_BY_OPTIMIZER
 from memplan.units import format_bytes, format_seconds
@@ -111,11 +112,25 @@ def _memory(plan: Document, best: Document) -> str:
 
 def _free(plan: Document, best: Document) -> str:
     budget = plan["budget"]
-    text = (
-        f"{format_bytes(best['headroom_bytes'])} beyond {budget['headroom_percent']:g} % headroom "
-        f"({format_bytes(budget['margin_bytes'])})"
-    )
+    text = f"{format_bytes(best['headroom_bytes'])} beyond {_margins(plan, best)}"
+    said = vouched(plan["confidence"])
+    text += f": {said}" if said else ""
     return f"{text} and {format_bytes(budget['reserve_bytes'])} reserved" if budget["reserve_bytes"] else text
+
+
+def _margins(plan: Document, best: Document) -> str:
+    """Headroom and bound, of which one is there at least."""
+    budget = plan["budget"]
+    ratio = budget["bound_ratio"]
+    parts = []
+    if ratio:
+        above = (
+            best["upper_bound_bytes"] - best["peak_process_bytes"] - budget["margin_bytes"] - budget["reserve_bytes"]
+        )
+        parts.append(f"a bound {100 * ratio:.1f} % above the prediction ({format_bytes(above)})")
+    if budget["margin_bytes"] or not ratio:
+        parts.append(f"{budget['headroom_percent']:g} % headroom ({format_bytes(budget['margin_bytes'])})")
+    return " and ".join(parts)
 
 
 def _time(plan: Document, best: Document) -> str:
@@ -125,6 +140,12 @@ def _time(plan: Document, best: Document) -> str:
         return (
             f"some {format_seconds(best['step_time_s'])} per step by the rule of 6 FLOPs a parameter and token, at the "
             f"rates of {rates}: it serves to rank plans and is no bound"
+        )
+    calibration = gpu["calibration"]
+    if calibration is not None and calibration["is_timed"]:
+        return (
+            f"about {format_seconds(best['step_time_s'])} per step, {best['tokens_per_s']:,.0f} tokens/s, "
+            "at the speed that was measured"
         )
     return (
         f"at least {format_seconds(best['step_time_s'])} per step, at most {best['tokens_per_s']:,.0f} tokens/s: "
@@ -213,7 +234,7 @@ def _nothing_fits(plan: Document) -> Iterator[Line]:
     setup = nearest["setup"]
     yield from title(f"Nothing fits: {exactly(-nearest['headroom_bytes'])} are missing", "bad")
     yield from paragraph("smallest", f"{split_of(setup)}, checkpointing {setup['activation_checkpointing']}")
-    margins = f"{budget['headroom_percent']:g} % headroom ({format_bytes(budget['margin_bytes'])})"
+    margins = _margins(plan, nearest)
     if budget["reserve_bytes"]:
         margins += f" and {format_bytes(budget['reserve_bytes'])} reserved"
     yield from paragraph(

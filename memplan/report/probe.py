@@ -349,7 +349,7 @@ def _tested(one: Document | None) -> tuple[str, str]:
 
 
 def _trials(trials: Iterable[Document]) -> Iterator[Line]:
-    rows = [("trial", "outcome", "allocated", "formula", "error", "step")]
+    rows = [("trial", "", "allocated", "formula", "error", "step")]
     for one in trials:
         measured, formula = one["peak_allocated_bytes"], one["predicted_allocated_bytes"]
         seconds = one["step_time_s"]

@@ -121,6 +121,7 @@ def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
     yield from paragraph("GPU", f"{num:,} x {text}" if num > 1 else text)
     if gpu["name"] == gpu["label"] and gpu["notes"]:
         yield from paragraph("", gpu["notes"])
+    yield from paragraph("", calibration_line(gpu["calibration"]))
     slow = [dtype for dtype in PRECISIONS[precision] if dtype in gpu["unsupported_dtypes"]]
     if slow:
         yield from paragraph("", f"It has no fast units for {slow[-1]}: say --precision fp16-mixed.")
@@ -136,6 +137,19 @@ def choices(setup: Document) -> str:
     if setup["lora"] is not None:
         parts.append(f"LoRA of rank {setup['lora']['rank']} on {', '.join(setup['lora']['targets'])}")
     return ", ".join(parts)
+
+
+def calibration_line(calibration: Document | None) -> str:
+    """Which measurements the prediction stands on."""
+    if calibration is None:
+        return "not calibrated: the prediction stands on no measurement of this card"
+    num = plural(calibration["num_records"], "measurement")
+    return f"calibrated by {num} on {calibration['name']}, up to {calibration['last'][:10]}"
+
+
+def vouched(confidence: float) -> str:
+    """How far measurements vouch for a bound; empty where they do not."""
+    return f"at least {100 * confidence:.0f} % of comparable runs stay under it" if confidence else ""
 
 
 # -- what stands behind it ---------------------------------------------------------------------------------------------

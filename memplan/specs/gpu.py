@@ -18,6 +18,8 @@ from memplan.specs.values import dataclass, field
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from memplan.specs.calibration import Calibration
+
 FLOPS_DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8")
 """The dtypes a matrix product may be computed in, as datasheets tell them apart."""
 
@@ -58,6 +60,15 @@ class GpuSpec:
 
     link_bytes_per_s: float | None = None
     """Bytes per second to another GPU of its kind over its fastest link, in one direction."""
+
+    launch_s: float = 0.0
+    """Seconds that an operator takes at least, where that was measured."""
+
+    workspace_bytes: int | None = None
+    """Bytes of cuBLAS's workspaces, where they were measured."""
+
+    calibration: Calibration | None = field(default_factory=lambda: None, hash=False)
+    """The measurements that its rates, context and workspaces come from; None: its datasheet and PyTorch's sources."""
 
     compute_capability: str | None = None
     """CUDA compute capability such as `8.9`, or AMD's architecture such as `gfx942`."""

@@ -212,8 +212,10 @@ def describe(trial: Trial) -> str:
     steps = setup.gradient_accumulation_steps
     words = [trial.model.rpartition("/")[2], f"{setup.micro_batch_size} x {setup.seq_len:,}", setup.precision]
     words += [f"K {steps}"] if steps > 1 else []
-    words += [setup.attention, setup.optimizer]
+    words += [] if not trial.limit else [f"at {trial.limit}"]
     words += [] if setup.activation_checkpointing == "none" else [f"ckpt {setup.activation_checkpointing}"]
     words += [] if setup.lora is None else [f"LoRA {setup.lora.rank}"]
-    words += [] if not trial.limit else [f"at {trial.limit}"]
+    words += [] if setup.attention == "sdpa" else [setup.attention]
+    words += [] if setup.optimizer.startswith("adamw") else [setup.optimizer]
+    words += ["padded"] if setup.padding else []
     return ", ".join(words)

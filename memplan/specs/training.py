@@ -147,3 +147,16 @@ def checkpointed_layers(activation_checkpointing: str, num_layers: int) -> tuple
         every = int(activation_checkpointing[6:])
         return tuple("full" if i % every == 0 else "none" for i in range(num_layers))
     return (activation_checkpointing,) * num_layers
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small, large = [], []
+    candidate = 1
+    while candidate * candidate <= number:
+        if number % candidate == 0:
+            small.append(candidate)
+            if candidate * candidate != number:
+                large.append(number // candidate)
+        candidate += 1
+    return small + large[::-1]

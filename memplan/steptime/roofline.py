@@ -34,6 +34,8 @@ class Speed(NamedTuple):
     """Dense FLOP/s by dtype of the factors."""
     bytes_per_s: float
     """Bandwidth of its memory."""
+    launch_s: float = 0.0
+    """Least time of an operator: launching its kernels."""
 
     def of(self, dtype: str) -> float:
         """FLOP/s of products of this dtype; where it is not known, of the next wider one that is."""
@@ -113,5 +115,5 @@ def seconds(work: Sequence[Work], speed: Speed, env: Mapping[str, Any]) -> float
     for one in work:
         moving = sum(value(size) for size in one.moved) / speed.bytes_per_s
         computing = value(one.flops) / speed.of(one.dtype)
-        whole += max(moving, computing)
+        whole += max(moving, computing, speed.launch_s)
     return whole

@@ -1,0 +1,173 @@
+"""What does a card's own record teach?  Coefficients from one half of the records, scores from the other.
+
+    context     median of process - reserved bytes in steady state: CUDA context, kernels, libraries
+    workspaces  the most that cuBLAS was seen to hold in the allocator
+    times       max(FLOPs / (f x peak), bytes / (g x bandwidth), launch) summed over the operators of a step; f, g and
+                launch minimise the mean square of log(predicted / measured)
+    scores      (measured - predicted) / predicted process bytes, predicted with these coefficients
+
+A record belongs to the half that a hash of what was measured says, so that the halves do not depend on the order of the
+records and measuring something again does not move it.  Left out: contention, other processes, clocks that differ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from memplan.calibration.accuracy import median, why_not
+from memplan.specs.calibration import Calibration, Regime
+from memplan.specs.measurement import identity
+from memplan.specs.values import NamedTuple, replace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from memplan.calibration.prediction import Prediction
+    from memplan.specs.measurement import Measurement
+
+    PredictWith = Callable[[Measurement, Calibration], Prediction]
+    """Predicts a record with the coefficients of a calibration."""
+    TimeWith = Callable[[Measurement, "Rates"], float | None]
+    """Seconds of a record's step at these rates."""
+
+TIGHT = 0.9
+"""Share of the limit from which on memory is scarce."""
+
+MEASURED_BASES = ("nvml", "device")
+"""Who has to say what a process takes, so that it says something about the context."""
+
+
+class Rates(NamedTuple):
+    """How fast a card is, beside its datasheet."""
+
+    flops_fraction: float = 1.0
+    bandwidth_fraction: float = 1.0
+    launch_s: float = 0.0
+
+
+class TooFewRecordsError(ValueError):
+    """There is nothing to learn from; the message says what is missing."""
+
+
+def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, time: TimeWith) -> Calibration:
+    """The calibration of one card and stack.
+
+    Args:
+        records: Its measurements.
+        gpu: What the card is called.
+        predict: Predicts a record with the coefficients of a calibration.
+        time: The seconds of a record's step at given rates, None where the formula has none.
+
+    Raises:
+        TooFewRecordsError: fewer than two records are complete.
+    """
+    usable = [record for record in records if not why_not(record)]
+    fitted, scored = halves(usable)
+    if not fitted or not scored:
+        raise TooFewRecordsError(f"{len(usable)} complete measurements; one to fit and one to score are the least")
+    rates = fit_rates(fitted, time)
+    found = Calibration(
+        gpu=gpu,
+        card_name=usable[0].card.name,
+        versions=usable[0].versions,
+        first=min(record.measured_at for record in usable),
+        last=max(record.measured_at for record in usable),
+        num_fitted=len(fitted),
+        context_bytes=_context(fitted),
+        workspace_bytes=max((r.workspace_bytes for r in fitted if r.workspace_bytes is not None), default=None),
+        flops_fraction=None if rates is None else rates.flops_fraction,
+        bandwidth_fraction=None if rates is None else rates.bandwidth_fraction,
+        launch_s=None if rates is None else rates.launch_s,
+    )
+    predicted = [(record, predict(record, found)) for record in scored]
+    return replace(found, scores=_scores(predicted), regimes=_regimes(usable, predict, found))
+
+
+def halves(records: Sequence[Measurement]) -> tuple[list[Measurement], list[Measurement]]:
+    """(those to fit, those to score), by a hash of what was measured."""
+    fitted: list[Measurement] = []
+    scored: list[Measurement] = []
+    for record in records:
+        (scored if crc32(identity(record).encode()) & 1 else fitted).append(record)
+    return fitted, scored
+
+
+def _context(records: Sequence[Measurement]) -> int | None:
+    beside = [
+        record.peak_process_bytes - record.peak_reserved_bytes
+        for record in records
+        if record.process_basis in MEASURED_BASES and record.peak_process_bytes and record.peak_reserved_bytes
+    ]
+    return int(median(sorted(beside))) if beside else None
+
+
+def _scores(predicted: Sequence[tuple[Measurement, Prediction]]) -> tuple[float, ...]:
+    """Ascending; of process bytes that the driver said."""
+    scores = [
+        (record.peak_process_bytes - prediction.process) / prediction.process
+        for record, prediction in predicted
+        if prediction.process and record.peak_process_bytes and record.process_basis in MEASURED_BASES
+    ]
+    return tuple(sorted(scores))
+
+
+def _regimes(records: Sequence[Measurement], predict: PredictWith, found: Calibration) -> tuple[Regime, ...]:
+    """How the reserved bytes lie to the allocated and to the predicted ones, where memory is scarce and where not."""
+    by_name: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        prediction = predict(record, found)
+        reserved, allocated = record.peak_reserved_bytes, record.peak_allocated_bytes
+        if reserved and allocated and prediction.reserved:
+            limit = record.trial.limit_bytes or record.card.total_bytes
+            name = "tight" if prediction.reserved > TIGHT * limit else "free"
+            by_name.setdefault(name, []).append((reserved / allocated, reserved / prediction.reserved))
+    return tuple(
+        Regime(name, len(ratios), *(median(sorted(column)) for column in zip(*ratios, strict=True)))
+        for name, ratios in sorted(by_name.items())
+    )
+
+
+# -- rates -------------------------------------------------------------------------------------------------------------
+
+LEAST_FRACTION = 0.01
+MOST_LAUNCH_S = 1e-3
+SWEEPS = 6
+POINTS = 9
+
+
+def fit_rates(records: Sequence[Measurement], time: TimeWith) -> Rates | None:
+    """The rates that fit the measured steps best; None where there is no step to fit.
+
+    Coordinate by coordinate over a logarithmic grid that halves its width with every sweep: three numbers, a smooth
+    function and no derivative; deterministic.
+    """
+    timed = [(record, seconds) for record in records if (seconds := record.step_time_s) is not None]
+    timed = [(record, seconds) for record, seconds in timed if time(record, Rates()) is not None]
+    if not timed:
+        return None
+
+    def loss(rates: Rates) -> float:
+        errors = [math.log((time(record, rates) or seconds) / seconds) ** 2 for record, seconds in timed]
+        return sum(errors) / len(errors)
+
+    best = Rates(0.5, 0.5, 1e-6)
+    least = loss(best)
+    spans = {"flops_fraction": 10.0, "bandwidth_fraction": 10.0, "launch_s": 1000.0}
+    limits = {
+        "flops_fraction": (LEAST_FRACTION, 1.0),
+        "bandwidth_fraction": (LEAST_FRACTION, 1.0),
+        "launch_s": (1e-9, MOST_LAUNCH_S),
+    }
+    for sweep in range(SWEEPS):
+        for name, span in spans.items():
+            low, high = limits[name]
+            width = math.log(span) / 2**sweep
+            for step in range(POINTS):
+                factor = math.exp(width * (2 * step / (POINTS - 1) - 1))
+                tried = best._replace(**{name: min(max(getattr(best, name) * factor, low), high)})
+                here = loss(tried)
+                if here < least:
+                    best, least = tried, here
+    return best

@@ -1,0 +1,89 @@
+"""`memplan validate`: predicted against measured, over all records and all published measurements."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from memplan import measuring
+from memplan.cli.options import Option, SetupCommand, output_options
+from memplan.cli.output import say, write_answer, write_file
+from memplan.cli.progress import Progress
+from memplan.errors import UsageError
+from memplan.report.accuracy import accuracy_markdown, render_accuracy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memplan.report.ansi import Line
+
+SECTION = "What is compared"
+BUDGETED = ("allocated", "reserved", "process", "step_time")
+
+
+@click.command(cls=SetupCommand, short_help="predicted against measured")
+@click.option("--records", cls=Option, section=SECTION, metavar="PATH", help="A folder or file of measurements.")
+@click.option("--trace", cls=Option, section=SECTION, is_flag=True, help="Predict by running the real modules.")
+@click.option("--calibrated", cls=Option, section=SECTION, is_flag=True, help="Use the calibration of each card.")
+@click.option(
+    "--device",
+    cls=Option,
+    section=SECTION,
+    type=click.Choice(["cuda", "cpu"]),
+    help="Only what was measured on cards, or on CPUs.",
+)
+@click.option("--html", cls=Option, section=SECTION, metavar="FILE", help="Write the page with the scatter, too.")
+@output_options
+def validate(
+    records: str | None,
+    trace: bool,
+    calibrated: bool,
+    device: str | None,
+    html: str | None,
+    format: str,  # noqa: A002 -- the option's name
+    output: str | None,
+    quiet: bool,
+    traceback: bool,
+) -> int:
+    """Compare what memplan predicts with every measurement there is: signed errors, and whether the plans were right.
+
+    Measurements are those of `memplan probe`, and peaks that others published. Errors are (predicted - measured) /
+    measured: below zero too little was predicted.
+    """
+    if records is not None and not os.path.exists(records):
+        raise UsageError(f"There is nothing at {records}.", "Name a folder or a file of measurements.")
+    with Progress(shown=not quiet) as progress:
+        found = measuring.validate(records, trace=trace, calibrated=calibrated, device=device, notify=progress.say)
+    document = measuring.accuracy_document(found)
+    for line in document["bad_lines"]:
+        say(f"{line['path']}, line {line['number']} is passed over: {line['reason']}", quiet=quiet)
+    if html is not None:
+        from memplan.report.accuracy_page import render_accuracy_page
+
+        write_file(html, render_accuracy_page(document))
+        say(f"page written to {html}", quiet=quiet)
+
+    def lines() -> Sequence[Line]:
+        return render_accuracy(document, quiet=quiet)
+
+    _write(document, lines, format=format, output=output, quiet=quiet)
+    return 0
+
+
+def _write(document: dict[str, Any], lines: Any, *, format: str, output: str | None, quiet: bool) -> None:  # noqa: A002
+    if format == "markdown":
+        from memplan.report.ansi import Line
+
+        text = accuracy_markdown(document)
+        write_answer(
+            document,
+            format="text",
+            output=output,
+            quiet=quiet,
+            lines=lambda: [Line(line) for line in text.rstrip("\n").split("\n")],
+            records=list,
+        )
+        return
+    write_answer(document, format=format, output=output, quiet=quiet, lines=lines, records=lambda: document["points"])

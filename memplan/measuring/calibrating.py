@@ -1,0 +1,100 @@
+"""What do the records of a card teach?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.calibration.fit import Rates, TooFewRecordsError, fit
+from memplan.calibration.prediction import Prediction, prediction_of
+from memplan.catalog.calibrations import apply
+from memplan.catalog.measurements import read_measurements
+from memplan.errors import MemplanError
+from memplan.estimation.estimate import Estimator, speed_of
+from memplan.measuring.probing import default_records
+from memplan.measuring.trials import card_id, estimator_of, gpu_of, predict
+from memplan.specs.values import replace
+
+if TYPE_CHECKING:
+    from memplan.specs.calibration import Calibration
+    from memplan.specs.measurement import Measurement
+
+STACK = ("torch", "cuda", "transformers")
+"""Versions that tell one software stack from another, beside the driver."""
+
+CURE = "Make some: memplan probe --matrix core."
+
+
+def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Calibration, ...]:
+    """What the records of each card and stack teach; of one card if `gpu` names it.
+
+    Raises:
+        MemplanError: there are no records that something could be learnt from.
+    """
+    found = read_measurements(default_records() if records is None else records)
+    stacks: dict[tuple[str, ...], list[Measurement]] = {}
+    for record in found.measurements:
+        if record.card.device == "cuda":
+            versions = (record.versions.get(name, "") for name in STACK)
+            stacks.setdefault((card_id(record.card), record.card.driver, *versions), []).append(record)
+    wanted = {key: group for key, group in stacks.items() if gpu is None or key[0] == gpu.strip().lower()}
+    if not wanted:
+        of = "" if gpu is None else f" of {gpu}"
+        raise MemplanError(f"There are no measurements on a GPU{of} to learn from.", CURE)
+    learnt: list[Calibration] = []
+    reasons: list[str] = []
+    for key, group in wanted.items():
+        try:
+            learnt.append(fit(group, key[0], _predict_with, _Times()))
+        except TooFewRecordsError as fault:
+            reasons.append(f"{key[0]}: {fault}")
+    if not learnt:
+        raise MemplanError(f"Too little was measured ({'; '.join(reasons)}).", CURE)
+    return tuple(learnt)
+
+
+def _predict_with(record: Measurement, calibration: Calibration) -> Prediction:
+    trial = record.trial
+    gpu = gpu_of(record.card, trial.limit_bytes, trial.limit)
+    assert gpu is not None
+    try:
+        return prediction_of(predict(trial, apply(gpu, calibration)))
+    except MemplanError as fault:
+        return Prediction(reason=fault.cause)
+
+
+class _Times:
+    """Seconds of a record's step at given rates; what a record has in common at all rates is worked out once."""
+
+    def __init__(self) -> None:
+        self._estimators: dict[str, Estimator | None] = {}
+
+    def __call__(self, record: Measurement, rates: Rates) -> float | None:
+        if record.id not in self._estimators:
+            self._estimators[record.id] = _timing(record)
+        estimator = self._estimators[record.id]
+        if estimator is None:
+            return None
+        assert estimator.gpu is not None
+        assert estimator.gpu.memory_bandwidth_bytes_per_s is not None
+        at_rates = estimator.at_speed(
+            replace(
+                estimator.gpu,
+                flops_per_s={dtype: rates.flops_fraction * rate for dtype, rate in estimator.gpu.flops_per_s.items()},
+                memory_bandwidth_bytes_per_s=rates.bandwidth_fraction * estimator.gpu.memory_bandwidth_bytes_per_s,
+                launch_s=rates.launch_s,
+            )
+        )
+        time = at_rates.step_time(record.trial.setup)
+        return None if time is None else time.total_s
+
+
+def _timing(record: Measurement) -> Estimator | None:
+    gpu = gpu_of(record.card, record.trial.limit_bytes, record.trial.limit)
+    if gpu is None or speed_of(gpu) is None:
+        return None
+    try:
+        estimator = estimator_of(record.trial, gpu)
+        estimator.check(record.trial.setup)
+    except MemplanError:
+        return None
+    return estimator

@@ -1,0 +1,51 @@
+"""What others measured and published, against what memplan predicts of the same run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.architectures.registry import read_architecture
+from memplan.catalog.gpus import read_gpu
+from memplan.catalog.models import read_config
+from memplan.catalog.published import comparable_bytes, read_questions
+from memplan.estimation.estimate import Estimator
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from memplan.catalog.published import Question
+
+
+class Answer(NamedTuple):
+    """One published number and the predicted one."""
+
+    question: Question
+    predicted_bytes: int
+
+    @property
+    def error(self) -> float:
+        """Signed, as a fraction of what was measured."""
+        return (self.predicted_bytes - self.question.measured_bytes) / self.question.measured_bytes
+
+    @property
+    def explained_error(self) -> float | None:
+        """The same with the tensors that are known to make a difference; None where there are none."""
+        if not self.question.explained_bytes:
+            return None
+        return self.error + self.question.explained_bytes / self.question.measured_bytes
+
+
+def answers() -> tuple[Answer, ...]:
+    """What memplan says to every question that it is asked about published numbers."""
+    estimators: dict[str, Estimator] = {}
+    found = []
+    for question in read_questions():
+        key = f"{question.model} on {question.gpu}"
+        if key not in estimators:
+            values = question.config or read_config(question.model)[0]
+            architecture = read_architecture(values, question.model)
+            estimators[key] = Estimator(architecture, question.model, read_gpu(question.gpu))
+        estimator = estimators[key]
+        assert estimator.gpu is not None
+        memory = estimator.replayed_memory(question.setup, estimator.gpu.usable_bytes)
+        found.append(Answer(question, comparable_bytes(memory, question.quantity)))
+    return tuple(found)

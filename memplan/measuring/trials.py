@@ -1,0 +1,232 @@
+"""Which trial is meant, on which card, and what does memplan say of it?"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from memplan import api
+from memplan.architectures.registry import read_architecture
+from memplan.calibration.prediction import Prediction, prediction_of
+from memplan.catalog.calibrations import apply, read_calibration
+from memplan.catalog.gpus import parse_gpu, read_gpus
+from memplan.catalog.measurements import file_of
+from memplan.catalog.models import find_default_model, read_config
+from memplan.errors import MemplanError, UsageError
+from memplan.estimation.estimate import Estimator
+from memplan.specs.adapter import Lora
+from memplan.specs.gpu import GpuSpec
+from memplan.specs.measurement import Card, Measurement, Trial
+from memplan.specs.training import divisors
+from memplan.specs.values import replace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memplan.estimation.estimate import Estimate
+    from memplan.specs.training import Setup
+
+SETUP_ARGUMENTS = {
+    "micro_batch": "micro_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "seq_len": "seq_len",
+    "precision": "precision",
+    "optimizer": "optimizer",
+    "checkpointing": "activation_checkpointing",
+    "attention": "attention",
+    "loss": "loss",
+    "dropout": "dropout",
+    "padding": "padding",
+}
+"""What the functions here call a field of a setup."""
+
+
+def make_trial(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    limit: str | None = None,
+    lora_rank: int | None = None,
+    lora_targets: str | Sequence[str] | None = None,
+    lora_dropout: float | None = None,
+    data_parallel_size: int = 1,
+    **choices: Any,
+) -> Trial:
+    """What is to be measured; everything is named as for `memplan.estimate`.
+
+    Args beside those:
+        limit: Size of a card (``24GB``) or its name: what the process may take; None: all there is.
+        lora_rank: Rank of adapters that peft adds; None: all weights are trained.
+        lora_targets: Names of the layers they are added to, as a list or with commas; all linear ones if None.
+        lora_dropout: Probability of dropout before them (0).
+
+    Raises:
+        UsageError: a value or a combination has no meaning.
+        MemplanError: the model cannot be found.
+    """
+    unknown = sorted(set(choices) - set(SETUP_ARGUMENTS))
+    if unknown:
+        raise UsageError(f"A trial has no {unknown[0]}.", f"It has {', '.join(SETUP_ARGUMENTS)}.")
+    asked = find_default_model()[0] if model is None else os.fspath(model)
+    if api.names_factory(asked):
+        raise UsageError(
+            f"{asked} is a module of your own: a probe builds models from a config.json.",
+            "Name a config.json, or ask memplan trace.",
+        )
+    values, name = read_config(asked)
+    given = {SETUP_ARGUMENTS[argument]: value for argument, value in choices.items()}
+    setup = api.make_setup(_defaults_of(values, name), data_parallel_size, given)
+    if lora_rank is None and (lora_targets is not None or lora_dropout is not None):
+        raise UsageError("There are settings of LoRA and no rank.", "Say --lora-rank 16, or leave them out.")
+    lora = None if lora_rank is None else _lora(lora_rank, lora_targets, lora_dropout)
+    size, label = (None, "") if limit is None else _limit(limit)
+    return Trial(model=name, config=values, setup=replace(setup, lora=lora), limit_bytes=size, limit=label)
+
+
+def _defaults_of(values: dict[str, Any], name: str) -> api.Model | api.UserModule:
+    """Whose default length and attention a setup takes."""
+    try:
+        return api.Model(read_architecture(values, name), name, values, "")
+    except MemplanError:
+        return api.UserModule(name)
+
+
+def _lora(rank: int, targets: str | Sequence[str] | None, dropout: float | None) -> Lora:
+    names = targets.split(",") if isinstance(targets, str) else targets or ("all-linear",)
+    return Lora(rank=rank, targets=tuple(name.strip() for name in names), dropout=dropout or 0.0)
+
+
+def _limit(text: str) -> tuple[int, str]:
+    num, card = parse_gpu(text)
+    if num != 1:
+        raise UsageError(f"--limit {text} names {num} GPUs.", "A limit is of one.")
+    return card.usable_bytes, card.name
+
+
+def gpu_of(card: Card, limit_bytes: int | None = None, limit: str = "") -> GpuSpec | None:
+    """The card that was measured on as the catalogue has it, else what is known of it; capped where it was.
+
+    None for a CPU.
+    """
+    if card.device != "cuda":
+        return None
+    known = [gpu for gpu in read_gpus().values() if _is_called(gpu, card.name)]
+    near = [gpu for gpu in known if gpu.torch_bytes and abs(gpu.torch_bytes / card.total_bytes - 1) < 0.04]
+    size = card.total_bytes if limit_bytes is None else limit_bytes
+    name = limit or card.name
+    if near:
+        return replace(near[0], torch_bytes=size, name=near[0].name if limit_bytes is None else name)
+    return GpuSpec(name=name, label=card.name, torch_bytes=size, compute_capability=card.compute_capability or None)
+
+
+def _is_called(gpu: GpuSpec, name: str) -> bool:
+    wanted = _plain(name)
+    return any(_plain(one) == wanted for one in (gpu.name, gpu.label, *gpu.aliases))
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower().replace("nvidia", "").replace("geforce", "") if c.isalnum())
+
+
+def predict(trial: Trial, gpu: GpuSpec | None) -> Estimate:
+    """What the formula says of a trial.
+
+    Raises:
+        MemplanError: it has no answer.
+    """
+    return estimator_of(trial, gpu).estimate(trial.setup)
+
+
+def estimator_of(trial: Trial, gpu: GpuSpec | None) -> Estimator:
+    """The formula of a trial's model on a card."""
+    architecture = read_architecture(dict(trial.config), trial.model, dropout=trial.setup.dropout)
+    return Estimator(architecture, trial.model, gpu, gpu)
+
+
+def largest_predicted(trial: Trial, gpu: GpuSpec) -> int:
+    """The largest micro-batch that the formula says survives on the card, without any headroom; at least 1.
+
+    Where the formula has no answer, the micro-batch of the trial.
+    """
+    try:
+        estimator = estimator_of(trial, gpu)
+        estimator.check(trial.setup)
+    except MemplanError:
+        return trial.setup.micro_batch_size
+
+    def fits(micro_batch_size: int) -> bool:
+        setup = replace(trial.setup, micro_batch_size=micro_batch_size)
+        return estimator.memory(setup).peak_process_bytes <= gpu.usable_bytes
+
+    def survives(micro_batch_size: int) -> bool:
+        setup = replace(trial.setup, micro_batch_size=micro_batch_size)
+        return estimator.replayed_memory(setup, gpu.usable_bytes).peak_process_bytes <= gpu.usable_bytes
+
+    low, high = 1, 2
+    while fits(high) and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    while low > 1 and not survives(low):
+        low -= 1
+    return low
+
+
+def card_id(card: Card) -> str:
+    """What a card is called: its catalogue id, else the name of its file of records."""
+    known = gpu_of(card)
+    assert known is not None
+    return known.name if known.name != card.name else file_of(card.name).partition(".")[0]
+
+
+def prediction_for(found: Measurement, *, trace: bool = False, calibrated: bool = False) -> Prediction:
+    """What the formula (or a trace of the real module) says of a measured trial."""
+    trial = found.trial
+    gpu = gpu_of(found.card, trial.limit_bytes, trial.limit)
+    if gpu is not None and calibrated:
+        learnt = read_calibration(card_id(found.card), os.environ)
+        gpu = gpu if learnt is None else apply(gpu, learnt)
+    try:
+        estimate = _traced(trial, gpu) if trace else predict(trial, gpu)
+    except MemplanError as fault:
+        return Prediction(reason=fault.cause)
+    return prediction_of(estimate, found.card.device)
+
+
+def _traced(trial: Trial, gpu: GpuSpec | None) -> Estimate:
+    from memplan.probes.answers import estimate_of, trace_setup
+    from memplan.probes.models import transformers_model
+
+    model = transformers_model(trial.config, trial.model)
+    return estimate_of(trace_setup(model, trial.setup, gpu=gpu), gpu=gpu)
+
+
+def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str | None) -> Setup | None:
+    """What the planner recommends on a card for a batch; None where nothing fits.
+
+    Raises:
+        MemplanError: there is no plan for this model.
+    """
+    from memplan.planner.goal import Goal, Target
+    from memplan.planner.search import search
+
+    goal = Goal(
+        setup=trial.setup,
+        target=Target(target_batch),
+        usable_bytes=gpu.usable_bytes,
+        headroom_percent=api.DEFAULT_HEADROOM_PERCENT,
+        activation_checkpointing=checkpointing,
+    )
+    speed = api.find_speed(gpu)
+    architecture = read_architecture(dict(trial.config), trial.model, dropout=trial.setup.dropout)
+    best = search(Estimator(architecture, trial.model, gpu, speed), goal, gpu, speed.label).best
+    return None if best is None else best.setup
+
+
+def next_larger(setup: Setup, target_batch: int) -> Setup | None:
+    """The next micro-batch above that reaches the same batch; None where there is none."""
+    each = target_batch // setup.data_parallel_size
+    above = [micro for micro in divisors(each) if micro > setup.micro_batch_size]
+    if not above:
+        return None
+    return replace(setup, micro_batch_size=above[0], gradient_accumulation_steps=each // above[0])

@@ -1,0 +1,465 @@
+"""How far are predictions from measurements?  As text, and as the table of the README.
+
+    error = (predicted - measured) / measured
+
+Negative is the dangerous direction: a plan that counts on too little runs out of memory.  Medians and percentiles are
+those of the sizes of the errors, without their sign; the worst are named in both directions.  The page with the charts
+is `accuracy_page`; the words that the three share are here.
+
+Left out: everything that is not in the document.  The newest record is its date, never the day it is shown.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.ansi import Line
+from memplan.report.layout import clip, plural, wrap
+from memplan.report.tables import render_markdown
+from memplan.report.text import gib, paragraph, table, title
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    Document = dict[str, Any]
+
+DEVICES = ("cuda", "cpu")
+QUANTITIES = ("allocated", "reserved", "process", "step_time")
+
+SUBJECT_BY_DEVICE = {
+    "cuda": "real training steps on GPUs",
+    "cpu": "bytes of tensors of real training steps on a CPU",
+}
+"""What was measured there."""
+
+PLACE_BY_DEVICE = {"cuda": "GPU", "cpu": "CPU, tensors of real training steps"}
+SHORT_BY_DEVICE = {"cuda": "GPU", "cpu": "CPU"}
+"""The same, for the cell of a table."""
+
+NAME_BY_QUANTITY = {
+    "allocated": "allocated",
+    "reserved": "reserved",
+    "process": "process",
+    "step_time": "step time",
+}
+
+MEANING_BY_QUANTITY = {
+    "allocated": "bytes of tensors",
+    "reserved": "bytes that PyTorch's allocator holds",
+    "process": "bytes of the whole process",
+    "step_time": "seconds of an optimizer step",
+}
+
+GROUPS = {
+    "model_type": "By architecture",
+    "gpu": "By card",
+    "precision": "By precision",
+    "checkpointing": "By checkpointing",
+    "lora": "By adapter",
+}
+"""Group of errors -> its heading, in the order they are shown in."""
+
+ERROR_LEGEND = (
+    "Errors are (predicted - measured) / measured: minus is too little, and a plan that counts on too few bytes runs out "
+    "of memory. Median, p90 and p99 are of their sizes, without the sign."
+)
+
+CPU_LEGEND = (
+    "A CPU has no caching allocator, no CUDA context and other kernels: equal bytes there say that the tensors are "
+    "counted rightly, and nothing about reserved or process bytes of a GPU."
+)
+
+FLOOR_LEGEND = (
+    "bound: the run holds what memplan does not count, so that memplan's number can only be a lower bound; it holds "
+    "where it is not above what was measured"
+)
+
+VERDICTS = {
+    "true_maximum": "named the largest micro-batch that ran",
+    "one_below": "stayed one below it",
+    "further_below": "stayed further below",
+    "too_large": "ran out of memory",
+    "undecided": "undecided",
+}
+"""Count of `decisions` -> what these plans did."""
+
+MOST_CASES = 20
+MOST_REASONS = 8
+"""Rows that are listed in text; all are on the page and in the JSON."""
+
+GPU_WIDTH = 12
+VERDICT_WIDTH = 14
+"""Columns of texts that stand beside a column that is cut already."""
+
+
+# -- numbers and words -------------------------------------------------------------------------------------------------
+
+
+def percent(error: float | None) -> str:
+    """A signed error: ``+0.03 %``, ``-12.6 %``; ``exact`` is zero and nothing else."""
+    if error is None:
+        return "-"
+    return "exact" if error == 0 else f"{'+' if error > 0 else ''}{size(error)}"
+
+
+def size(error: float) -> str:
+    """An error with as many decimals as mean something: ``0.03 %``, ``12.6 %``, ``1,250 %``."""
+    if error == 0:
+        return "exact"
+    share = 100 * error
+    return f"{share:,.{2 if abs(share) < 0.1 else 1 if abs(share) < 100 else 0}f} %"
+
+
+def printable(text: str) -> str:
+    """Text from outside on one line, without what would move a cursor or colour a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def overall(document: Document, device: str) -> list[Document]:
+    """The errors of one device over all its measurements, one row a quantity."""
+    rows = {row["quantity"]: row for row in _errors(document, device, "all")}
+    return [rows[quantity] for quantity in QUANTITIES if quantity in rows]
+
+
+def grouped(document: Document, group: str) -> list[Document]:
+    """The errors of one group on all devices."""
+    return [row for device in DEVICES for row in _errors(document, device, group)]
+
+
+def _errors(document: Document, device: str, group: str) -> list[Document]:
+    return [row for row in document["errors"] if row["device"] == device and row["group"] == group and row["num"] > 0]
+
+
+def num_measured(document: Document, device: str) -> int:
+    """Measurements on `device` that were compared."""
+    return max((row["num"] for row in overall(document, device)), default=0)
+
+
+def is_broken(comparison: Document) -> bool:
+    """Whether what can only be a lower bound is above what was measured."""
+    return bool(comparison["comparison"] == "floor" and comparison["error"] > 0)
+
+
+def error_of(comparison: Document) -> str:
+    """The error of a published number; of a lower bound, whether it holds."""
+    if comparison["comparison"] == "value":
+        return percent(comparison["error"])
+    return f"above {percent(comparison['error'])}" if is_broken(comparison) else "bound holds"
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def verdict(document: Document) -> list[str]:
+    """What can be said in a few sentences, the most important first."""
+    return [
+        *_on_gpus(document),
+        *_on_cpus(document),
+        *([] if document["decisions"]["num"] == 0 else [decided(document["decisions"])]),
+        *_on_published(document["published"]),
+    ]
+
+
+def _on_gpus(document: Document) -> Iterator[str]:
+    rows = overall(document, "cuda")
+    if not rows:
+        yield "No measurement of our own on a GPU exists yet, so how accurate memplan is on a GPU is not known."
+        return
+    row = next(
+        (row for name in ("process", "reserved", "allocated") for row in rows if row["quantity"] == name), rows[0]
+    )
+    yield (f"On GPUs, {plural(row['num'], 'measurement')}: {MEANING_BY_QUANTITY[row['quantity']]} are {_spread(row)}.")
+
+
+def _on_cpus(document: Document) -> Iterator[str]:
+    for row in overall(document, "cpu")[:1]:
+        kinds = plural(row["num"], "measurement")
+        yield f"CPU, {SUBJECT_BY_DEVICE['cpu']} ({kinds}): {_spread(row)}."
+
+
+def _spread(row: Document) -> str:
+    if row["worst_over"] is None and row["worst_under"] is None:
+        return "exact, byte for byte"
+    worst = [
+        f"{size(abs(row[key]))} too {word}"
+        for key, word in (("worst_under", "little"), ("worst_over", "much"))
+        if row[key]
+    ]
+    middle = "exact" if row["median"] == 0 else f"off by {size(row['median'])}"
+    return f"{middle} at the median, {size(row['p90'])} at p90; worst {' and '.join(worst) or 'exact'}"
+
+
+def decided(decisions: Document) -> str:
+    """``Of 10 plans put to the test, 7 named the largest micro-batch that ran, ...``."""
+    counts = [f"{decisions[key]:,} {words}" for key, words in VERDICTS.items() if decisions[key]]
+    return f"Of {plural(decisions['num'], 'plan')} put to the test on a device, {', '.join(counts)}."
+
+
+def _on_published(published: Document) -> Iterator[str]:
+    compared = published["compared"]
+    if not compared:
+        return
+    errors = [one["error"] for one in compared if one["comparison"] == "value"]
+    text = f"{plural(len(compared), 'GPU number')} that others published"
+    if errors:
+        middle = size(median(map(abs, errors)))
+        text += f": {percent(min(errors))} to {percent(max(errors))}, {middle} at the median"
+    floors = len(compared) - len(errors)
+    if floors:
+        broken = sum(map(is_broken, compared))
+        text += f"; lower bounds: {floors:,}, {f'{broken:,} above what was measured' if broken else 'all hold'}"
+    yield f"{text}."
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def render_accuracy(document: Document, *, quiet: bool = False) -> list[Line]:
+    """The text of an accuracy document; `quiet`: the verdict and the overall errors alone."""
+    lines = [*_verdict_lines(document), *_overall_lines(document, quiet=quiet)]
+    if quiet:
+        return lines
+    return [
+        *lines,
+        *_group_lines(document),
+        *_decision_lines(document["decisions"]),
+        *_published_lines(document["published"]),
+        *_reason_lines("Measured and left out", document["left_out"]),
+        *_origin_lines(document),
+    ]
+
+
+def _verdict_lines(document: Document) -> Iterator[Line]:
+    style = "title" if overall(document, "cuda") else "bad"
+    for number, sentence in enumerate(verdict(document)):
+        yield from (Line(line, "" if number else style) for line in wrap(sentence))
+
+
+def _overall_lines(document: Document, *, quiet: bool) -> Iterator[Line]:
+    for device in DEVICES:
+        rows = overall(document, device)
+        if not rows:
+            continue
+        yield from title(f"Errors: {SUBJECT_BY_DEVICE[device]}")
+        yield from table([("", *ERROR_COLUMNS), *((NAME_BY_QUANTITY[row["quantity"]], *_cells(row)) for row in rows)])
+        for row in rows if not quiet else []:
+            if row["worst_under_id"] is not None:
+                worst = f"most too little, {NAME_BY_QUANTITY[row['quantity']]}: {printable(row['worst_under_id'])}"
+                yield from _faint(worst)
+        if device == "cpu" and not quiet:
+            yield from _faint(CPU_LEGEND)
+    if any(overall(document, device) for device in DEVICES):
+        yield Line("")
+        yield from _faint(ERROR_LEGEND)
+
+
+ERROR_COLUMNS = ("n", "median", "p90", "p99", "worst over", "worst under")
+
+
+def _cells(row: Document) -> tuple[str, ...]:
+    return (
+        f"{row['num']:,}",
+        *(size(row[key]) for key in ("median", "p90", "p99")),
+        percent(row["worst_over"]),
+        percent(row["worst_under"]),
+    )
+
+
+def _group_lines(document: Document) -> Iterator[Line]:
+    for group, heading in GROUPS.items():
+        rows = grouped(document, group)
+        if not rows:
+            continue
+        yield from title(heading)
+        cells = [
+            (
+                printable(row["value"]),
+                SHORT_BY_DEVICE[row["device"]],
+                NAME_BY_QUANTITY[row["quantity"]],
+                f"{row['num']:,}",
+                size(row["median"]),
+                size(row["p90"]),
+                percent(row["worst_over"]),
+                percent(row["worst_under"]),
+            )
+            for row in rows
+        ]
+        yield from table([("", "", "", "n", "median", "p90", "worst over", "worst under"), *cells], left=(0, 1, 2))
+
+
+def _decision_lines(decisions: Document) -> Iterator[Line]:
+    if not decisions["num"]:
+        return
+    yield from title("Plans put to the test: the micro-batch named, and what ran")
+    cases = decisions["cases"]
+    yield from table(
+        [
+            ("trial", "named", "largest that ran", "smallest that did not", "verdict"),
+            *((printable(case["trial"]), *_case(case)) for case in cases[:MOST_CASES]),
+        ],
+        left=(0, 4),
+    )
+    if len(cases) > MOST_CASES:
+        yield from _faint(f"and {len(cases) - MOST_CASES:,} more: --json")
+
+
+def _case(case: Document) -> tuple[str, ...]:
+    counts = (case["recommended"], case["largest_survivor"], case["smallest_failure"])
+    verdict = clip(printable(case["verdict"]).replace("_", " "), VERDICT_WIDTH)
+    return (*("-" if count is None else f"{count:,}" for count in counts), verdict)
+
+
+def _published_lines(published: Document) -> Iterator[Line]:
+    compared = published["compared"]
+    if compared:
+        yield from title(f"What others published (GiB): {len(compared):,} of {plural(published['num_rows'], 'row')}")
+        rows: list[tuple[str, ...]] = [("model", "GPU", "quantity", "measured", "memplan", "error", "rest")]
+        rows += [
+            (
+                printable(one["model"]),
+                clip(printable(one["gpu"]), GPU_WIDTH),
+                NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
+                gib(one["measured"]),
+                gib(one["predicted"]),
+                error_of(one),
+                "" if one["explained_error"] is None else percent(one["explained_error"]),
+            )
+            for one in compared
+        ]
+        if not any(row[-1] for row in rows[1:]):
+            rows = [row[:-1] for row in rows]
+        yield from table(rows, left=(0, 1, 2))
+        for line in _published_legend(compared):
+            yield from _faint(line)
+    yield from _reason_lines("Published and not answered", published["not_answered"])
+
+
+def _published_legend(compared: Iterable[Document]) -> Iterator[str]:
+    compared = list(compared)
+    if any(one["explained_error"] is not None for one in compared):
+        yield "rest: what is left of the error once the tensors that are known to differ are counted"
+    if any(one["comparison"] == "floor" for one in compared):
+        yield FLOOR_LEGEND
+
+
+def _reason_lines(heading: str, reasons: Sequence[Document]) -> Iterator[Line]:
+    if not reasons:
+        return
+    yield from title(f"{heading}: {sum(one['num'] for one in reasons):,}")
+    for one in reasons[:MOST_REASONS]:
+        for line in wrap(printable(one["reason"]), first=f"  {one['num']:>5,}  "):
+            yield Line(line)
+    if len(reasons) > MOST_REASONS:
+        rest = sum(one["num"] for one in reasons[MOST_REASONS:])
+        yield from _faint(f"and {rest:,} for {plural(len(reasons) - MOST_REASONS, 'more reason')}: --json")
+
+
+def _origin_lines(document: Document) -> Iterator[Line]:
+    measured = document["measured"]
+    yield Line("")
+    yield from paragraph("measured", printable(origin(measured)))
+    if measured["cards"]:
+        yield from paragraph("cards", printable(", ".join(measured["cards"])))
+    if measured["stacks"]:
+        yield from paragraph("versions", printable("; ".join(measured["stacks"])))
+    yield from paragraph("witness", f"{document['witness']}, memplan {printable(document['memplan_version'])}")
+    for bad in document["bad_lines"]:
+        yield from paragraph("skipped", printable(f"{bad['path']}, line {bad['number']:,}: {bad['reason']}"))
+
+
+def origin(measured: Document) -> str:
+    """``12 records, 10 compared, from 2026-11-20 to 2026-11-22``."""
+    text = f"{plural(measured['num_records'], 'record')}, {measured['num_compared']:,} compared"
+    if measured["first"] is None or measured["last"] is None:
+        return text
+    first, last = day(measured["first"]), day(measured["last"])
+    return f"{text}, of {last}" if first == last else f"{text}, from {first} to {last}"
+
+
+def day(moment: str) -> str:
+    """The date of a moment in ISO 8601."""
+    return moment.partition("T")[0]
+
+
+def _faint(text: str) -> Iterator[Line]:
+    for line in wrap(text, first="  "):
+        yield Line(line, "faint")
+
+
+# -- the README's table ------------------------------------------------------------------------------------------------
+
+
+def accuracy_markdown(document: Document) -> str:
+    """The short form for the README: one row a device and quantity, the decisions, the published numbers."""
+    parts = [_dated(document)]
+    rows = [
+        {"where": PLACE_BY_DEVICE[device], "quantity": NAME_BY_QUANTITY[row["quantity"]]}
+        | dict(zip(ERROR_COLUMNS, _cells(row), strict=True))
+        for device in DEVICES
+        for row in overall(document, device)
+    ]
+    if rows:
+        parts += [render_markdown(rows), f"{ERROR_LEGEND}\n"]
+    if document["decisions"]["num"]:
+        parts.append(f"{decided(document['decisions'])}\n")
+    compared = document["published"]["compared"]
+    if compared:
+        parts += [render_markdown([_markdown_row(one) for one in compared]), *_markdown_notes(compared)]
+    parts.append(_not_measured(document))
+    return "\n".join(parts)
+
+
+def _dated(document: Document) -> str:
+    measured, published = document["measured"], document["published"]
+    dates = []
+    if measured["last"] is not None:
+        dates.append(f"newest record of {_markdown(day(measured['last']))}")
+    if published["last"] and published["compared"]:
+        dates.append(f"newest published number of {_markdown(published['last'])}")
+    text = f"Predicted against measured ({'; '.join(dates) or 'nothing is measured yet'})."
+    return f"{text} {'' if overall(document, 'cuda') else next(_on_gpus(document))}".rstrip() + "\n"
+
+
+def _markdown_row(one: Document) -> Document:
+    error = error_of(one)
+    if one["explained_error"] is not None:
+        error += f", rest {percent(one['explained_error'])}"
+    return {
+        "model": _markdown(one["model"]),
+        "GPU": _markdown(one["gpu"]),
+        "quantity": NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
+        "measured": f"{gib(one['measured'])} GiB",
+        "predicted": f"{gib(one['predicted'])} GiB",
+        "error": error,
+    }
+
+
+def _markdown_notes(compared: Sequence[Document]) -> Iterator[str]:
+    for line in _published_legend(compared):
+        yield f"{line[0].upper()}{line[1:]}.\n"
+
+
+def _not_measured(document: Document) -> str:
+    """What no number above speaks about."""
+    missing = [
+        f"{NAME_BY_QUANTITY[quantity]} ({MEANING_BY_QUANTITY[quantity]})"
+        for quantity in QUANTITIES
+        if quantity not in {row["quantity"] for row in overall(document, "cuda")}
+    ]
+    parts = [f"not measured on a GPU: {', '.join(missing)}"] if missing else []
+    for what, reasons in (
+        ("records left out", document["left_out"]),
+        ("published numbers not answered", document["published"]["not_answered"]),
+    ):
+        if reasons:
+            most = max(reasons, key=lambda one: one["num"])
+            parts.append(f"{sum(one['num'] for one in reasons):,} {what}, mostly: {_markdown(most['reason'])}")
+    text = "; ".join(parts) or "nothing is left out"
+    return f"{text[0].upper()}{text[1:]}.\n"
+
+
+def _markdown(text: str) -> str:
+    """Text from outside as Markdown shows it: no markup, no HTML, no end of a cell."""
+    marks = {ord(mark): f"&#{ord(mark)};" for mark in "&<>|\\`*[]~"}
+    return printable(text).translate(marks)

@@ -1,0 +1,365 @@
+"""How far are predictions from measurements?  As one page that needs no network, no JavaScript and no other file.
+
+Charts are SVG by matplotlib, written into the page; every one has its conclusion as a description and its numbers in a
+table.  Colours are written as stand-ins (`#0a0001`) and replaced by CSS variables, so that one drawing follows the
+reader's light or dark theme; shapes say the same as colours.  The same document gives the same bytes.
+
+Every text from outside is escaped by the template; the charts hold none.  Left out: what the document does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from memplan.report import accuracy
+from memplan.report.layout import plural
+from memplan.specs.values import NamedTuple
+from memplan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from matplotlib.axes import Axes
+
+    Document = dict[str, Any]
+
+TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
+
+INK, FAINT, BAND, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
+GPU, CPU, PUBLISHED = "#0a0011", "#0a0012", "#0a0013"
+VARIABLES = {
+    INK: "var(--ink)",
+    FAINT: "var(--line)",
+    BAND: "var(--band)",
+    PAPER: "var(--paper)",
+    GPU: "var(--gpu)",
+    CPU: "var(--cpu)",
+    PUBLISHED: "var(--published)",
+}
+"""Colour as it is drawn -> colour as the stylesheet has it."""
+
+BUDGET_PERCENT = (1, 3)
+"""The bands around zero: what an error is meant to stay within."""
+
+ERROR_TICKS = (0.3, 1, 3, 10, 30, 100, 300, 1000, 10_000)
+"""Percent, on either side of zero."""
+
+OPEN_UP_TO = 60
+"""Published comparisons that are unfolded from the start; more are folded, source by source."""
+
+
+class Mark(NamedTuple):
+    """How one kind of point looks: shape and colour, or shape and no filling."""
+
+    name: str
+    shape: str
+    """A marker of matplotlib."""
+    colour: str
+    is_filled: bool
+    path: str
+    """The same shape for the legend, in a square of 12 x 12."""
+
+    @property
+    def css(self) -> str:
+        """Its colour in the stylesheet."""
+        return VARIABLES[self.colour]
+
+
+MARKS = {
+    "cuda": Mark("measured on a GPU", "o", GPU, True, "M6 2a4 4 0 1 0 .01 0z"),
+    "cpu": Mark("measured on a CPU: tensors alone", "s", CPU, True, "M2.5 2.5h7v7h-7z"),
+    "value": Mark("published by others, on a GPU", "^", PUBLISHED, True, "M6 2l4.5 8h-9z"),
+    "floor": Mark("published; memplan's number is a lower bound", "v", PUBLISHED, False, "M6 10L1.5 2h9z"),
+}
+"""Device of a measurement, or comparison of a published number -> its mark."""
+
+
+class Point(NamedTuple):
+    """One number, predicted and measured."""
+
+    kind: str
+    """Key of `MARKS`."""
+    quantity: str
+    measured: float
+    predicted: float
+    error: float
+
+
+def render_accuracy_page(document: Document) -> str:
+    """The page of an accuracy document, UTF-8."""
+    points = _points(document)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=accuracy.percent, size=accuracy.size, amount=_amount, signed=_signed, day=accuracy.day
+    )
+    page = environment.get_template("accuracy.html.jinja").render(
+        document=document,
+        words=accuracy,
+        verdict=[sentence.replace(" %", "\u00a0%") for sentence in accuracy.verdict(document)],
+        is_known=accuracy.num_measured(document, "cuda") > 0,
+        overall={device: accuracy.overall(document, device) for device in accuracy.DEVICES},
+        groups=[(heading, accuracy.grouped(document, group)) for group, heading in accuracy.GROUPS.items()],
+        marks=[mark for kind, mark in MARKS.items() if any(point.kind == kind for point in points)],
+        scatters=list(_scatters(points)),
+        strip=_strip(points),
+        sources=_sources(document["published"]["compared"]),
+        is_open=len(document["published"]["compared"]) <= OPEN_UP_TO,
+        json=_embedded(document),
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, in a name from outside
+
+
+def _embedded(document: Document) -> str:
+    """JSON that can stand in a <script>: nothing in it ends the element or begins a comment."""
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _amount(value: float, quantity: str) -> str:
+    return format_seconds(value) if quantity == "step_time" else format_bytes(round(value))
+
+
+def _signed(error: float | None) -> str:
+    """How a cell is to look: too little is marked, by more than its sign."""
+    return "little" if error is not None and error < 0 else ""
+
+
+# -- published numbers, source by source -------------------------------------------------------------------------------
+
+
+def _sources(compared: Sequence[Document]) -> list[Document]:
+    """The comparisons of each source, with what is said of several of them said once."""
+    by_source: dict[str, list[Document]] = {}
+    for one in compared:
+        by_source.setdefault(one["source"], []).append(one)
+    return [_source(name, rows) for name, rows in by_source.items()]
+
+
+def _source(name: str, rows: list[Document]) -> Document:
+    notes: dict[tuple[str, str], int] = {}
+    references: dict[tuple[str, str], int] = {}
+    lines = []
+    for row in rows:
+        note = ("; ".join(row["unknown"]), row["explanation"])
+        number = notes.setdefault(note, len(notes) + 1) if any(note) else None
+        reference = references.setdefault((row["source_ref"], row["date"]), len(references) + 1)
+        lines.append((row, number, reference))
+    errors = [row["error"] for row in rows if row["comparison"] == "value"]
+    spread = f"{accuracy.percent(min(errors))} to {accuracy.percent(max(errors))}" if errors else "lower bounds alone"
+    return {
+        "name": name,
+        "summary": f"{plural(len(rows), 'number')}, {spread}",
+        "rows": lines,
+        "notes": list(notes),
+        "references": list(references),
+        "has_explained": any(row["explained_error"] is not None for row in rows),
+    }
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+def _points(document: Document) -> list[Point]:
+    """Everything that can be drawn, own measurements last so that they lie on top."""
+    published = [
+        Point(one["comparison"], one["quantity"], one["measured"], one["predicted"], one["error"])
+        for one in document["published"]["compared"]
+    ]
+    own = [
+        Point(one["device"], one["quantity"], one["measured"], one["predicted"], one["error"])
+        for one in document["points"]
+    ]
+    return published + own
+
+
+def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str]]:
+    """A heading and an SVG for each quantity of which there is anything."""
+    for quantity in accuracy.QUANTITIES:
+        some = [one for one in points if one.quantity == quantity and one.measured > 0 and one.predicted > 0]
+        if some:
+            heading = f"{accuracy.NAME_BY_QUANTITY[quantity].capitalize()}: {accuracy.MEANING_BY_QUANTITY[quantity]}"
+            yield heading, _scatter(quantity, some)
+
+
+def _scatter(quantity: str, points: Sequence[Point]) -> str:
+    figure = Figure(figsize=(300 / 72, 280 / 72), dpi=72)
+    axes = figure.add_axes((0.2, 0.15, 0.77, 0.82))
+    low, high = _limits([value for point in points for value in (point.measured, point.predicted)])
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.plot([low, high], [low, high], color=INK, linewidth=1, dashes=(4, 3), zorder=1)
+    for kind, mark in MARKS.items():
+        some = [point for point in points if point.kind == kind]
+        _draw(axes, mark, [point.measured for point in some], [point.predicted for point in some])
+    ticks = _ticks(quantity, low, high)
+    labels = [_amount(tick, quantity).replace(".00", "").replace(".0 ", " ") for tick in ticks]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    axes.set_xlabel("measured", fontsize=10, color=INK)
+    axes.set_ylabel("predicted", fontsize=10, color=INK)
+    _plain(axes)
+    axes.grid(visible=True, color=FAINT, linewidth=0.5)
+    name = accuracy.NAME_BY_QUANTITY[quantity]
+    return _svg(figure, f"scatter-{quantity}", f"Predicted against measured: {name}", _described(points))
+
+
+def _described(points: Sequence[Point]) -> str:
+    """The conclusion of a drawing, in words."""
+    parts = []
+    for kind, mark in MARKS.items():
+        errors = [point.error for point in points if point.kind == kind]
+        if errors:
+            worst = f"{accuracy.percent(min(errors))} to {accuracy.percent(max(errors))}"
+            parts.append(f"{plural(len(errors), 'point')} {mark.name}, errors from {worst}")
+    return f"{'; '.join(parts)}."
+
+
+def _strip(points: Sequence[Point]) -> str:
+    """Signed errors, a row for each quantity and kind; lower bounds have none."""
+    rows = [
+        (f"{accuracy.NAME_BY_QUANTITY[quantity]}, {short}", kind, errors)
+        for quantity in accuracy.QUANTITIES
+        for kind, short in (("cuda", "GPU"), ("cpu", "CPU"), ("value", "published"))
+        if (errors := [100 * point.error for point in points if (point.quantity, point.kind) == (quantity, kind)])
+    ]
+    if not rows:
+        return ""
+    height = 44 * len(rows) + 40
+    figure = Figure(figsize=(330 / 72, height / 72), dpi=72)
+    axes = figure.add_axes((0.03, 36 / height, 0.94, 1 - 42 / height))
+    most = max(3.0, *(abs(error) for _, _, errors in rows for error in errors)) * 1.3
+    axes.set_xscale("symlog", linthresh=1, linscale=1)
+    axes.set(xlim=(-most, most), ylim=(len(rows) - 0.5, -0.5))
+    for width in reversed(BUDGET_PERCENT):
+        axes.axvspan(-width, width, color=BAND, linewidth=0, zorder=0)
+        for side in (-width, width):
+            axes.axvline(side, color=INK, linewidth=0.6, dashes=(1, 2) if width == BUDGET_PERCENT[0] else (5, 3))
+    axes.axvline(0, color=INK, linewidth=1)
+    for number, (label, kind, errors) in enumerate(rows):
+        axes.text(0.01, number - 0.4, f"{label} ({len(errors):,})", transform=axes.get_yaxis_transform(), va="top")
+        _draw(axes, MARKS[kind], errors, [number + 0.18 + 0.24 * _jitter(n) for n in range(len(errors))])
+        if number:
+            axes.axhline(number - 0.5, color=FAINT, linewidth=0.5)
+    ticks = _error_ticks(most)
+    axes.set_xticks(ticks, [f"{tick:+g} %" if tick else "0" for tick in ticks])
+    axes.set_yticks([])
+    axes.set_xlabel("predicted too little     predicted too much", fontsize=10, color=INK)
+    _plain(axes)
+    return _svg(figure, "strip", "Signed errors", _described([one for one in points if one.kind != "floor"]))
+
+
+def _error_ticks(most: float) -> list[float]:
+    """Zero, and on either side as many ticks as can be told apart."""
+    inside = [tick for tick in ERROR_TICKS if 1 <= tick <= most]
+    inside = inside if len(inside) <= 3 else [1, *inside[2::2]]
+    return [*(-tick for tick in reversed(inside)), 0, *inside]
+
+
+def _jitter(number: int) -> float:
+    """-1 to 1, spread evenly over any run of numbers: multiples of the golden ratio, modulo one."""
+    return 2 * (number * 0.6180339887498949 % 1) - 1
+
+
+def _draw(axes: Axes, mark: Mark, x: Sequence[float], y: Sequence[float]) -> None:
+    if x:
+        axes.plot(
+            x,
+            y,
+            linestyle="none",
+            marker=mark.shape,
+            markersize=5.5,
+            markerfacecolor=mark.colour if mark.is_filled else PAPER,
+            markeredgecolor=PAPER if mark.is_filled else mark.colour,
+            markeredgewidth=0.5 if mark.is_filled else 1.2,
+            clip_on=False,
+            zorder=3,
+        )
+
+
+def _limits(values: Iterable[float]) -> tuple[float, float]:
+    """Both ends of an axis, with some air, and a factor of 8 apart at least."""
+    values = list(values)
+    low, high = min(values) / 1.3, max(values) * 1.3
+    air = max(1.0, math.sqrt(8 * low / high))
+    return low / air, high * air
+
+
+def _ticks(quantity: str, low: float, high: float) -> list[float]:
+    """At most five round numbers from `low` to `high`: powers of two for bytes, 1, 2 and 5 times 10^n for seconds."""
+    if quantity == "step_time":
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [digit * 10.0**ten for ten in tens for digit in (1, 2, 5)]
+    else:
+        found = [2.0**two for two in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+    found = [tick for tick in found if low <= tick <= high]
+    return found[:: -(-len(found) // 5)]
+
+
+def _plain(axes: Axes) -> None:
+    """No box, no small ticks, everything in the colours of the page."""
+    axes.minorticks_off()
+    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set(color=FAINT, visible=side in {"left", "bottom"})
+    axes.patch.set_visible(False)
+
+
+RC = {"svg.fonttype": "none", "svg.hashsalt": "memplan"}
+
+REWRITTEN = (
+    (r"<metadata>.*?</metadata>|<style.*?</style>|<title/>", ""),  # of a file of its own
+    (r"\s*\n\s*", "\n"),
+    (r'<g id="[^"]*"', "<g"),  # nothing refers to them
+    (r"xlink:href", "href"),
+    (r"(\d\.\d\d)\d+", r"\1"),
+    (r"font: (\d+px)[^;]*;", r"font-size: \1;"),
+    (r" font-family:[^;]*;", ""),
+    (r' transform="rotate\(-0 [^"]*"', ""),
+)
+"""What is done to a drawing, in this order: pattern, what stands in its place."""
+
+
+def _svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """The drawing for the inside of a page: no header, no size, ids of its own, colours and fonts of the stylesheet."""
+    file = StringIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        figure.patch.set_visible(False)
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": ""})
+    text = file.getvalue()
+    view = text[text.index("viewBox=") :].split('"')[1]
+    text = text[text.index(">", text.index("<svg")) + 1 :]
+    for pattern, instead in REWRITTEN:
+        text = re.sub(pattern, instead, text, flags=re.DOTALL)
+    text = re.sub(r"<g>\n<use [^<]*(?:\n<use [^<]*)*\n</g>", _styled_once, text)
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    return (
+        f'<svg class="chart" viewBox="{view}" role="img" aria-labelledby="{name}-title {name}-description">'
+        f'<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{text.strip()}'
+    )
+
+
+def _styled_once(group: re.Match[str]) -> str:
+    """The markers of one row: their style is that of the group."""
+    styles = set(re.findall(r'style="[^"]*"', group[0]))
+    if len(styles) != 1:
+        return group[0]
+    style = styles.pop()
+    return group[0].replace(f" {style}", "").replace("<g>", f"<g {style}>")

@@ -1,0 +1,78 @@
+"""What a card has taught, as plain data and as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.calibration.bounds import bound, least_scores
+from memplan.report.ansi import Line
+from memplan.report.document import envelope
+from memplan.report.layout import plural
+from memplan.report.text import paragraph, table, title
+from memplan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    Document = dict[str, Any]
+
+CONFIDENCES = (0.5, 0.9, 0.95, 0.99)
+"""Whose bounds are shown."""
+
+
+def calibrations_document(records: Sequence[Document], paths: Sequence[str | None]) -> Document:
+    """Some calibrations, as the records that are written, and where they were written to."""
+    found = []
+    for record, path in zip(records, paths, strict=True):
+        scores = record["scores"]
+        bounds = [{"confidence": c, **bound(scores, c)._asdict(), "asked": c} for c in CONFIDENCES] if scores else []
+        found.append({**record, "num_scored": len(scores), "bounds": bounds, "path": path})
+    return {**envelope("calibrations"), "calibrations": found}
+
+
+def render_calibrations(document: Document, *, quiet: bool = False) -> list[Line]:
+    """The text of a document of calibrations."""
+    if quiet:
+        return [Line(f"{one['gpu']} {one['path'] or ''}".rstrip()) for one in document["calibrations"]]
+    return [line for one in document["calibrations"] for line in _one(one)]
+
+
+def _one(one: Document) -> Iterator[Line]:
+    yield from title(f"{one['card_name']} ({one['gpu']})")
+    stack = ", ".join(f"{name} {value}" for name, value in one["versions"].items())
+    yield from paragraph("stack", stack)
+    num = one["num_fitted"] + one["num_scored"]
+    yield from paragraph(
+        "records",
+        f"{num}, of {one['first'][:10]} to {one['last'][:10]}: {one['num_fitted']} give the coefficients, "
+        f"{one['num_scored']} the bounds",
+    )
+    yield from table([("", "learnt"), *_coefficients(one)])
+    yield from _bounds(one)
+    if one["path"]:
+        yield from paragraph("written", one["path"])
+
+
+def _coefficients(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, name in (("context_bytes", "beside the allocator"), ("workspace_bytes", "cuBLAS workspaces")):
+        yield name, "not measured" if one[key] is None else format_bytes(one[key])
+    for key, name in (("flops_fraction", "of peak FLOP/s"), ("bandwidth_fraction", "of peak bandwidth")):
+        yield name, "not measured" if one[key] is None else f"{100 * one[key]:.1f} %"
+    yield "an operator takes", "not measured" if one["launch_s"] is None else format_seconds(one["launch_s"])
+    for regime in one["regimes"]:
+        yield (
+            f"reserved, memory {regime['name']} ({plural(regime['num'], 'record')})",
+            f"{regime['reserved_over_allocated']:.3f} x allocated, {regime['reserved_over_predicted']:.3f} x predicted",
+        )
+
+
+def _bounds(one: Mapping[str, Any]) -> Iterator[Line]:
+    if not one["bounds"]:
+        yield from paragraph("bounds", "none: the driver did not say what the processes took")
+        return
+    rows = [("confidence", "bound above the prediction", "")]
+    for each in one["bounds"]:
+        note = "" if each["is_attained"] else f"{one['num_scored']} scores vouch for {each['confidence']:.2f}; "
+        note += "" if each["is_attained"] else f"it takes {least_scores(each['asked'])}"
+        rows.append((f"{each['asked']:g}", f"{100 * each['ratio']:+.2f} %", note))
+    yield from table(rows, left=(2,))
