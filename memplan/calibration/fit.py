@@ -12,6 +12,7 @@ records and measuring something again does not move it.  Left out: contention, o
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
     from memplan.calibration.prediction import Prediction
     from memplan.specs.measurement import Measurement
+    from memplan.steptime.roofline import Term
 
     PredictWith = Callable[[Measurement, Calibration], Prediction]
     """Predicts a record with the coefficients of a calibration."""
-    TimeWith = Callable[[Measurement, "Rates"], float | None]
-    """Seconds of a record's step at these rates."""
+    TermsOf = Callable[[Measurement], Sequence[Term] | None]
+    """The operators of a record's step, timed at the rates of the datasheet; None where there is no formula."""
 
 TIGHT = 0.9
 """Share of the limit from which on memory is scarce."""
@@ -51,14 +53,14 @@ class TooFewRecordsError(ValueError):
     """There is nothing to learn from; the message says what is missing."""
 
 
-def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, time: TimeWith) -> Calibration:
+def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, terms_of: TermsOf) -> Calibration:
     """The calibration of one card and stack.
 
     Args:
         records: Its measurements.
         gpu: What the card is called.
         predict: Predicts a record with the coefficients of a calibration.
-        time: The seconds of a record's step at given rates, None where the formula has none.
+        terms_of: The operators of a record's step.
 
     Raises:
         TooFewRecordsError: fewer than two records are complete.
@@ -67,7 +69,7 @@ def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, time: Ti
     fitted, scored = halves(usable)
     if not fitted or not scored:
         raise TooFewRecordsError(f"{len(usable)} complete measurements; one to fit and one to score are the least")
-    rates = fit_rates(fitted, time)
+    rates = fit_rates(fitted, terms_of)
     found = Calibration(
         gpu=gpu,
         card_name=usable[0].card.name,
@@ -131,43 +133,59 @@ def _regimes(records: Sequence[Measurement], predict: PredictWith, found: Calibr
 
 # -- rates -------------------------------------------------------------------------------------------------------------
 
-LEAST_FRACTION = 0.01
-MOST_LAUNCH_S = 1e-3
-SWEEPS = 6
+LEAST = Rates(0.01, 0.01, 1e-8)
+MOST = Rates(1.0, 1.0, 1e-3)
+"""Between these the rates are looked for."""
+
+SWEEPS = 20
 POINTS = 9
+SHRINK = 0.65
+"""Each sweep looks at a grid of 9 x 9 x 9 points around the best so far, narrower by this than the one before."""
 
 
-def fit_rates(records: Sequence[Measurement], time: TimeWith) -> Rates | None:
+def fit_rates(records: Sequence[Measurement], terms_of: TermsOf) -> Rates | None:
     """The rates that fit the measured steps best; None where there is no step to fit.
 
-    Coordinate by coordinate over a logarithmic grid that halves its width with every sweep: three numbers, a smooth
-    function and no derivative; deterministic.
+    A logarithmic grid over all three at once, since they stand in for each other, around the best point and finer with
+    every sweep; deterministic.
     """
-    timed = [(record, seconds) for record in records if (seconds := record.step_time_s) is not None]
-    timed = [(record, seconds) for record, seconds in timed if time(record, Rates()) is not None]
+    timed = [(seconds, terms) for r in records if (seconds := r.step_time_s) and (terms := terms_of(r)) is not None]
     if not timed:
         return None
+    loss = _Loss(timed)
+    low, high = ([math.log(value) for value in rates] for rates in (LEAST, MOST))
+    centre = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+    widths = [(b - a) / 2 for a, b in zip(low, high, strict=True)]
+    least = math.inf
+    for _ in range(SWEEPS):
+        axes = [
+            [min(max(c + w * (2 * n / (POINTS - 1) - 1), a), b) for n in range(POINTS)]
+            for c, w, a, b in zip(centre, widths, low, high, strict=True)
+        ]
+        for point in itertools.product(*axes):
+            here = loss(Rates(*map(math.exp, point)))
+            if here < least:
+                centre, least = list(point), here
+        widths = [SHRINK * width for width in widths]
+    return Rates(*map(math.exp, centre))
 
-    def loss(rates: Rates) -> float:
-        errors = [math.log((time(record, rates) or seconds) / seconds) ** 2 for record, seconds in timed]
-        return sum(errors) / len(errors)
 
-    best = Rates(0.5, 0.5, 1e-6)
-    least = loss(best)
-    spans = {"flops_fraction": 10.0, "bandwidth_fraction": 10.0, "launch_s": 1000.0}
-    limits = {
-        "flops_fraction": (LEAST_FRACTION, 1.0),
-        "bandwidth_fraction": (LEAST_FRACTION, 1.0),
-        "launch_s": (1e-9, MOST_LAUNCH_S),
-    }
-    for sweep in range(SWEEPS):
-        for name, span in spans.items():
-            low, high = limits[name]
-            width = math.log(span) / 2**sweep
-            for step in range(POINTS):
-                factor = math.exp(width * (2 * step / (POINTS - 1) - 1))
-                tried = best._replace(**{name: min(max(getattr(best, name) * factor, low), high)})
-                here = loss(tried)
-                if here < least:
-                    best, least = tried, here
-    return best
+class _Loss:
+    """Mean square of log(predicted / measured) over some steps, as a function of the rates."""
+
+    def __init__(self, timed: Sequence[tuple[float, Sequence[Term]]]) -> None:
+        import numpy as np
+
+        self._np = np
+        rows = [(n, *term) for n, (_, terms) in enumerate(timed) for term in terms]
+        columns = list(zip(*rows, strict=True))
+        self._step = np.array(columns[0])
+        self._computing, self._moving, self._num, self._launches = (np.array(c, dtype=float) for c in columns[1:])
+        self._measured = np.array([seconds for seconds, _ in timed])
+
+    def __call__(self, rates: Rates) -> float:
+        np = self._np
+        times = np.maximum(self._computing / rates.flops_fraction, self._moving / rates.bandwidth_fraction)
+        times = self._num * np.maximum(times, self._launches * rates.launch_s)
+        predicted = np.bincount(self._step, weights=times, minlength=len(self._measured))
+        return float(np.mean(np.log(predicted / self._measured) ** 2))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
+    from memplan.steptime.roofline import Term
 
     Replays = MutableMapping[str, int]
     """Reserved bytes by setup."""
@@ -266,27 +267,34 @@ class Estimator:
         )
 
     def step_time(self, setup: Setup) -> StepTime | None:
-        """A lower bound of the time of a step, None where the rates of the GPU are not known."""
+        """The time of a step, None where the rates of the GPU are not known: a lower bound, unless it was measured."""
+        timed = self._timed_model(setup)
+        return None if timed is None else timed.step(**self._step_of(setup))
+
+    def time_terms(self, setup: Setup) -> tuple[Term, ...] | None:
+        """The same, operator by operator."""
+        timed = self._timed_model(setup)
+        return None if timed is None else timed.terms(**self._step_of(setup))
+
+    def _timed_model(self, setup: Setup) -> TimedModel | None:
         if self._speed is None:
             return None
-        program = self.program(setup)
-        key = id(program.recording)
+        recording = self.program(setup).recording
+        key = id(recording)
         if key not in self._timed:
-            self._timed[key] = TimedModel(program.recording, self._speed)
-        return self._timed[key].step(
-            bind(setup.micro_batch_size, setup.seq_len),
-            program.layout.modes,
-            accumulation=setup.gradient_accumulation_steps,
-            optimizer=OPTIMIZERS[setup.optimizer],
-            trained_bytes=program.gradients.requested(),
-            trained=program.states.num_trained,
-        )
+            self._timed[key] = TimedModel(recording, self._speed)
+        return self._timed[key]
 
-    def at_speed(self, speed: GpuSpec) -> Estimator:
-        """The same with the rates of another card; what does not depend on them is not worked out again."""
-        other = Estimator(self.architecture, self.name, self.gpu, speed, self._replays)
-        other._recordings, other._sizes = self._recordings, self._sizes
-        return other
+    def _step_of(self, setup: Setup) -> dict[str, Any]:
+        program = self.program(setup)
+        return {
+            "env": bind(setup.micro_batch_size, setup.seq_len),
+            "modes": program.layout.modes,
+            "accumulation": setup.gradient_accumulation_steps,
+            "optimizer": OPTIMIZERS[setup.optimizer],
+            "trained_bytes": program.gradients.requested(),
+            "trained": program.states.num_trained,
+        }
 
     def estimate(self, setup: Setup, *, margin: Margin = NO_MARGIN) -> Estimate:
         """Everything about one configuration; `margin` is added to the process bytes for the upper bound."""

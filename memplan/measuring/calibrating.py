@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.calibration.fit import Rates, TooFewRecordsError, fit
+from memplan.calibration.fit import TooFewRecordsError, fit
 from memplan.calibration.prediction import Prediction, prediction_of
 from memplan.catalog.calibrations import apply
 from memplan.catalog.measurements import read_measurements
 from memplan.errors import MemplanError
-from memplan.estimation.estimate import Estimator, speed_of
+from memplan.estimation.estimate import speed_of
 from memplan.measuring.probing import default_records
 from memplan.measuring.trials import card_id, estimator_of, gpu_of, predict
-from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from memplan.specs.calibration import Calibration
     from memplan.specs.measurement import Measurement
+    from memplan.steptime.roofline import Term
 
 STACK = ("torch", "cuda", "transformers")
 """Versions that tell one software stack from another, beside the driver."""
@@ -44,7 +44,7 @@ def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Ca
     reasons: list[str] = []
     for key, group in wanted.items():
         try:
-            learnt.append(fit(group, key[0], _predict_with, _Times()))
+            learnt.append(fit(group, key[0], _predict_with, _terms_of))
         except TooFewRecordsError as fault:
             reasons.append(f"{key[0]}: {fault}")
     if not learnt:
@@ -62,39 +62,13 @@ def _predict_with(record: Measurement, calibration: Calibration) -> Prediction:
         return Prediction(reason=fault.cause)
 
 
-class _Times:
-    """Seconds of a record's step at given rates; what a record has in common at all rates is worked out once."""
-
-    def __init__(self) -> None:
-        self._estimators: dict[str, Estimator | None] = {}
-
-    def __call__(self, record: Measurement, rates: Rates) -> float | None:
-        if record.id not in self._estimators:
-            self._estimators[record.id] = _timing(record)
-        estimator = self._estimators[record.id]
-        if estimator is None:
-            return None
-        assert estimator.gpu is not None
-        assert estimator.gpu.memory_bandwidth_bytes_per_s is not None
-        at_rates = estimator.at_speed(
-            replace(
-                estimator.gpu,
-                flops_per_s={dtype: rates.flops_fraction * rate for dtype, rate in estimator.gpu.flops_per_s.items()},
-                memory_bandwidth_bytes_per_s=rates.bandwidth_fraction * estimator.gpu.memory_bandwidth_bytes_per_s,
-                launch_s=rates.launch_s,
-            )
-        )
-        time = at_rates.step_time(record.trial.setup)
-        return None if time is None else time.total_s
-
-
-def _timing(record: Measurement) -> Estimator | None:
+def _terms_of(record: Measurement) -> tuple[Term, ...] | None:
     gpu = gpu_of(record.card, record.trial.limit_bytes, record.trial.limit)
-    if gpu is None or speed_of(gpu) is None:
+    if speed_of(gpu) is None:
         return None
     try:
         estimator = estimator_of(record.trial, gpu)
         estimator.check(record.trial.setup)
     except MemplanError:
         return None
-    return estimator
+    return estimator.time_terms(record.trial.setup)

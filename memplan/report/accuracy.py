@@ -61,8 +61,8 @@ GROUPS = {
 """Group of errors -> its heading, in the order they are shown in."""
 
 ERROR_LEGEND = (
-    "Errors are (predicted - measured) / measured: minus is too little, and a plan that counts on too few bytes runs out "
-    "of memory. Median, p90 and p99 are of their sizes, without the sign."
+    "Errors are (predicted - measured) / measured: minus is too little, and a plan that counts on too few bytes runs "
+    "out of memory. Median, p90 and p99 are of their sizes, without the sign."
 )
 
 CPU_LEGEND = (
@@ -84,12 +84,21 @@ VERDICTS = {
 }
 """Count of `decisions` -> what these plans did."""
 
+SHORT_BY_VERDICT = {
+    "true_maximum": "largest that ran",
+    "one_below": "one below",
+    "further_below": "further below",
+    "too_large": "too large",
+    "undecided": "undecided",
+}
+"""Verdict on one plan -> the same for the cell of a table."""
+
 MOST_CASES = 20
 MOST_REASONS = 8
 """Rows that are listed in text; all are on the page and in the JSON."""
 
 GPU_WIDTH = 12
-VERDICT_WIDTH = 14
+VERDICT_WIDTH = 16
 """Columns of texts that stand beside a column that is cut already."""
 
 
@@ -187,7 +196,8 @@ def _spread(row: Document) -> str:
         if row[key]
     ]
     middle = "exact" if row["median"] == 0 else f"off by {size(row['median'])}"
-    return f"{middle} at the median, {size(row['p90'])} at p90; worst {' and '.join(worst) or 'exact'}"
+    tail = "and at p90" if row["p90"] == 0 else f"and {size(row['p90'])} at p90"
+    return f"{middle} at the median {tail}; worst {' and '.join(worst) or 'exact'}"
 
 
 def decided(decisions: Document) -> str:
@@ -306,8 +316,9 @@ def _decision_lines(decisions: Document) -> Iterator[Line]:
 
 def _case(case: Document) -> tuple[str, ...]:
     counts = (case["recommended"], case["largest_survivor"], case["smallest_failure"])
-    verdict = clip(printable(case["verdict"]).replace("_", " "), VERDICT_WIDTH)
-    return (*("-" if count is None else f"{count:,}" for count in counts), verdict)
+    name: str = case["verdict"]
+    words = clip(printable(SHORT_BY_VERDICT.get(name, name)), VERDICT_WIDTH)
+    return (*("-" if count is None else f"{count:,}" for count in counts), words)
 
 
 def _published_lines(published: Document) -> Iterator[Line]:
@@ -448,18 +459,19 @@ def _not_measured(document: Document) -> str:
         if quantity not in {row["quantity"] for row in overall(document, "cuda")}
     ]
     parts = [f"not measured on a GPU: {', '.join(missing)}"] if missing else []
-    for what, reasons in (
-        ("records left out", document["left_out"]),
-        ("published numbers not answered", document["published"]["not_answered"]),
+    for noun, fate, reasons in (
+        ("record", "left out", document["left_out"]),
+        ("published number", "not answered", document["published"]["not_answered"]),
     ):
         if reasons:
             most = max(reasons, key=lambda one: one["num"])
-            parts.append(f"{sum(one['num'] for one in reasons):,} {what}, mostly: {_markdown(most['reason'])}")
+            what = plural(sum(one["num"] for one in reasons), noun)
+            parts.append(f"{what} {fate}, mostly: {_markdown(most['reason'])}")
     text = "; ".join(parts) or "nothing is left out"
     return f"{text[0].upper()}{text[1:]}.\n"
 
 
 def _markdown(text: str) -> str:
     """Text from outside as Markdown shows it: no markup, no HTML, no end of a cell."""
-    marks = {ord(mark): f"&#{ord(mark)};" for mark in "&<>|\\`*[]~"}
+    marks = {ord(mark): f"&#{ord(mark)};" for mark in "&<>|\\`*[]~$"}
     return printable(text).translate(marks)

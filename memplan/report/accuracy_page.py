@@ -96,7 +96,7 @@ class Point(NamedTuple):
 
 def render_accuracy_page(document: Document) -> str:
     """The page of an accuracy document, UTF-8."""
-    points = _points(document)
+    scatters, strip, marks = _charts(_points(document))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -114,9 +114,9 @@ def render_accuracy_page(document: Document) -> str:
         is_known=accuracy.num_measured(document, "cuda") > 0,
         overall={device: accuracy.overall(document, device) for device in accuracy.DEVICES},
         groups=[(heading, accuracy.grouped(document, group)) for group, heading in accuracy.GROUPS.items()],
-        marks=[mark for kind, mark in MARKS.items() if any(point.kind == kind for point in points)],
-        scatters=list(_scatters(points)),
-        strip=_strip(points),
+        marks=marks,
+        scatters=scatters,
+        strip=strip,
         sources=_sources(document["published"]["compared"]),
         is_open=len(document["published"]["compared"]) <= OPEN_UP_TO,
         json=_embedded(document),
@@ -187,13 +187,23 @@ def _points(document: Document) -> list[Point]:
     return published + own
 
 
-def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str]]:
-    """A heading and an SVG for each quantity of which there is anything."""
+def _charts(points: Sequence[Point]) -> tuple[list[tuple[str, str, str]], str, list[Mark]]:
+    """The scatters, the strip and the marks in them, whatever the reader's own settings of matplotlib are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+        matplotlib.rcParams["svg.hashsalt"] = "memplan"
+        scatters, strip = list(_scatters(points)), _strip(points)
+    return scatters, strip, [mark for kind, mark in MARKS.items() if any(point.kind == kind for point in points)]
+
+
+def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str, str]]:
+    """Name, meaning and SVG for each quantity of which there is anything."""
     for quantity in accuracy.QUANTITIES:
         some = [one for one in points if one.quantity == quantity and one.measured > 0 and one.predicted > 0]
         if some:
-            heading = f"{accuracy.NAME_BY_QUANTITY[quantity].capitalize()}: {accuracy.MEANING_BY_QUANTITY[quantity]}"
-            yield heading, _scatter(quantity, some)
+            name = accuracy.NAME_BY_QUANTITY[quantity].capitalize()
+            yield name, accuracy.MEANING_BY_QUANTITY[quantity], _scatter(quantity, some)
 
 
 def _scatter(quantity: str, points: Sequence[Point]) -> str:
@@ -214,7 +224,7 @@ def _scatter(quantity: str, points: Sequence[Point]) -> str:
     _plain(axes)
     axes.grid(visible=True, color=FAINT, linewidth=0.5)
     name = accuracy.NAME_BY_QUANTITY[quantity]
-    return _svg(figure, f"scatter-{quantity}", f"Predicted against measured: {name}", _described(points))
+    return _svg(figure, quantity[0], f"Predicted against measured: {name}", _described(points))
 
 
 def _described(points: Sequence[Point]) -> str:
@@ -240,7 +250,7 @@ def _strip(points: Sequence[Point]) -> str:
         return ""
     height = 44 * len(rows) + 40
     figure = Figure(figsize=(330 / 72, height / 72), dpi=72)
-    axes = figure.add_axes((0.03, 36 / height, 0.94, 1 - 42 / height))
+    axes = figure.add_axes((0.07, 36 / height, 0.86, 1 - 42 / height))
     most = max(3.0, *(abs(error) for _, _, errors in rows for error in errors)) * 1.3
     axes.set_xscale("symlog", linthresh=1, linscale=1)
     axes.set(xlim=(-most, most), ylim=(len(rows) - 0.5, -0.5))
@@ -249,17 +259,19 @@ def _strip(points: Sequence[Point]) -> str:
         for side in (-width, width):
             axes.axvline(side, color=INK, linewidth=0.6, dashes=(1, 2) if width == BUDGET_PERCENT[0] else (5, 3))
     axes.axvline(0, color=INK, linewidth=1)
+    in_row: Document = {"transform": axes.get_yaxis_transform(), "va": "top", "color": INK}
     for number, (label, kind, errors) in enumerate(rows):
-        axes.text(0.01, number - 0.4, f"{label} ({len(errors):,})", transform=axes.get_yaxis_transform(), va="top")
+        axes.text(0.01, number - 0.4, f"{label} ({len(errors):,})", **in_row)
         _draw(axes, MARKS[kind], errors, [number + 0.18 + 0.24 * _jitter(n) for n in range(len(errors))])
         if number:
             axes.axhline(number - 0.5, color=FAINT, linewidth=0.5)
     ticks = _error_ticks(most)
     axes.set_xticks(ticks, [f"{tick:+g} %" if tick else "0" for tick in ticks])
     axes.set_yticks([])
-    axes.set_xlabel("predicted too little     predicted too much", fontsize=10, color=INK)
+    for x, text in ((0.25, "\u2190 predicted too little"), (0.75, "predicted too much \u2192")):
+        axes.text(x, len(rows) - 0.5 + 20 / 44, text, **in_row, ha="center")
     _plain(axes)
-    return _svg(figure, "strip", "Signed errors", _described([one for one in points if one.kind != "floor"]))
+    return _svg(figure, "e", "Signed errors", _described([one for one in points if one.kind != "floor"]))
 
 
 def _error_ticks(most: float) -> list[float]:
@@ -318,8 +330,6 @@ def _plain(axes: Axes) -> None:
     axes.patch.set_visible(False)
 
 
-RC = {"svg.fonttype": "none", "svg.hashsalt": "memplan"}
-
 REWRITTEN = (
     (r"<metadata>.*?</metadata>|<style.*?</style>|<title/>", ""),  # of a file of its own
     (r"\s*\n\s*", "\n"),
@@ -336,18 +346,16 @@ REWRITTEN = (
 def _svg(figure: Figure, name: str, title: str, description: str) -> str:
     """The drawing for the inside of a page: no header, no size, ids of its own, colours and fonts of the stylesheet."""
     file = StringIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(RC)
-        figure.patch.set_visible(False)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": ""})
+    figure.patch.set_visible(False)
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": ""})
     text = file.getvalue()
     view = text[text.index("viewBox=") :].split('"')[1]
     text = text[text.index(">", text.index("<svg")) + 1 :]
     for pattern, instead in REWRITTEN:
         text = re.sub(pattern, instead, text, flags=re.DOTALL)
     text = re.sub(r"<g>\n<use [^<]*(?:\n<use [^<]*)*\n</g>", _styled_once, text)
-    text = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text)
+    for number, identifier in enumerate(re.findall(r' id="([^"]+)"', text)):
+        text = re.sub(rf'( id="|href="#|url\(#){identifier}\b', rf"\g<1>{name}{number}", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
     return (
@@ -357,9 +365,9 @@ def _svg(figure: Figure, name: str, title: str, description: str) -> str:
 
 
 def _styled_once(group: re.Match[str]) -> str:
-    """The markers of one row: their style is that of the group."""
+    """Marks of one kind: their style is that of the group, their places have a decimal."""
     styles = set(re.findall(r'style="[^"]*"', group[0]))
     if len(styles) != 1:
         return group[0]
     style = styles.pop()
-    return group[0].replace(f" {style}", "").replace("<g>", f"<g {style}>")
+    return re.sub(r"(\.\d)\d+", r"\1", group[0].replace(f" {style}", "")).replace("<g>", f"<g {style}>")

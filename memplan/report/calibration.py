@@ -25,7 +25,7 @@ def calibrations_document(records: Sequence[Document], paths: Sequence[str | Non
     found = []
     for record, path in zip(records, paths, strict=True):
         scores = record["scores"]
-        bounds = [{"confidence": c, **bound(scores, c)._asdict(), "asked": c} for c in CONFIDENCES] if scores else []
+        bounds = [{"asked": each, **bound(scores, each)._asdict()} for each in CONFIDENCES] if scores else []
         found.append({**record, "num_scored": len(scores), "bounds": bounds, "path": path})
     return {**envelope("calibrations"), "calibrations": found}
 

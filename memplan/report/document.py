@@ -352,7 +352,7 @@ def gpus_document(gpus: Iterable[GpuSpec]) -> Document:
         **envelope("gpus"),
         "gpus": [
             {
-                **gpu_document(gpu),
+                **{key: value for key, value in gpu_document(gpu).items() if key != "calibration"},
                 "aliases": list(gpu.aliases),
                 "label_bytes": gpu.label_bytes,
                 "physical_bytes": gpu.physical_bytes,

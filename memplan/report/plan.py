@@ -124,9 +124,8 @@ def _margins(plan: Document, best: Document) -> str:
     ratio = budget["bound_ratio"]
     parts = []
     if ratio:
-        above = (
-            best["upper_bound_bytes"] - best["peak_process_bytes"] - budget["margin_bytes"] - budget["reserve_bytes"]
-        )
+        above = best["upper_bound_bytes"] - best["peak_process_bytes"]
+        above -= budget["margin_bytes"] + budget["reserve_bytes"]
         parts.append(f"a bound {100 * ratio:.1f} % above the prediction ({format_bytes(above)})")
     if budget["margin_bytes"] or not ratio:
         parts.append(f"{budget['headroom_percent']:g} % headroom ({format_bytes(budget['margin_bytes'])})")

@@ -19,7 +19,7 @@ from memplan.operators.sizes import Size
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from memplan.operators.tape import Op, Tape
 
@@ -99,6 +99,23 @@ def _merged(sizes: Iterable[Size]) -> tuple[Size, ...]:
     for size in sizes:
         by_dims[size.dims] = by_dims.get(size.dims, 0) + size.factor
     return tuple(Size(factor, dims) for dims, factor in by_dims.items())
+
+
+class Term(NamedTuple):
+    """Some equal operators, timed at the rates of a `Speed`; their time is the largest of the two and a launch."""
+
+    computing_s: float
+    moving_s: float
+    num: int
+    """How many of them a step has; 0 launches where it is memory traffic alone."""
+    launches: bool = True
+
+
+def terms(work: Sequence[Work], speed: Speed, env: Mapping[str, Any], num: int) -> Iterator[Term]:
+    """The operators of a piece that runs `num` times, one by one."""
+    for one in work:
+        moving = sum(float(size.value(env)) for size in one.moved) / speed.bytes_per_s
+        yield Term(float(one.flops.value(env)) / speed.of(one.dtype), moving, num)
 
 
 def seconds(work: Sequence[Work], speed: Speed, env: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.specs.values import NamedTuple
-from memplan.steptime.roofline import Speed, Timed, seconds, timed
+from memplan.steptime.roofline import Speed, Term, Timed, seconds, terms, timed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,12 +104,42 @@ class TimedModel:
         again = 0.0
         for kind, mode in zip(self.order, modes, strict=True):
             again += pieces[kind][0] if mode == "full" else pieces[kind][2] if mode == "selective" else 0.0
-        later = (accumulation - 1) * ACCUMULATION_ACCESSES * trained_bytes / speed.bytes_per_s
-        update = CLIP_ACCESSES * trained_bytes
-        if optimizer == "adamw-8bit":
-            update += 3 * trained_bytes + ADAMW_8BIT_STATE_BYTES * trained
-        else:
-            update += ACCESSES[optimizer] * trained_bytes
-        return StepTime(
-            accumulation * forward, accumulation * backward + later, accumulation * again, update / speed.bytes_per_s
-        )
+        later = _accumulated(accumulation, trained_bytes) / speed.bytes_per_s
+        update = _updated(optimizer, trained_bytes, trained) / speed.bytes_per_s
+        return StepTime(accumulation * forward, accumulation * backward + later, accumulation * again, update)
+
+    def terms(
+        self,
+        env: Mapping[str, int],
+        modes: tuple[str, ...],
+        *,
+        accumulation: int,
+        optimizer: str,
+        trained_bytes: int,
+        trained: int,
+    ) -> tuple[Term, ...]:
+        """The same step, operator by operator: what is timed when rates are learnt. Arguments as for `step`."""
+        found: list[Term] = []
+        for piece in (self.stem, self.head):
+            for work in (piece.forward, piece.backward):
+                found += terms(work, self.speed, env, accumulation)
+        for number, kind in enumerate(self.kinds):
+            layers = [mode for mode, of in zip(modes, self.order, strict=True) if of == number]
+            found += terms(kind.forward, self.speed, env, accumulation * (len(layers) + layers.count("full")))
+            found += terms(kind.backward, self.speed, env, accumulation * len(layers))
+            found += terms(kind.spans, self.speed, env, accumulation * layers.count("selective"))
+        moved = _accumulated(accumulation, trained_bytes) + _updated(optimizer, trained_bytes, trained)
+        return (*(term for term in found if term.num), Term(0.0, moved / self.speed.bytes_per_s, 1, launches=False))
+
+
+def _accumulated(accumulation: int, trained_bytes: int) -> int:
+    """Bytes moved to add later gradients to the first."""
+    return (accumulation - 1) * ACCUMULATION_ACCESSES * trained_bytes
+
+
+def _updated(optimizer: str, trained_bytes: int, trained: int) -> int:
+    """Bytes moved by the gradient clip and the optimizer step."""
+    clip = CLIP_ACCESSES * trained_bytes
+    if optimizer == "adamw-8bit":
+        return clip + 3 * trained_bytes + ADAMW_8BIT_STATE_BYTES * trained
+    return clip + ACCESSES[optimizer] * trained_bytes

@@ -21,6 +21,7 @@ COMMANDS = [
     ("plan", "suggest qwen2.5-0.5b --gpu 2xa100-80gb --target-tokens 4M --reserve 1GiB --optimizer sgd-momentum"),
     ("plan", "suggest llama-3-8b --gpu 24GB --target-batch 32"),
     ("plan", "suggest qwen2.5-1.5b --gpu 24GB --target-batch 32 --precision bf16-mixed"),
+    ("accuracy", "validate --records /dev/null"),
     ("models", "models"),
     ("gpus", "gpus"),
 ]

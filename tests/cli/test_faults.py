@@ -10,7 +10,7 @@ PLAN = "suggest gpt2 --gpu 24GB --target-batch 32"
 
 USAGE = [
     ("sugest", "no command 'sugest'", "Did you mean suggest?"),
-    ("banana", "no command 'banana'", "estimate, suggest, trace, models, gpus"),
+    ("banana", "no command 'banana'", "estimate, suggest, trace, probe, validate, calibrate, models, gpus"),
     ("suggest", "--gpu is missing", "--gpu 24GB"),
     ("suggest --gpu 24GB", "--target-batch or --target-tokens is missing", "--target-batch 32"),
     ("suggest --gpu banana --target-batch 32", "'banana'", "memplan gpus"),
