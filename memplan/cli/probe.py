@@ -19,7 +19,7 @@ from memplan.errors import MemplanError, UsageError
 from memplan.report.probe import probe_document, render_probe, render_trials
 from memplan.specs.measurement import DONE, OUT_OF_MEMORY
 from memplan.specs.values import NamedTuple
-from memplan.units import parse_duration
+from memplan.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +128,7 @@ def answer(asked: Asked, choices: dict[str, Any]) -> int:
         )
         with probing:
             _say_bad_lines(probing, quiet=quiet)
+            _say_others(probing, quiet=quiet)
             if entries is None:
                 assert trial is not None
                 found = probing.run(trial, snapshot=asked.snapshot)
@@ -197,6 +198,14 @@ def _records(asked: Asked) -> str | None:
 def _say_bad_lines(probing: Probe, *, quiet: bool) -> None:
     for line in probing.bad_lines:
         say(f"{line.path}, line {line.number} is passed over: {line.reason}", quiet=quiet)
+
+
+def _say_others(probing: Probe, *, quiet: bool) -> None:
+    card = probing.place.card
+    if card.num_other_processes:
+        taken = "" if card.other_bytes is None else f", which take {format_bytes(card.other_bytes)}"
+        others = "another process is" if card.num_other_processes == 1 else f"{card.num_other_processes} others are"
+        say(f"{others} on {card.name}{taken}: times are not its own, and less of it can be filled", quiet=quiet)
 
 
 def _write_one(found: Measurement, probing: Probe, asked: Asked, rank: int) -> int:

@@ -2,8 +2,8 @@
 
 It reads one order after the other from stdin, one JSON object a line, forks for each, and passes on what the fork
 reports, one JSON object a line.  Libraries are imported once, before any fork; nothing that touches a device is done
-here, so that every trial begins with a device nobody has used.  When stdin ends, whoever gave the orders is gone: the
-process ends, and the fork with it.
+here, so that every trial begins with a device nobody has used.  An order may ask for no fork: then the process ends
+with it.  When stdin ends, whoever gave the orders is gone: the process ends, and the fork with it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for line in sys.stdin:
         order = json.loads(line)
+        if not order["fork"]:
+            _carry_out(order, reports)
+            return 0
         with contextlib.suppress(ImportError):
             importlib.import_module("memplan.probes.steps")
             _import_model(order)

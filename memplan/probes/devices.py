@@ -97,6 +97,7 @@ class CudaDevice:
         self._nvml = nvml
         self._index = index
         self._used_before: int | None = None
+        self._alone = False
         self._limit_bytes: int | None = None
         self._total_bytes = 0
         self.context_bytes: int | None = None
@@ -109,6 +110,7 @@ class CudaDevice:
             DeviceError: there is no card, the driver is too old, or the limit does not hold the context.
         """
         others = None if self._nvml is None else self._nvml.processes()
+        self._alone = others == {}
         self._used_before = None if self._nvml is None else self._nvml.used_bytes()
         cuda = self._cuda
         try:
@@ -121,7 +123,7 @@ class CudaDevice:
                 f"CUDA cannot be used: {text[:300]}", "Check that nvidia-smi works and that torch is built for CUDA."
             ) from error
         used = self._nvml.used_bytes() if self._nvml is not None else total - free
-        own = None if self._nvml is None else self._nvml.own_bytes()
+        own = None if self._nvml is None else self._nvml.own_bytes(alone=self._alone)
         self._choose_basis(own)
         self.context_bytes = own if own is not None else self._beyond_before(used)
         self._limit_bytes, self._total_bytes = limit_bytes, total
@@ -191,7 +193,7 @@ class CudaDevice:
         if self._nvml is None:
             return None
         if self.process_basis == "nvml":
-            return self._nvml.own_bytes()
+            return self._nvml.own_bytes(alone=self._alone)
         return self._beyond_before(self._nvml.used_bytes())
 
     def seconds(self, step: Callable[[], None]) -> float:

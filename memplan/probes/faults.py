@@ -19,6 +19,15 @@ class MissingLibraryError(MemplanError):
     """A library that only some questions need is not installed."""
 
 
+MOST_OF_A_MESSAGE = 300
+"""Characters of an error of another library that are repeated."""
+
+
+def clipped(text: str) -> str:
+    """`text`, cut where it is long."""
+    return text if len(text) <= MOST_OF_A_MESSAGE else f"{text[:MOST_OF_A_MESSAGE].rstrip()} ..."
+
+
 EXIT_CURE = "Nothing in it may end the process: guard a script with if __name__ == '__main__'."
 """Of code that calls ``sys.exit``."""
 

@@ -48,6 +48,9 @@ COUNTED = (
 )
 """Fields of a measurement that the child reports under their names."""
 
+FORK_TEXT = "forked subprocess"
+"""What PyTorch says where CUDA was started before a fork."""
+
 NOT_DESCRIBED = Card(device="", name="unknown", total_bytes=0)
 
 
@@ -81,6 +84,7 @@ class Launcher:
         self._command = command
         self._environment = dict(os.environ if environment is None else environment)
         self._place = Place(NOT_DESCRIBED, {})
+        self._fork = True
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: deque[str] = deque(maxlen=20)
@@ -99,6 +103,11 @@ class Launcher:
         """
         reports, ended = self._order({"ask": "describe"}, DESCRIBE_LIMIT_S)
         found = _merged(reports)
+        if FORK_TEXT in found.get("message", ""):  # a library has touched the card while it was imported
+            self._fork = False
+            self.close()
+            reports, ended = self._order({"ask": "describe"}, DESCRIBE_LIMIT_S)
+            found = _merged(reports)
         if found.get("end") != "done":
             cause = found.get("message") or f"The device could not be looked at: {self._why(ended)}."
             raise ProbeError(cause, found.get("cure") or "Check that PyTorch works: python -c 'import torch'.")
@@ -149,16 +158,17 @@ class Launcher:
 
     def _order(self, order: dict[str, Any], limit_s: float) -> tuple[list[dict[str, Any]], str]:
         """What was reported, and where no end was reported how it ended: an outcome."""
-        order |= {"device": self.device, "rank": self.rank, "world_size": self.world_size}
+        order |= {"fork": self._fork, "device": self.device, "rank": self.rank, "world_size": self.world_size}
         reports: list[dict[str, Any]] = []
         deadline = time.monotonic() + limit_s
         try:
             self._send(order)
             while True:
                 line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.001))
-                if line is None:
+                if line is None:  # it has ended: after its only order, or before it was done
+                    self._exit = self._end_of_process()
                     self.close()
-                    return reports, KILLED
+                    return reports, KILLED if self._exit < 0 else FAILED
                 report = _parsed(line)
                 if report is None:
                     continue
@@ -172,6 +182,14 @@ class Launcher:
         except BaseException:
             self.close()
             raise
+
+    def _end_of_process(self) -> int:
+        """The exit status of a process that has closed its output; below 0 the signal that ended it."""
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return 0
 
     def _send(self, order: dict[str, Any]) -> None:
         text = json.dumps(order) + "\n"

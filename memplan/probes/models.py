@@ -9,7 +9,7 @@ import torch
 
 from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import with_adapters
-from memplan.probes.faults import TraceError, require
+from memplan.probes.faults import TraceError, clipped, require
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
     except Exception as error:
         text = " ".join(str(error).split())
         raise ConfigError(
-            f"transformers {transformers.__version__} does not accept this config: {text}", "Correct the config.json."
+            f"transformers {transformers.__version__} does not accept this config: {clipped(text)}", "Correct the config.json."
         ) from error
     config.use_cache = False  # TrainingArguments.use_cache
     _set_dropout(config, setup.dropout)
@@ -101,7 +101,7 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
     except Exception as error:
         text = " ".join(str(error).split())
         raise TraceError(
-            f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {text}",
+            f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {clipped(text)}",
             "Correct the config.json, or try --attention eager.",
         ) from error
     return model, int(config.get_text_config().vocab_size)

@@ -38,15 +38,14 @@ class Nvml:
         found = self._ask("nvmlDeviceGetComputeRunningProcesses")
         return None if found is None else {one.pid: one.usedGpuMemory for one in found}
 
-    def own_bytes(self, pid: int | None = None) -> int | None:
-        """Bytes that the driver charges to this process."""
+    def own_bytes(self, *, alone: bool) -> int | None:
+        """Bytes that the driver charges to this process; `alone`: nobody else was on the card before it."""
         found = self.processes()
         if not found:
             return None
-        own = os.getpid() if pid is None else pid
-        if own in found:
-            return found[own]
-        return next(iter(found.values())) if len(found) == 1 else None
+        if os.getpid() in found:
+            return found[os.getpid()]
+        return next(iter(found.values())) if alone and len(found) == 1 else None
 
     def clocks(self) -> dict[str, int]:
         """MHz of the multiprocessors and of the memory, now."""

@@ -218,4 +218,5 @@ def describe(trial: Trial) -> str:
     words += [] if setup.attention == "sdpa" else [setup.attention]
     words += [] if setup.optimizer.startswith("adamw") else [setup.optimizer]
     words += ["padded"] if setup.padding else []
+    words += [f"{setup.data_parallel_size} ranks"] if setup.data_parallel_size > 1 else []
     return ", ".join(words)
