@@ -13,15 +13,30 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["MemplanError", "UsageError", "__version__", "estimate", "estimate_grid", "suggest"]
+__all__ = [
+    "MemplanError",
+    "UsageError",
+    "__version__",
+    "calibrate",
+    "estimate",
+    "estimate_grid",
+    "probe",
+    "suggest",
+    "trace",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `import memplan` alone costs nothing."""
-    if name in {"estimate", "estimate_grid", "suggest"}:
+    if name in {"estimate", "estimate_grid", "suggest", "trace"}:
         from memplan import api
 
         return getattr(api, name)
+    if name in {"probe", "validate", "calibrate"}:
+        from memplan import measuring
+
+        return getattr(measuring, name)
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 

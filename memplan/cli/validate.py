@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memplan import measuring
+from memplan.catalog.profiles import PACKAGE_FOLDER
 from memplan.cli.options import Option, SetupCommand, output_options
 from memplan.cli.output import say, write_answer, write_file
 from memplan.cli.progress import Progress
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from memplan.report.ansi import Line
 
 SECTION = "What is compared"
-BUDGETED = ("allocated", "reserved", "process", "step_time")
 
 
 @click.command(cls=SetupCommand, short_help="predicted against measured")
@@ -34,7 +34,13 @@ BUDGETED = ("allocated", "reserved", "process", "step_time")
     type=click.Choice(["cuda", "cpu"]),
     help="Only what was measured on cards, or on CPUs.",
 )
-@click.option("--html", cls=Option, section=SECTION, metavar="FILE", help="Write the page with the scatter, too.")
+@click.option(
+    "--html",
+    cls=Option,
+    section=SECTION,
+    metavar="FILE",
+    help="Where the page with the scatter is written to; in a checkout reports/accuracy.html, - is nowhere.",
+)
 @output_options
 def validate(
     records: str | None,
@@ -59,17 +65,26 @@ def validate(
     document = measuring.accuracy_document(found)
     for line in document["bad_lines"]:
         say(f"{line['path']}, line {line['number']} is passed over: {line['reason']}", quiet=quiet)
-    if html is not None:
+    plain = records is None and device is None and not (trace or calibrated)
+    page = _default_page() if html is None and plain else html
+    if page not in {None, "-"}:
         from memplan.report.accuracy_page import render_accuracy_page
 
-        write_file(html, render_accuracy_page(document))
-        say(f"page written to {html}", quiet=quiet)
+        write_file(str(page), render_accuracy_page(document))
+        say(f"page written to {page}", quiet=quiet)
 
     def lines() -> Sequence[Line]:
         return render_accuracy(document, quiet=quiet)
 
     _write(document, lines, format=format, output=output, quiet=quiet)
     return 0
+
+
+def _default_page() -> str | None:
+    """The page of a checkout in which the program is run; None elsewhere."""
+    page = os.path.join("reports", "accuracy.html")
+    same = os.path.abspath(os.curdir) == os.path.dirname(PACKAGE_FOLDER)
+    return page if same and os.path.isdir("reports") else None
 
 
 def _write(document: dict[str, Any], lines: Any, *, format: str, output: str | None, quiet: bool) -> None:  # noqa: A002

@@ -83,9 +83,9 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
     try:
         config = transformers.AutoConfig.for_model(**values)
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = clipped(" ".join(str(error).split()))
         raise ConfigError(
-            f"transformers {transformers.__version__} does not accept this config: {clipped(text)}", "Correct the config.json."
+            f"transformers {transformers.__version__} does not accept this config: {text}", "Correct the config.json."
         ) from error
     config.use_cache = False  # TrainingArguments.use_cache
     _set_dropout(config, setup.dropout)
@@ -99,9 +99,9 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
     except MemplanError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = clipped(" ".join(str(error).split()))
         raise TraceError(
-            f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {clipped(text)}",
+            f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {text}",
             "Correct the config.json, or try --attention eager.",
         ) from error
     return model, int(config.get_text_config().vocab_size)

@@ -2,8 +2,8 @@
 
     error = (predicted - measured) / measured
 
-Negative is the dangerous direction: a plan that counts on too little runs out of memory.  Medians and percentiles are
-those of the sizes of the errors, without their sign; the worst are named in both directions.  The page with the charts
+Negative is the dangerous direction: a plan that counts on too little runs out of memory.  The median has its sign, the
+percentiles shown are of the sizes of the errors, and the worst are named in both directions.  The page with the charts
 is `accuracy_page`; the words that the three share are here.
 
 Left out: everything that is not in the document.  The newest record is its date, never the day it is shown.
@@ -62,7 +62,7 @@ GROUPS = {
 
 ERROR_LEGEND = (
     "Errors are (predicted - measured) / measured: minus is too little, and a plan that counts on too few bytes runs "
-    "out of memory. Median, p90 and p99 are of their sizes, without the sign."
+    "out of memory. p90 and p99 are of their sizes: no more than that in 90 and 99 % of the measurements."
 )
 
 CPU_LEGEND = (
@@ -178,7 +178,7 @@ def _on_gpus(document: Document) -> Iterator[str]:
     row = next(
         (row for name in ("process", "reserved", "allocated") for row in rows if row["quantity"] == name), rows[0]
     )
-    yield (f"On GPUs, {plural(row['num'], 'measurement')}: {MEANING_BY_QUANTITY[row['quantity']]} are {_spread(row)}.")
+    yield (f"On GPUs, {plural(row['num'], 'measurement')}: {MEANING_BY_QUANTITY[row['quantity']]} {_spread(row)}.")
 
 
 def _on_cpus(document: Document) -> Iterator[str]:
@@ -195,9 +195,8 @@ def _spread(row: Document) -> str:
         for key, word in (("worst_under", "little"), ("worst_over", "much"))
         if row[key]
     ]
-    middle = "exact" if row["median"] == 0 else f"off by {size(row['median'])}"
-    tail = "and at p90" if row["p90"] == 0 else f"and {size(row['p90'])} at p90"
-    return f"{middle} at the median {tail}; worst {' and '.join(worst) or 'exact'}"
+    within = "exact" if row["abs_p90"] == 0 else f"within {size(row['abs_p90'])}"
+    return f"{percent(row['median'])} at the median, 90 % of them {within}; worst {' and '.join(worst) or 'exact'}"
 
 
 def decided(decisions: Document) -> str:
@@ -213,8 +212,7 @@ def _on_published(published: Document) -> Iterator[str]:
     errors = [one["error"] for one in compared if one["comparison"] == "value"]
     text = f"{plural(len(compared), 'GPU number')} that others published"
     if errors:
-        middle = size(median(map(abs, errors)))
-        text += f": {percent(min(errors))} to {percent(max(errors))}, {middle} at the median"
+        text += f": {percent(min(errors))} to {percent(max(errors))}, {percent(median(errors))} at the median"
     floors = len(compared) - len(errors)
     if floors:
         broken = sum(map(is_broken, compared))
@@ -270,7 +268,8 @@ ERROR_COLUMNS = ("n", "median", "p90", "p99", "worst over", "worst under")
 def _cells(row: Document) -> tuple[str, ...]:
     return (
         f"{row['num']:,}",
-        *(size(row[key]) for key in ("median", "p90", "p99")),
+        percent(row["median"]),
+        *(size(row[key]) for key in ("abs_p90", "abs_p99")),
         percent(row["worst_over"]),
         percent(row["worst_under"]),
     )
@@ -288,8 +287,8 @@ def _group_lines(document: Document) -> Iterator[Line]:
                 SHORT_BY_DEVICE[row["device"]],
                 NAME_BY_QUANTITY[row["quantity"]],
                 f"{row['num']:,}",
-                size(row["median"]),
-                size(row["p90"]),
+                percent(row["median"]),
+                size(row["abs_p90"]),
                 percent(row["worst_over"]),
                 percent(row["worst_under"]),
             )
@@ -329,7 +328,7 @@ def _published_lines(published: Document) -> Iterator[Line]:
         rows += [
             (
                 printable(one["model"]),
-                clip(printable(one["gpu"]), GPU_WIDTH),
+                clip(printable(one["gpu"]).removeprefix("NVIDIA "), GPU_WIDTH),
                 NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
                 gib(one["measured"]),
                 gib(one["predicted"]),

@@ -48,7 +48,7 @@ VARIABLES = {
 """Colour as it is drawn -> colour as the stylesheet has it."""
 
 BUDGET_PERCENT = (1, 3)
-"""The bands around zero: what an error is meant to stay within."""
+"""The bands around zero: what allocated bytes on a GPU are meant to stay within, at the median and always."""
 
 ERROR_TICKS = (0.3, 1, 3, 10, 30, 100, 300, 1000, 10_000)
 """Percent, on either side of zero."""
@@ -277,7 +277,7 @@ def _strip(points: Sequence[Point]) -> str:
 def _error_ticks(most: float) -> list[float]:
     """Zero, and on either side as many ticks as can be told apart."""
     inside = [tick for tick in ERROR_TICKS if 1 <= tick <= most]
-    inside = inside if len(inside) <= 3 else [1, *inside[2::2]]
+    inside = inside if len(inside) <= 2 else [1, *inside[2::2]]
     return [*(-tick for tick in reversed(inside)), 0, *inside]
 
 

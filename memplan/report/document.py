@@ -73,6 +73,7 @@ def estimate_document(
         "instants": instants_document(estimate),
         "upper_bound_bytes": estimate.upper_bound_bytes,
         "confidence": estimate.confidence,
+        "calibration": calibration_document(estimate.gpu),
         "step_time_s": None if estimate.step_time is None else estimate.step_time.total_s,
         "fits": estimate.fits,
         "headroom_bytes": estimate.headroom_bytes,
@@ -141,6 +142,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
             "bound_ratio": goal.bound_ratio,
         },
         "confidence": plan.estimate.confidence,
+        "calibration": calibration_document(plan.gpu),
         "speed_source": plan.speed_source,
         "fits": best is not None,
         "best": None if best is None else candidate_document(best),
@@ -213,9 +215,9 @@ def target_document(target: Target, setup: Setup) -> Document:
     }
 
 
-def calibration_document(gpu: GpuSpec) -> Document | None:
+def calibration_document(gpu: GpuSpec | None) -> Document | None:
     """The measurements that a prediction for this card stands on; None: none."""
-    found = gpu.calibration
+    found = None if gpu is None else gpu.calibration
     if found is None:
         return None
     return {
@@ -240,7 +242,6 @@ def gpu_document(gpu: GpuSpec) -> Document:
         "is_from_nvidia_smi": gpu.is_from_nvidia_smi,
         "unsupported_dtypes": list(gpu.unsupported_dtypes),
         "notes": " ".join(gpu.notes.split()),
-        "calibration": calibration_document(gpu),
     }
 
 
@@ -352,7 +353,7 @@ def gpus_document(gpus: Iterable[GpuSpec]) -> Document:
         **envelope("gpus"),
         "gpus": [
             {
-                **{key: value for key, value in gpu_document(gpu).items() if key != "calibration"},
+                **gpu_document(gpu),
                 "aliases": list(gpu.aliases),
                 "label_bytes": gpu.label_bytes,
                 "physical_bytes": gpu.physical_bytes,

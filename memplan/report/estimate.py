@@ -10,6 +10,7 @@ from memplan.report.layout import bar, plural, wrap
 from memplan.report.plan import way_lines
 from memplan.report.text import (
     assumption_lines,
+    calibration_lines,
     choices,
     equation,
     exactly,
@@ -56,6 +57,9 @@ def _asked(estimate: Document) -> Iterator[Line]:
     yield from model_lines(estimate["model"])
     if estimate["gpu"]:
         yield from gpu_lines(estimate["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
+        yield from calibration_lines(estimate["calibration"])
+    else:
+        yield from paragraph("GPU", "none in particular, so that no calibration was used")
     if estimate["target"] and estimate["target"]["rounding"]:
         yield from paragraph("", f"{estimate['target']['rounding']}.")
     yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
@@ -96,7 +100,7 @@ def _totals(estimate: Document) -> Iterator[Line]:
 
 def _time(estimate: Document) -> str:
     seconds = format_seconds(estimate["step_time_s"])
-    calibration = estimate["gpu"]["calibration"] if estimate["gpu"] else None
+    calibration = estimate["calibration"]
     if calibration is not None and calibration["is_timed"]:
         return f"about {seconds} per step, at the speed that was measured"
     return f"at least {seconds} per step (roofline)"

@@ -9,6 +9,7 @@ from memplan.report.layout import bar, plural, wrap
 from memplan.report.text import (
     STAR,
     assumption_lines,
+    calibration_lines,
     choices,
     equation,
     exactly,
@@ -61,6 +62,7 @@ def _asked(plan: Document) -> Iterator[Line]:
     setup = (plan["best"] or plan["nearest"])["setup"]
     yield from model_lines(plan["model"])
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
+    yield from calibration_lines(plan["calibration"])
     yield from paragraph(
         "target",
         f"{plural(target['global_batch_size'], 'sequence')} of {plural(target['seq_len'], 'token')} = "
@@ -140,7 +142,7 @@ def _time(plan: Document, best: Document) -> str:
             f"some {format_seconds(best['step_time_s'])} per step by the rule of 6 FLOPs a parameter and token, at the "
             f"rates of {rates}: it serves to rank plans and is no bound"
         )
-    calibration = gpu["calibration"]
+    calibration = plan["calibration"]
     if calibration is not None and calibration["is_timed"]:
         return (
             f"about {format_seconds(best['step_time_s'])} per step, {best['tokens_per_s']:,.0f} tokens/s, "

@@ -121,7 +121,6 @@ def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
     yield from paragraph("GPU", f"{num:,} x {text}" if num > 1 else text)
     if gpu["name"] == gpu["label"] and gpu["notes"]:
         yield from paragraph("", gpu["notes"])
-    yield from paragraph("", calibration_line(gpu["calibration"]))
     slow = [dtype for dtype in PRECISIONS[precision] if dtype in gpu["unsupported_dtypes"]]
     if slow:
         yield from paragraph("", f"It has no fast units for {slow[-1]}: say --precision fp16-mixed.")
@@ -139,12 +138,13 @@ def choices(setup: Document) -> str:
     return ", ".join(parts)
 
 
-def calibration_line(calibration: Document | None) -> str:
+def calibration_lines(calibration: Document | None) -> Iterator[Line]:
     """Which measurements the prediction stands on."""
-    if calibration is None:
-        return "not calibrated: the prediction stands on no measurement of this card"
-    num = plural(calibration["num_records"], "measurement")
-    return f"calibrated by {num} on {calibration['name']}, up to {calibration['last'][:10]}"
+    text = "no calibration was used: nothing was measured on this card"
+    if calibration is not None:
+        num = plural(calibration["num_records"], "measurement")
+        text = f"calibrated by {num} on {calibration['name']}, up to {calibration['last'][:10]}"
+    yield from paragraph("", text)
 
 
 def vouched(confidence: float) -> str:

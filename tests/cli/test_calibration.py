@@ -46,12 +46,12 @@ def test_calibrate_then_predict(run, records, tmp_path):
     assert all(len(line) <= 80 or str(folder) in line for line in ran.out.splitlines())
 
     before = json.loads(run("estimate pythia-14m --gpu rtx4090 --json").out)
-    assert before["gpu"]["calibration"] is None
+    assert before["calibration"] is None
     assert before["confidence"] == 0.0
 
     after = json.loads(run("estimate pythia-14m --gpu h200 --seq-len 256 --confidence 0.9 --json").out)
-    assert after["gpu"]["calibration"]["gpu"] == "h200"
-    assert after["gpu"]["calibration"]["num_records"] == 120
+    assert after["calibration"]["gpu"] == "h200"
+    assert after["calibration"]["num_records"] == 120
     assert after["confidence"] >= 0.9
     assert 700_000_000 <= after["context_bytes"] < 760_000_000
     ratio = after["upper_bound_bytes"] / after["peak_process_bytes"] - 1

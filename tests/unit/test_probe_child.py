@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -165,7 +167,7 @@ def assert_nothing_runs(sessions):
 def test_a_trial_that_ends_well_is_what_was_reported(scripted):
     launcher = scripted(
         BEGIN,
-        'say(gradient_bytes=512, optimizer_state_bytes=1024, kept_activation_bytes=3)\nsay(timed=[0.5, 0.25, 0.75])',
+        "say(gradient_bytes=512, optimizer_state_bytes=1024, kept_activation_bytes=3)\nsay(timed=[0.5, 0.25, 0.75])",
         'say(clocks={"sm": 1980}, workspace_bytes=None)',
         END,
     )
@@ -244,7 +246,6 @@ def test_a_trial_may_take_as_long_as_it_takes(scripted, seconds):
 DIES = "sys.stderr.write('first words\\nlast words\\n')\nsys.stderr.flush()\n"
 # A fork that died is reported by the process that made it; that process may die as well.
 KILLED_FORK = DIES + "say(exited=-9)"
-# FAILS: the launcher kills and forgets a child that is gone already, says "status 0" and calls every such end killed.
 KILLED_CHILD = DIES + "os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -269,6 +270,7 @@ def test_a_library_that_crashes_is_no_lack_of_memory(scripted, signal_name):
     assert f"signal {number}" in found.message
 
 
+# FAILS at times: stderr is read by a thread of its own, which nobody waits for before the last line is asked for.
 @pytest.mark.parametrize("end", [DIES + "say(exited=1)", DIES + "sys.exit(1)"])
 def test_a_trial_that_ends_without_a_word_failed_with_the_last_line_of_stderr(scripted, end):
     found = scripted(BEGIN, end).measure(TRIAL)
@@ -297,10 +299,30 @@ def test_after_a_death_the_next_trial_has_a_new_process(scripted, tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)",
         BEGIN,
         END,
-        "sys.stdout.close()",
         "os._exit(0)",
     )
-    assert [launcher.measure(TRIAL).outcome for _ in range(3)] == ["killed", "done", "done"]
+    assert launcher.measure(TRIAL).outcome == "killed"
+    assert launcher.measure(TRIAL).outcome == "done"
+    assert wait_until(lambda: not running(session_of(launcher)))
+    assert launcher.measure(TRIAL).outcome == "done"
+
+
+def test_where_a_fork_cannot_use_the_card_every_trial_has_a_process_of_its_own(scripted):
+    """A library has started CUDA while it was imported."""
+    launcher = scripted(
+        "if order['fork']:",
+        "    say(end='failed', message='Cannot re-initialize CUDA in forked subprocess. To use CUDA with ...')",
+        "    say(exited=0)",
+        "    continue",
+        BEGIN,
+        "say(end='done', message=f'{os.getpid()} {number}')",
+        "break",
+    )
+    assert launcher.describe().card.name == "CPU"
+    first, second = (launcher.measure(TRIAL) for _ in range(2))
+    assert (first.outcome, second.outcome) == ("done", "done")
+    assert first.message != second.message
+    assert (first.message.split()[1], second.message.split()[1]) == ("1", "1")
 
 
 GARBAGE = r"""
@@ -364,17 +386,23 @@ def test_an_interpreter_that_does_not_start_is_a_fault_that_says_why(tmp_path):
 
 # --------------------------------------------------------------------------------------------- the real child, on a CPU
 
-pytest_torch = pytest.mark.skipif(
-    any(__import__("importlib.util").util.find_spec(name) is None for name in ("torch", "transformers")),
+needs_torch = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("torch", "transformers")),
     reason="needs torch and transformers",
 )
 
 
 @pytest.fixture(scope="module")
 def cpu():
-    with Launcher(device="cpu", time_limit_s=120.0) as launcher:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    with Launcher(device="cpu", time_limit_s=120.0, environment=environment) as launcher:
         launcher.describe()
         yield launcher
+
+
+@cache
+def measured(cpu, trial):
+    return cpu.measure(trial)
 
 
 EQUAL = {
@@ -403,23 +431,23 @@ EQUAL = {
 }
 
 
-@pytest_torch
+@needs_torch
 @pytest.mark.parametrize("name", EQUAL)
 def test_real_steps_take_the_bytes_of_the_formula(cpu, name):
     """To the byte: the CPU counts the tensors that a card would hold, and nothing else."""
     trial = replace(TRIAL, setup=replace(TRIAL.setup, **EQUAL[name]))
-    found = cpu.measure(trial)
+    found = measured(cpu, trial)
     formula = measuring.predict(trial, None)
     assert (found.outcome, found.message) == ("done", "")
     assert found.num_parameters == found.num_trainable_parameters == NUM_PARAMETERS
-    measured = {
+    found_bytes = {
         "parameters": found.parameter_bytes,
         "gradients": found.gradient_bytes,
         "optimizer states": found.optimizer_state_bytes,
         "kept": found.kept_activation_bytes,
         "peak": found.peak_allocated_bytes,
     }
-    assert measured == {
+    assert found_bytes == {
         "parameters": formula.parameter_bytes,
         "gradients": formula.gradient_bytes,
         "optimizer states": formula.optimizer_state_bytes,
@@ -428,9 +456,9 @@ def test_real_steps_take_the_bytes_of_the_formula(cpu, name):
     }
 
 
-@pytest_torch
+@needs_torch
 def test_a_record_of_a_cpu_has_steps_and_times_and_nothing_that_a_card_says(cpu):
-    found = cpu.measure(TRIAL)
+    found = measured(cpu, TRIAL)
     assert [step.number for step in found.steps] == [0, 1, 2]
     names = ["forward", "backward", "clip", "optimizer", "zero_grad"]
     assert [[phase.name for phase in step.phases] for step in found.steps] == [names] * 3
@@ -443,11 +471,11 @@ def test_a_record_of_a_cpu_has_steps_and_times_and_nothing_that_a_card_says(cpu)
     assert {"torch", "python", "transformers", "memplan-probe"} <= set(found.versions)
 
 
-@pytest_torch
+@needs_torch
 def test_lora_trains_the_adapters_alone(cpu):
     """Rank 4 beside the seven linear layers of each block: 4 (in + out) parameters each, in fp32 as peft keeps them."""
     pytest.importorskip("peft", reason="adapters are peft's")
-    found = cpu.measure(replace(TRIAL, setup=replace(TRIAL.setup, lora=Lora(rank=4))))
+    found = measured(cpu, replace(TRIAL, setup=replace(TRIAL.setup, lora=Lora(rank=4))))
     shapes = 2 * [(64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)]
     trained = sum(4 * (rows + columns) for rows, columns in shapes)
     sizes = [4 * 4 * side for shape in shapes for side in shape]
@@ -460,7 +488,7 @@ def test_lora_trains_the_adapters_alone(cpu):
     assert "peft" in found.versions
 
 
-@pytest_torch
+@needs_torch
 @pytest.mark.parametrize(
     "changes",
     [
@@ -480,32 +508,31 @@ def test_lora_trains_the_adapters_alone(cpu):
     ids=str,
 )
 def test_a_config_that_cannot_be_fails_with_a_message(cpu, changes):
-    found = cpu.measure(replace(TRIAL, config={**CONFIG, **changes}))
+    found = measured(cpu, replace(TRIAL, config={**CONFIG, **changes}))
     assert found.outcome == "failed"
     assert found.message
     assert "exited with status" not in found.message
     assert "\n" not in found.message
     assert found.survived is None
-    assert cpu.measure  # the next trial finds the process as it was
 
 
-@pytest_torch
+@needs_torch
 def test_a_cpu_cannot_be_capped(cpu):
-    found = cpu.measure(replace(TRIAL, limit_bytes=8 * 10**9, limit="8GB"))
+    found = measured(cpu, replace(TRIAL, limit_bytes=8 * 10**9, limit="8GB"))
     assert found.outcome == "failed"
     assert "--limit" in found.message
 
 
-@pytest_torch
+@needs_torch
 def test_optimizer_states_of_a_library_that_is_missing_are_a_failure_that_names_it(cpu):
-    if __import__("importlib.util").util.find_spec("bitsandbytes") is not None:
+    if find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is installed")
-    found = cpu.measure(replace(TRIAL, setup=replace(TRIAL.setup, optimizer="adamw-8bit")))
+    found = measured(cpu, replace(TRIAL, setup=replace(TRIAL.setup, optimizer="adamw-8bit")))
     assert found.outcome == "failed"
     assert "bitsandbytes" in found.message
 
 
-@pytest_torch
+@needs_torch
 def test_without_cuda_a_card_is_a_fault_with_a_cure():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -516,22 +543,20 @@ def test_without_cuda_a_card_is_a_fault_with_a_cure():
     assert fault.value.cure
 
 
-@pytest_torch
-def test_an_error_that_nobody_foresaw_is_in_the_message():
+@needs_torch
+def test_an_error_that_nobody_foresaw_is_in_the_message(cpu, monkeypatch):
     """Two ranks, and no MASTER_ADDR to meet at.
 
     FAILS: the fork ends with os._exit in a `finally`, before Python prints the traceback; nothing says why it failed.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    with Launcher(device="cpu", ranks=(0, 2), environment=environment) as launcher:
-        found = launcher.measure(replace(TRIAL, setup=replace(TRIAL.setup, data_parallel_size=2)))
+    monkeypatch.setattr(cpu, "world_size", 2)
+    found = cpu.measure(replace(TRIAL, setup=replace(TRIAL.setup, data_parallel_size=2)))
     assert found.outcome == "failed"
     assert "MASTER_ADDR" in found.message
 
 
-@pytest_torch
+@needs_torch
 def test_a_library_that_cannot_be_imported_is_in_the_message(tmp_path):
-    """FAILS: the process passes over an ImportError alone; with any other error it dies, and the trial was "killed"."""
     (tmp_path / "transformers.py").write_text("raise RuntimeError('built for another torch')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with Launcher(device="cpu", environment=environment) as launcher:
@@ -546,47 +571,70 @@ from memplan.probes.launch import Launcher
 from memplan.specs.records import parse_trial
 
 launcher = Launcher(device="cpu")
-launcher.describe()
-print(launcher._process.pid, flush=True)
+launcher._fork = sys.argv[2] == "fork"
+start = launcher._start
+
+def start_and_say():
+    process = start()
+    print(process.pid, flush=True)
+    return process
+
+launcher._start = start_and_say
 launcher.measure(parse_trial(json.loads(sys.argv[1])))
 print("done", flush=True)
 """
 
 
-@pytest_torch
-def test_a_parent_that_is_killed_leaves_nothing_running():
-    """No handler runs on SIGKILL: the child sees that its orders have ended, the trial that the child has."""
+@needs_torch
+# FAILS for "own": only a fork looks whether its parent is still there; without one the trial runs on to its end.
+@pytest.mark.parametrize("kind", ["fork", pytest.param("own", marks=pytest.mark.slow)])
+def test_a_parent_that_is_killed_leaves_nothing_running(kind):
+    """No handler runs on SIGKILL: whatever the parent started sees by itself that nobody gives orders any more."""
     trial = {
         "model": "tiny",
         "config": {**CONFIG, "max_position_embeddings": 8192},
         "setup": {"micro_batch_size": 8, "seq_len": 8192, "precision": "fp32"},
     }
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, json.dumps(trial)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = [sys.executable, "-c", PARENT, json.dumps(trial), kind]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         session = int(parent.stdout.readline())
-        assert wait_until(lambda: len(running(session)) == 2, 15)  # the process, and its fork for the trial
-        time.sleep(0.5)
+        assert wait_until(lambda: trains(session, num_processes=2 if kind == "fork" else 1), 60)
         assert parent.poll() is None
     finally:
         parent.kill()
         rest = parent.communicate(timeout=10)[0]
-    assert rest == ""
-    assert wait_until(lambda: not running(session)), running(session)
+    try:
+        assert rest == ""
+        assert wait_until(lambda: not running(session)), running(session)
+    finally:
+        for pid in running(session):
+            os.kill(pid, signal.SIGKILL)
+
+
+def trains(session, num_processes):
+    """Whether the trial has begun: so many processes, one of them with far more memory than libraries take."""
+    pids = running(session)
+    sizes = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for pid in pids]
+    return len(pids) == num_processes and max(sizes) > 600 * 2**20
 
 
 @pytest.mark.slow
-@pytest_torch
+@needs_torch
 def test_two_ranks_of_torchrun_keep_a_record_each_with_the_buckets_of_their_gradients(tmp_path):
     """DistributedDataParallel copies gradients into buckets, which it keeps: as many bytes again as the gradients."""
     model, records = tmp_path / "config.json", tmp_path / "records"
     model.write_text(json.dumps(CONFIG))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = ["-m", "memplan", "probe", str(model), "--device", "cpu", "--records", str(records)]
     setup = ["--micro-batch", "2", "--seq-len", "64", "--precision", "fp32"]
     ran = subprocess.run(
-        [*torchrun, *program, *setup], capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2]
+        [*torchrun, *program, *setup],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=Path(__file__).parents[2],
     )
     assert ran.returncode == 0, ran.stderr
     found = read_measurements(str(records))

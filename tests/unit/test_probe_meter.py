@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -247,7 +248,7 @@ class FakeNvml:
     def processes(self):
         return self.others
 
-    def own_bytes(self):
+    def own_bytes(self, *, alone):
         return self.own
 
     def driver(self):
@@ -461,7 +462,7 @@ def reports_of(trial=TINY, **given):
 
 
 def test_a_model_that_does_not_fit_is_out_of_memory_and_no_wrong_config(monkeypatch):
-    """FAILS: `models._build` makes a TraceError of every error in `from_config`, and a MemplanError is a failed trial."""
+    """FAILS: `models._build` makes a TraceError of every error in `from_config`, which is the end of a failed trial."""
     transformers = pytest.importorskip("transformers")
 
     def from_config(*_, **__):
@@ -517,17 +518,17 @@ def test_a_snapshot_that_cannot_be_written_hides_no_out_of_memory(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-# ------------------------------------------------------------------------------------------------------------ the driver
+# ----------------------------------------------------------------------------------------------------------- the driver
 
 
-class NvmlFault(Exception):
+class NvmlError(Exception):
     pass
 
 
 class FakePynvml:
     """pynvml; what it lacks raises its own error."""
 
-    NVMLError = NvmlFault
+    NVMLError = NvmlError
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
 
     def __init__(self, processes=None, used=None, driver=None, clocks=None):
@@ -535,7 +536,7 @@ class FakePynvml:
 
     def _known(self, value):
         if value is None:
-            raise NvmlFault("Not Supported")
+            raise NvmlError("Not Supported")
         return value
 
     def nvmlSystemGetDriverVersion(self):  # noqa: N802 -- the library's name
@@ -554,7 +555,7 @@ class FakePynvml:
 
 def test_a_driver_that_answers_nothing_knows_nothing():
     nvml = Nvml(FakePynvml(), "card")
-    assert (nvml.driver(), nvml.used_bytes(), nvml.processes(), nvml.own_bytes(1)) == (None, None, None, None)
+    assert (nvml.driver(), nvml.used_bytes(), nvml.processes(), nvml.own_bytes(alone=True)) == (None, None, None, None)
     assert nvml.clocks() == {}
 
 
@@ -563,36 +564,44 @@ def test_a_driver_that_answers_is_believed():
     library = FakePynvml(processes={10: 5, 11: 6}, used=2**40, driver=b"535.1", clocks={1: 1980})
     nvml = Nvml(library, "card")
     assert (nvml.driver(), nvml.used_bytes(), nvml.processes()) == ("535.1", 2**40, {10: 5, 11: 6})
-    assert nvml.own_bytes(11) == 6
     assert nvml.clocks() == {"sm": 1980}
     assert Nvml(FakePynvml(driver="575.57"), "card").driver() == "575.57"
 
 
 @pytest.mark.parametrize(
-    ("processes", "own"),
+    ("processes", "alone", "own"),
     [
-        ({}, None),
-        ({4711: 700}, 700),  # the only one on the card, under the number that the host gives it
-        ({4711: 700, 4712: 800}, None),
-        ({1: 700, 4711: 800}, 700),
-        ({1: None}, None),  # MIG, or a driver that does not say
-        ({4711: None}, None),
+        ({}, True, None),
+        ({4711: 700}, True, 700),  # the only one on the card, under the number that the host gives it
+        ({4711: 700}, False, None),  # perhaps that of somebody who was there before
+        ({4711: 700, 4712: 800}, True, None),
+        ({1: 700, 4711: 800}, False, 700),
+        ({1: None}, True, None),  # MIG, or a driver that does not say
+        ({4711: None}, True, None),
     ],
 )
-def test_a_process_is_found_by_its_number_or_as_the_only_one(processes, own):
-    assert Nvml(FakePynvml(processes=processes), "card").own_bytes(1) == own
+def test_a_process_is_found_by_its_number_or_as_the_only_one(monkeypatch, processes, alone, own):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert Nvml(FakePynvml(processes=processes), "card").own_bytes(alone=alone) == own
 
 
-def test_somebody_elses_process_is_not_taken_for_this_one():
-    """One was on the card before, and it is still the only one that the driver lists (it lists this one late, or never).
+@pytest.mark.parametrize("before", [{4711: 40 * GB}, {4711: None}, None])
+def test_somebody_elses_process_is_not_taken_for_this_one(before):
+    """One was on the card before, and it is still the only one that the driver lists: it lists this one late, or never.
 
-    FAILS: its 40 GB become the context of this process; a limit of 24 GB then "does not hold the CUDA context".
+    Where nobody knew who was there before, nobody knows whose the one process is, either.
     """
-    library = FakePynvml(processes={4711: 40 * GB}, used=40 * GB + 600 * MIB)
-    device = CudaDevice(0, Nvml(library, "card"), cuda=FakeCuda())
+    library = FakePynvml(processes=before, used=40 * GB + 600 * MIB)
+    cuda = FakeCuda()
+    device = CudaDevice(0, Nvml(library, "card"), cuda=cuda)
+
+    def properties(index):
+        library._processes = {4711: 40 * GB}
+        return FakeCuda.get_device_properties(cuda, index)
+
+    cuda.get_device_properties = properties
     device.open(None)
-    assert device.context_bytes != 40 * GB
-    assert device.process_basis != "nvml"
+    assert (device.context_bytes, device.process_basis) == (0, "device")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Many trials: the search for the largest micro-batch, what is known, the time that may be spent, plans put to the test."""
+"""Many trials: the search for the largest micro-batch, what is known, the time that is left, plans put to the test."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_a_trial_without_an_answer_ends_the_search(search, unanswered):
 CARD = Card(device="cuda", name="NVIDIA H200", total_bytes=150_000_000_000, compute_capability="9.0", driver="575.1")
 VERSIONS = {"torch": "2.13.0", "cuda": "12.9", "transformers": "5.23.0", "peft": "0.21.2", "memplan-probe": "1"}
 PLACE = Place(CARD, VERSIONS)
-TRIAL = Trial(model="tiny", config={"model_type": "llama", "hidden_size": 64}, setup=Setup(), limit="8GB", limit_bytes=8)
+TRIAL = Trial(
+    model="tiny", config={"model_type": "llama", "hidden_size": 64}, setup=Setup(), limit="8GB", limit_bytes=8
+)
 
 
 class Device:
@@ -203,7 +205,7 @@ def test_elsewhere_the_same_trial_is_measured_again(place):
 
 
 def test_without_a_limit_the_size_of_the_card_is_part_of_the_trial():
-    """FAILS: one name, two sizes (slices of MIG, ECC switched off) are one place; running out of memory is then wrong."""
+    """FAILS: one name, two sizes (slices of MIG, ECC switched off) are one place, whose answers are then wrong."""
     whole = replace(TRIAL, limit="", limit_bytes=None)
     first = Device("out-of-memory").session().run(whole)
     device = Device(place=Place(CARD._replace(total_bytes=2 * CARD.total_bytes), VERSIONS))
@@ -283,7 +285,7 @@ def test_who_listens_is_told_what_is_measured_and_not_what_is_known():
     session = Device().session(notify=told.append)
     session.run(TRIAL)
     session.run(TRIAL)
-    assert told == ["tiny, 1 x 1,024, bf16, at 8GB"]
+    assert told == ["tiny, 1 x 1,024, bf16, at 8B"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the time
@@ -353,7 +355,7 @@ def test_a_search_goes_on_from_what_is_known():
     assert [trial.setup.micro_batch_size for trial in device.trials] == [8, 9]
 
 
-# ------------------------------------------------------------------------------------------------------- the whole probe
+# ------------------------------------------------------------------------------------------------------ the whole probe
 
 CONFIG = {
     "model_type": "llama",

@@ -367,7 +367,7 @@ def test_a_record_with_a_field_of_the_wrong_type_is_foreign(tmp_path, path, valu
 
 
 def test_a_time_beyond_all_floats_is_foreign(tmp_path):
-    """FAILS: float() of such a number is an OverflowError, which is no ValueError; nothing in the folder can be read."""
+    """FAILS: float() of such a number is an OverflowError, which is no ValueError; no line of the folder is read."""
     assert_passed_over(tmp_path, changed("step_times_s", [10**400]))
 
 
