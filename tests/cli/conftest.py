@@ -27,6 +27,7 @@ def fresh_place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEMPLAN_OFFLINE", "1")
     monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("MEMPLAN_DATA_DIR", str(tmp_path_factory.mktemp("data")))
     for name in ("NO_COLOR", "FORCE_COLOR", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
 
