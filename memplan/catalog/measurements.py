@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 FOLDER = "measurements"
 SUFFIX = ".jsonl"
-LONGEST_LINE = 1 << 20
-"""A longer line is no record."""
+LONGEST_LINE = 8 << 20
+"""A longer line is no record; a config of the largest size that is read fits into one."""
 
 
 class BadLine(NamedTuple):
@@ -68,7 +68,7 @@ def read_measurements(path: str) -> Records:
     """
     measurements: list[Measurement] = []
     bad: list[BadLine] = []
-    for file in _files(path):
+    for file in _listed(path):
         try:
             with open(file, "rb") as lines:
                 for number, line in enumerate(lines, 1):
@@ -83,6 +83,15 @@ def read_measurements(path: str) -> Records:
                 f"The measurements in {file} cannot be read: {fault.strerror}.", "Check the file, or name another."
             ) from None
     return Records(tuple(measurements), tuple(bad))
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return _files(path)
+    except OSError as fault:
+        raise MemplanError(
+            f"The measurements in {path} cannot be read: {fault.strerror}.", "Check the folder, or name another."
+        ) from None
 
 
 def _files(path: str) -> list[str]:
@@ -109,7 +118,10 @@ def append_measurement(path: str, measurement: Measurement) -> None:
     Raises:
         MemplanError: it cannot be written, for example because the disk is full; the file is as it was before.
     """
-    text = json.dumps(measurement_record(measurement), separators=(",", ":"), allow_nan=False) + "\n"
+    try:
+        text = json.dumps(measurement_record(measurement), separators=(",", ":"), allow_nan=False) + "\n"
+    except ValueError as fault:
+        raise MemplanError(f"The measurement cannot be written: {fault}.", "This is a bug in memplan.") from None
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)

@@ -37,6 +37,7 @@ def main() -> int:
     for line in sys.stdin:
         order = json.loads(line)
         if not order["fork"]:
+            _end_with_parent()
             _carry_out(order, reports)
             return 0
         with contextlib.suppress(ImportError):
@@ -111,6 +112,9 @@ def _carry_out(order: dict[str, Any], reports: TextIO) -> None:
                 _measure(order, parse_trial(order["trial"]), index, nvml, report)
     except MemplanError as fault:
         report({"end": FAILED, "message": fault.cause, "cure": fault.cure})
+    except Exception as error:  # noqa: BLE001 -- whoever gave the order is told, whatever it is
+        text = " ".join(str(error).split())
+        report({"end": FAILED, "message": f"{type(error).__name__}: {text[:600]}"})
 
 
 def _measure(order: dict[str, Any], trial: Trial, index: int, nvml: Nvml | None, report: Any) -> None:

@@ -36,6 +36,10 @@ class DeviceError(MemplanError):
     """There is no such device, or it cannot be used."""
 
 
+class LimitReachedError(MemplanError):
+    """A card of the limit's size would have had no memory left: the process takes more beside its tensors."""
+
+
 class Reading(NamedTuple):
     """What a device holds now."""
 
@@ -148,8 +152,17 @@ class CudaDevice:
     def tighten(self) -> None:
         """Cap again by what the process really takes beside the allocator: kernels are loaded when they first run."""
         process = self.process_bytes()
-        if process is not None:
-            self._cap(max(process - self._cuda.memory_reserved(self._index), 0))
+        if process is None or self._limit_bytes is None:
+            return
+        reserved = self._cuda.memory_reserved(self._index)
+        beside = max(process - reserved, 0)
+        if beside >= self._limit_bytes:
+            raise LimitReachedError(
+                f"The process takes {beside:,} bytes beside its tensors, and the limit is {self._limit_bytes:,}."
+            )
+        self._cap(beside)
+        if reserved > self._limit_bytes - beside:  # what was cached before has to be asked for again, within the cap
+            self._cuda.empty_cache()
 
     def _cap(self, beside_bytes: int) -> None:
         """Leave to the allocator what a card of the limit's size would, with so many bytes taken beside it."""

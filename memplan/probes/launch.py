@@ -35,6 +35,9 @@ CHILD = (sys.executable, "-m", "memplan.probes.child")
 DESCRIBE_LIMIT_S = 180.0
 """Importing PyTorch and making a context can take this long on a machine that has just started."""
 
+HEARING_S = 0.3
+"""Seconds that are waited for the last words of a process."""
+
 COUNTED = (
     "num_parameters",
     "num_trainable_parameters",
@@ -85,6 +88,9 @@ class Launcher:
         self._environment = dict(os.environ if environment is None else environment)
         self._place = Place(NOT_DESCRIBED, {})
         self._fork = True
+        self._limit_s = time_limit_s
+        self._exit = 0
+        self._listener: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: deque[str] = deque(maxlen=20)
@@ -160,11 +166,16 @@ class Launcher:
         """What was reported, and where no end was reported how it ended: an outcome."""
         order |= {"fork": self._fork, "device": self.device, "rank": self.rank, "world_size": self.world_size}
         reports: list[dict[str, Any]] = []
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + min(limit_s, threading.TIMEOUT_MAX)
+        self._limit_s = limit_s
+        self._errors.clear()
         try:
             self._send(order)
             while True:
-                line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.001))
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise queue.Empty
+                line = self._lines.get(timeout=left)
                 if line is None:  # it has ended: after its only order, or before it was done
                     self._exit = self._end_of_process()
                     self.close()
@@ -196,18 +207,15 @@ class Launcher:
         for _ in range(2):  # a process that has died since the last trial is started anew
             process = self._process or self._start()
             assert process.stdin is not None
-            try:
-                process.stdin.write(text)
-                process.stdin.flush()
+            if process.poll() is None:
+                threading.Thread(target=_feed, args=(process.stdin, text), daemon=True).start()
                 return
-            except OSError:
-                self.close()
+            self.close()
         raise ProbeError(f"The process for the trials does not start: {self._why(KILLED)}.", "Check python -c pass.")
 
     def _start(self) -> subprocess.Popen[str]:
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, (package, self._environment.get("PYTHONPATH"))))
-        self._errors.clear()
         self._exit = 0
         process = subprocess.Popen(
             self._command,
@@ -225,12 +233,19 @@ class Launcher:
         assert process.stdout is not None
         assert process.stderr is not None
         threading.Thread(target=_pump, args=(process.stdout, lines.put, True), daemon=True).start()
-        threading.Thread(target=_pump, args=(process.stderr, self._errors.append, False), daemon=True).start()
+        self._listener = threading.Thread(target=_pump, args=(process.stderr, self._errors.append, False), daemon=True)
+        self._listener.start()
         return process
+
+    def _hear(self) -> None:
+        """Give what was written to stderr before the end the time to arrive."""
+        if self._listener is not None:
+            self._listener.join(timeout=HEARING_S)
 
     def _why(self, ended: str) -> str:
         if ended == TIMED_OUT:
-            return f"it was not done after {self.time_limit_s:g} s"
+            return f"it was not done after {self._limit_s:g} s"
+        self._hear()
         last = next((line.strip() for line in reversed(self._errors) if line.strip()), "")
         how = f"it exited with status {self._exit}"
         if self._exit < 0:
@@ -248,10 +263,17 @@ def _pump(stream: IO[str], put: Callable[[Any], None], tell_end: bool) -> None:
         put(None)
 
 
+def _feed(stream: IO[str], text: str) -> None:
+    """Write an order; one that nobody reads blocks here and not the caller."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.write(text)
+        stream.flush()
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         report = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) else None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from memplan.specs.measurement import describe, trial_identity
+from memplan.specs.measurement import describe, identity, trial_identity
 from memplan.specs.training import LARGEST_COUNT
 from memplan.specs.values import NamedTuple, replace
 
@@ -105,8 +105,10 @@ class Session:
         self._notify = notify
         self.budget = budget or Budget(None)
         self._known: dict[str, Measurement] = {}
+        self._asked: dict[str, set[tuple[str, int | None]]] = {}
         for one in () if again else known:
             if one.survived is not None:
+                self._questions(one).add((one.trial.role, one.trial.target_batch))
                 self._known[trial_identity(one.trial, one.card, one.versions)] = one
         self.measured: list[Measurement] = []
         """What was measured here, in this order."""
@@ -122,8 +124,7 @@ class Session:
         key = trial_identity(trial, self._place.card, self._place.versions)
         if key in self._known:
             self.num_known += 1
-            self.seen.append(self._known[key])
-            return self._known[key]
+            return self._answered(trial, self._known[key])
         if self.budget.is_over:
             self.num_left += 1
             return None
@@ -140,6 +141,21 @@ class Session:
         if self._save is not None:
             self._save(found)
         return found
+
+    def _answered(self, trial: Trial, known: Measurement) -> Measurement:
+        """An earlier measurement; one that answers another question now is saved with that question, too."""
+        asked = (trial.role, trial.target_batch)
+        if trial.role and asked != (known.trial.role, known.trial.target_batch):
+            known = replace(known, trial=trial)
+            if self._save is not None and asked not in self._questions(known):
+                self._save(known)
+                self._questions(known).add(asked)
+        self.seen.append(known)
+        return known
+
+    def _questions(self, measurement: Measurement) -> set[tuple[str, int | None]]:
+        """(role, batch) of all that this trial was measured for."""
+        return self._asked.setdefault(identity(measurement), set())
 
     def find_max(self, trial: Trial, start: int, most: int = LARGEST_COUNT) -> Largest:
         """The largest micro-batch of a trial that survives."""

@@ -20,7 +20,7 @@ import torch
 from memplan.errors import MemplanError
 from memplan.operators.sizes import allocated
 from memplan.probes.checkpointing import enable_checkpointing, selective_checkpointing
-from memplan.probes.devices import watching
+from memplan.probes.devices import LimitReachedError, watching
 from memplan.probes.meter import PhaseMeter, Unwatched
 from memplan.probes.models import PARAMETER_DTYPES, transformers_model
 from memplan.probes.optimizers import real_optimizer
@@ -44,6 +44,9 @@ TIMED_S = 4.0
 """Steps are timed until there are so many, or until so many seconds are over and there are three."""
 
 SEED = 0
+
+MOST_OF_AN_ERROR = 600
+"""Characters of an error that are kept."""
 
 
 class Ranks(NamedTuple):
@@ -74,12 +77,20 @@ def run_trial(
             _train(trial, device, meter, report, ranks)
         report({"clocks": device.clocks(), "workspace_bytes": device.workspace_bytes()})
         report({"end": DONE})
-    except MemplanError as fault:
-        report({"end": FAILED, "message": f"{fault.cause} {fault.cure}".strip(), "phase": meter.position})
     except Exception as error:  # noqa: BLE001 -- the end of a trial, whatever it is
-        end = OUT_OF_MEMORY if device.is_out_of_memory(error) else FAILED
+        end = OUT_OF_MEMORY if _ran_out(error, device) else FAILED
         text = " ".join(str(error).split())
-        report({"end": end, "message": f"{type(error).__name__}: {text[:600]}", "phase": meter.position})
+        named = text if isinstance(error, MemplanError) else f"{type(error).__name__}: {text}"
+        report({"end": end, "message": named[:MOST_OF_AN_ERROR], "phase": meter.position})
+
+
+def _ran_out(error: BaseException | None, device: Device) -> bool:
+    """Whether an error, or one that it was raised from, says that the device has no more memory."""
+    while error is not None:
+        if isinstance(error, LimitReachedError) or device.is_out_of_memory(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, ranks: Ranks) -> None:
@@ -174,8 +185,13 @@ def history(path: str | None, device: Device) -> Iterator[None]:
     memory._record_memory_history(max_entries=1_000_000, stacks="python")
     try:
         yield
-    finally:
+    except BaseException:
+        with contextlib.suppress(OSError, RuntimeError):  # what ended the run is the answer
+            memory._dump_snapshot(path)
+        raise
+    else:
         memory._dump_snapshot(path)
+    finally:
         memory._record_memory_history(enabled=None)
 
 

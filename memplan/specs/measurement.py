@@ -186,8 +186,8 @@ class Measurement:
         return sha256(f"{self.measured_at} {self.rank} {identity(self)}".encode()).hexdigest()[:12]
 
 
-SAME_STACK = ("torch", "cuda", "transformers", "peft", "memplan-probe")
-"""Versions that decide whether something was measured before."""
+SAME_STACK = ("torch", "cuda", "transformers", "memplan-probe")
+"""Versions that decide whether something was measured before; those of adapters and optimizers where they take part."""
 
 PROBE_VERSION = "1"
 """Raised when trials are run in another way, so that earlier ones are measured again."""
@@ -200,9 +200,12 @@ def identity(measurement: Measurement) -> str:
 
 def trial_identity(trial: Trial, card: Card, versions: Mapping[str, str]) -> str:
     """The same of a trial that is to be run."""
-    stack = " ".join(f"{name}={versions.get(name, '')}" for name in SAME_STACK if name != "peft" or trial.setup.lora)
+    taking_part = [*SAME_STACK]
+    taking_part += ["peft"] if trial.setup.lora else []
+    taking_part += ["bitsandbytes"] if trial.setup.optimizer == "adamw-8bit" else []
+    stack = " ".join(f"{name}={versions.get(name, '')}" for name in taking_part)
     config = sha256(json.dumps(trial.config, sort_keys=True).encode()).hexdigest()[:16]
-    place = f"{card.device} {card.name} driver {card.driver}"
+    place = f"{card.device} {card.name} of {card.total_bytes} driver {card.driver}"
     return f"{trial.model} {config} {trial.setup!r} limit {trial.limit_bytes} on {place} with {stack}"
 
 

@@ -105,15 +105,17 @@ def step_record(step: StepRecord) -> dict[str, Any]:
 
 def parse_setup(record: Mapping[str, Any]) -> Setup:
     """The setup of a JSON object."""
-    given = {name: record[name] for name in SETUP_FIELDS if name in record}
+    given = {name: record[name] for name in SETUP_FIELDS if name in _checked(record)}
     lora = record.get("lora")
     if lora is not None:
+        _checked(lora)
         lora = Lora(rank=lora["rank"], targets=tuple(lora["targets"]), dropout=lora["dropout"])
     return Setup(**given, lora=lora)
 
 
 def parse_trial(record: Mapping[str, Any]) -> Trial:
     """The trial of a JSON object."""
+    _checked(record)
     optional = {name: record[name] for name in ("limit_bytes", "limit", "target_batch", "role") if name in record}
     return Trial(
         model=_text(record["model"]), config=dict(record["config"]), setup=parse_setup(record["setup"]), **optional
@@ -123,12 +125,7 @@ def parse_trial(record: Mapping[str, Any]) -> Trial:
 def parse_step(record: Mapping[str, Any]) -> StepRecord:
     """The step of a JSON object."""
     phases = tuple(PhaseBytes(**_known(phase, PhaseBytes)) for phase in record["phases"])
-    for phase in phases:
-        for name, value in phase._asdict().items():
-            if name != "name" and value is not None:
-                _count(name, value)
-    numbers = {name: _count(name, record[name]) for name in ("number", "num_alloc_retries", "num_ooms")}
-    return StepRecord(phases=phases, **numbers)
+    return StepRecord(**{**_known(record, StepRecord), "phases": phases})
 
 
 def parse_card(record: Mapping[str, Any]) -> Card:
@@ -145,11 +142,11 @@ def parse_measurement(record: Any) -> Measurement:
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise RecordError("it is no measurement of memplan")
     version = record.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise RecordError(f"its schema_version is {version!r}; this version of memplan reads {SCHEMA_VERSION}")
     try:
         found = Measurement(
-            **{name: record[name] for name in PLAIN if name in record},
+            **{name: record[name] for name in PLAIN if name in _checked(record)},
             trial=parse_trial(record["trial"]),
             card=parse_card(record["card"]),
             versions={str(name): _text(value) for name, value in record["versions"].items()},
@@ -162,32 +159,82 @@ def parse_measurement(record: Any) -> Measurement:
         raise
     except MemplanError as error:
         raise RecordError(error.cause) from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"its fields are not those of a measurement ({error})") from error
     _check(found)
     return found
+
+
+TEXT, COUNT, NUMBER = (str,), (int,), (int, float)
+FIELD_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
+    "outcome": (TEXT, False),
+    "message": (TEXT, False),
+    "phase": (TEXT, False),
+    "rank": (COUNT, False),
+    "measured_at": (TEXT, False),
+    "num_parameters": (COUNT, True),
+    "num_trainable_parameters": (COUNT, True),
+    "parameter_bytes": (COUNT, True),
+    "gradient_bytes": (COUNT, True),
+    "optimizer_state_bytes": (COUNT, True),
+    "kept_activation_bytes": (COUNT, True),
+    "context_bytes": (COUNT, True),
+    "workspace_bytes": (COUNT, True),
+    "process_basis": (TEXT, False),
+    "wall_s": (NUMBER, True),
+    # of a trial
+    "model": (TEXT, False),
+    "config": ((dict,), False),
+    "limit_bytes": (COUNT, True),
+    "limit": (TEXT, False),
+    "target_batch": (COUNT, True),
+    "role": (TEXT, False),
+    "padding": ((bool,), False),
+    "targets": ((list,), False),
+    # of a card
+    "device": (TEXT, False),
+    "name": (TEXT, False),
+    "total_bytes": (COUNT, False),
+    "compute_capability": (TEXT, False),
+    "driver": (TEXT, False),
+    "clocks": ((dict,), False),
+    "num_other_processes": (COUNT, True),
+    "other_bytes": (COUNT, True),
+    # of a step and a phase
+    "number": (COUNT, False),
+    "num_alloc_retries": (COUNT, False),
+    "num_ooms": (COUNT, False),
+    "allocated_bytes": (COUNT, False),
+    "peak_allocated_bytes": (COUNT, False),
+    "reserved_bytes": (COUNT, True),
+    "peak_reserved_bytes": (COUNT, True),
+    "process_bytes": (COUNT, True),
+}
+"""Field -> types of its values, and whether it may be missing (null)."""
+
+
+def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`record`, whose fields have the types that they should; counts are not negative and numbers finite."""
+    for name, value in record.items():
+        kinds, may_be_null = FIELD_KINDS.get(name, ((), True))
+        if not kinds or (value is None and may_be_null):
+            continue
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if wrong or (int in kinds and not 0 <= value < float("inf")):
+            raise RecordError(f"its {name} is {value!r:.60}")
+    return record
 
 
 def _check(found: Measurement) -> None:
     if found.outcome not in OUTCOMES:
         raise RecordError(f"its outcome is {found.outcome!r}")
     _text(found.measured_at)
-    for name in PLAIN:
-        value = getattr(found, name)
-        if name.endswith("_bytes") and value is not None:
-            _count(name, value)
     if not all(0 < value < float("inf") for value in found.step_times_s):
         raise RecordError("a step took no time")
 
 
 def _known(record: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    return {name: record[name] for name in kind._fields if name in record}
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RecordError(f"its {name} is {value!r}")
-    return value
+    return {name: record[name] for name in kind._fields if name in _checked(record)}
 
 
 def _text(value: Any) -> str:

@@ -153,7 +153,8 @@ def test_what_a_plan_is_for_does_not_make_it_another_trial():
     device = Device()
     first = device.session().run(TRIAL)
     session = device.session(known=[first])
-    assert session.run(replace(TRIAL, target_batch=32, role="plan", limit="8e9")) is first
+    again = session.run(replace(TRIAL, target_batch=32, role="plan", limit="8e9"))
+    assert replace(again, trial=TRIAL) == first
 
 
 OTHER_TRIALS = {
@@ -205,7 +206,7 @@ def test_elsewhere_the_same_trial_is_measured_again(place):
 
 
 def test_without_a_limit_the_size_of_the_card_is_part_of_the_trial():
-    """FAILS: one name, two sizes (slices of MIG, ECC switched off) are one place, whose answers are then wrong."""
+    """A regression: one name, two sizes (slices of MIG, ECC switched off) are one place, whose answers are then wrong."""
     whole = replace(TRIAL, limit="", limit_bytes=None)
     first = Device("out-of-memory").session().run(whole)
     device = Device(place=Place(CARD._replace(total_bytes=2 * CARD.total_bytes), VERSIONS))
@@ -216,7 +217,7 @@ def test_without_a_limit_the_size_of_the_card_is_part_of_the_trial():
     ("setup", "library"),
     [
         (Setup(lora=Lora(rank=8)), "peft"),
-        # FAILS: bitsandbytes, which makes the states, is in no identity.
+        # A regression: bitsandbytes, which makes the states, is in no identity.
         (Setup(optimizer="adamw-8bit"), "bitsandbytes"),
     ],
 )
@@ -285,7 +286,7 @@ def test_who_listens_is_told_what_is_measured_and_not_what_is_known():
     session = Device().session(notify=told.append)
     session.run(TRIAL)
     session.run(TRIAL)
-    assert told == ["tiny, 1 x 1,024, bf16, at 8B"]
+    assert told == ["tiny, 1 x 1,024, bf16, at 8GB"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the time
@@ -496,7 +497,7 @@ def test_what_was_decided_is_in_the_records_with_its_role_and_need_not_be_measur
 
 
 def test_a_decision_says_what_was_decided_even_if_its_trials_were_known(trial, tmp_path):
-    """FAILS: roles are those of the record that was found, and this one has none: `role` is not in the identity.
+    """A regression: roles are those of the record that was found, and this one has none: `role` is not in the identity.
 
     Whoever looks for decisions in the records (by `role` or `target_batch`) does not find this one.
     """
