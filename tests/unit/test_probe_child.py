@@ -218,7 +218,7 @@ def test_a_trial_that_hangs_is_timed_out_and_gone(scripted, monkeypatch):
 
 
 def test_a_child_that_never_stops_talking_is_timed_out(scripted, monkeypatch):
-    """A regression: as long as a line is waiting, `queue.get` does not look at the time, and the limit is never reached."""
+    """Once: as long as a line is waiting, `queue.get` does not look at the time, and the limit is never reached."""
     launcher = scripted("while True:\n    say(step=0) if False else print('x')", time_limit_s=0.5)
     with sessions_seen(monkeypatch) as sessions, interrupted(3.0, StuckError):
         assert launcher.measure(TRIAL).outcome == "timed-out"
@@ -228,7 +228,7 @@ def test_a_child_that_never_stops_talking_is_timed_out(scripted, monkeypatch):
 def test_an_order_that_nobody_reads_is_timed_out(tmp_path, monkeypatch):
     """A config larger than a pipe holds, and a child that hangs before it has begun.
 
-    A regression: stdin is written to without any limit of time.
+    Once: stdin is written to without any limit of time.
     """
     launcher = Launcher(command=(sys.executable, "-c", "import time; time.sleep(60)"), time_limit_s=0.5)
     trial = replace(TRIAL, config={**CONFIG, "id2label": {str(n): "label" for n in range(10_000)}})
@@ -239,7 +239,7 @@ def test_an_order_that_nobody_reads_is_timed_out(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seconds", [30 * 86400.0, float("inf")])
 def test_a_trial_may_take_as_long_as_it_takes(scripted, seconds):
-    """A regression: an OverflowError of `queue.get`."""
+    """Once: an OverflowError of `queue.get`."""
     assert scripted(BEGIN, END, time_limit_s=seconds).measure(TRIAL).outcome == "done"
 
 
@@ -270,7 +270,7 @@ def test_a_library_that_crashes_is_no_lack_of_memory(scripted, signal_name):
     assert f"signal {number}" in found.message
 
 
-# A regression: stderr is read by a thread of its own, which nobody waits for before the last line is asked for.
+# Once: stderr is read by a thread of its own, which nobody waits for before the last line is asked for.
 @pytest.mark.parametrize("end", [DIES + "say(exited=1)", DIES + "sys.exit(1)"])
 def test_a_trial_that_ends_without_a_word_failed_with_the_last_line_of_stderr(scripted, end):
     found = scripted(BEGIN, end).measure(TRIAL)
@@ -281,7 +281,7 @@ def test_a_trial_that_ends_without_a_word_failed_with_the_last_line_of_stderr(sc
 
 
 def test_what_an_earlier_trial_said_is_no_reason_of_a_later_one(scripted):
-    """A regression: lines of stderr are forgotten with the process alone, which lives on for many trials."""
+    """Once: lines of stderr are forgotten with the process alone, which lives on for many trials."""
     launcher = scripted(
         BEGIN, "if number == 1:\n    sys.stderr.write('a warning\\n')", "    sys.stderr.flush()", "say(exited=-9)"
     )
@@ -342,7 +342,7 @@ def test_what_is_no_report_is_left_alone(scripted):
 
 
 def test_garbage_that_is_nested_too_deep_is_left_alone_too(scripted):
-    """A regression: a RecursionError is no ValueError."""
+    """Once: a RecursionError is no ValueError."""
     assert scripted("print('[' * 100_000)", BEGIN, END).measure(TRIAL).outcome == "done"
 
 
@@ -367,7 +367,7 @@ def test_a_launcher_that_is_closed_leaves_nothing_running(scripted, monkeypatch)
 
 
 def test_a_device_that_is_not_found_in_time_is_a_fault_that_says_how_long(scripted, monkeypatch):
-    """A regression: the message has the time limit of trials."""
+    """Once: the message has the time limit of trials."""
     monkeypatch.setattr(launch, "DESCRIBE_LIMIT_S", 0.5)
     with pytest.raises(ProbeError) as fault:
         scripted(SLEEP, time_limit_s=600.0).describe()
@@ -428,8 +428,8 @@ EQUAL = {
     "padding": {"padding": True},
 }
 PEAK_BELOW = {"bf16-mixed, eager, full": 7_168}
-"""The formula's peak is in the backward pass of eager attention, where CUDA's softmax_backward_data holds a product of the
-size of the scores (`kernels.SCRATCH_BY_OPERATOR`), which a CPU does not: there another instant is the highest."""
+"""The formula's peak is in the backward pass of eager attention, where CUDA's softmax_backward_data holds a product as
+large as the scores (`kernels.SCRATCH_BY_OPERATOR`), which a CPU does not: there another instant is the highest."""
 
 LATER = {"fp32, sdpa", "bf16-mixed, eager, full, short", "every-2", "sgd with momentum"}
 """Left out by default: each takes a second."""
@@ -552,7 +552,7 @@ def test_without_cuda_a_card_is_a_fault_with_a_cure():
 def test_an_error_that_nobody_foresaw_is_in_the_message(cpu, monkeypatch):
     """Two ranks, and no MASTER_ADDR to meet at.
 
-    A regression: the fork ends with os._exit in a `finally`, before Python prints the traceback; nothing says why it failed.
+    Once: the fork ends with os._exit in a `finally`, before Python prints the traceback; nothing says why it failed.
     """
     monkeypatch.setattr(cpu, "world_size", 2)
     found = cpu.measure(replace(TRIAL, setup=replace(TRIAL.setup, data_parallel_size=2)))
@@ -591,7 +591,7 @@ print("done", flush=True)
 
 
 @needs_torch
-# A regression: only a fork looks whether its parent is still there; without one the trial runs on to its end.
+# Once: only a fork looks whether its parent is still there; without one the trial runs on to its end.
 @pytest.mark.parametrize("kind", ["fork", pytest.param("own", marks=pytest.mark.slow)])
 def test_a_parent_that_is_killed_leaves_nothing_running(kind):
     """No handler runs on SIGKILL: whatever the parent started sees by itself that nobody gives orders any more."""

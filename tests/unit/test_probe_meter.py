@@ -339,7 +339,7 @@ def test_after_a_step_the_kernels_that_were_loaded_are_taken_off_too():
 def test_a_tightened_limit_holds_for_what_was_taken_before_it():
     """The first step took all that it could get, then kernels were found to take 200 MiB beside it: over the limit.
 
-    A regression: the fraction stops further cudaMallocs alone.  A second step that needs no further segment is done, and the
+    Once: the fraction stops further cudaMallocs alone.  A second step that needs no further segment is done, and the
     trial has survived on a card that it does not fit on.
     """
     cuda = FakeCuda()
@@ -462,7 +462,7 @@ def reports_of(trial=TINY, **given):
 
 
 def test_a_model_that_does_not_fit_is_out_of_memory_and_no_wrong_config(monkeypatch):
-    """A regression: `models._build` makes a TraceError of every error in `from_config`, which is the end of a failed trial."""
+    """Once: `models._build` makes a TraceError of every error in `from_config`, which is the end of a failed trial."""
     transformers = pytest.importorskip("transformers")
 
     def from_config(*_, **__):
@@ -493,7 +493,7 @@ def test_a_step_that_does_not_fit_says_where(monkeypatch):
 def test_a_process_that_outgrows_its_limit_beside_the_tensors_is_out_of_memory(monkeypatch):
     """A card of that size would not have held it: kernels are part of what has to fit.
 
-    A regression: `tighten` raises a DeviceError, which makes the trial a failure without an answer.
+    Once: `tighten` raises a DeviceError, which makes the trial a failure without an answer.
     """
     pytest.importorskip("transformers")
     cuda = FakeCuda()
@@ -506,7 +506,7 @@ def test_a_process_that_outgrows_its_limit_beside_the_tensors_is_out_of_memory(m
 
 
 def test_a_snapshot_that_cannot_be_written_hides_no_out_of_memory(monkeypatch):
-    """A regression: the error of the dump, raised in a `finally`, takes the place of the one that the trial ended with."""
+    """Once: the error of the dump, raised in a `finally`, takes the place of the one that the trial ended with."""
     memory = torch.cuda.memory
     monkeypatch.setattr(memory, "_record_memory_history", lambda *_, **__: None)
 

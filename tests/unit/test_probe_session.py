@@ -206,7 +206,7 @@ def test_elsewhere_the_same_trial_is_measured_again(place):
 
 
 def test_without_a_limit_the_size_of_the_card_is_part_of_the_trial():
-    """A regression: one name, two sizes (slices of MIG, ECC switched off) are one place, whose answers are then wrong."""
+    """Once: one name, two sizes (slices of MIG, ECC switched off) are one place, whose answers are then wrong."""
     whole = replace(TRIAL, limit="", limit_bytes=None)
     first = Device("out-of-memory").session().run(whole)
     device = Device(place=Place(CARD._replace(total_bytes=2 * CARD.total_bytes), VERSIONS))
@@ -217,7 +217,7 @@ def test_without_a_limit_the_size_of_the_card_is_part_of_the_trial():
     ("setup", "library"),
     [
         (Setup(lora=Lora(rank=8)), "peft"),
-        # A regression: bitsandbytes, which makes the states, is in no identity.
+        # Once: bitsandbytes, which makes the states, is in no identity.
         (Setup(optimizer="adamw-8bit"), "bitsandbytes"),
     ],
 )
@@ -497,7 +497,7 @@ def test_what_was_decided_is_in_the_records_with_its_role_and_need_not_be_measur
 
 
 def test_a_decision_says_what_was_decided_even_if_its_trials_were_known(trial, tmp_path):
-    """A regression: roles are those of the record that was found, and this one has none: `role` is not in the identity.
+    """Once: roles are those of the record that was found, and this one has none: `role` is not in the identity.
 
     Whoever looks for decisions in the records (by `role` or `target_batch`) does not find this one.
     """

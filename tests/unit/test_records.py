@@ -335,7 +335,7 @@ def test_a_record_with_a_wrong_value_is_foreign(tmp_path, path, value):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        # A regression: nothing looks at these fields; whoever computes with them later ends in a traceback or in nonsense.
+        # Once: nothing looks at these fields; whoever computes with them later ends in a traceback or in nonsense.
         *[("num_parameters", value) for value in (-1, "12", 1.5, True)],
         *[("rank", value) for value in (-1, "0", None)],
         *[("wall_s", value) for value in (NAN, "soon", -1)],
@@ -367,7 +367,7 @@ def test_a_record_with_a_field_of_the_wrong_type_is_foreign(tmp_path, path, valu
 
 
 def test_a_time_beyond_all_floats_is_foreign(tmp_path):
-    """A regression: float() of such a number is an OverflowError, which is no ValueError; no line of the folder is read."""
+    """Once: float() of such a number is an OverflowError, which is no ValueError; no line of the folder is read."""
     assert_passed_over(tmp_path, changed("step_times_s", [10**400]))
 
 
@@ -384,7 +384,7 @@ def test_what_cannot_be_read_at_all_is_a_fault(tmp_path, monkeypatch):
     with pytest.raises(MemplanError, match=r"folder\.jsonl cannot be read") as fault:
         read_measurements(str(tmp_path))
     assert fault.value.cure
-    # A regression: the folder is listed outside of the `try`, so that this is a PermissionError with a traceback.
+    # Once: the folder is listed outside of the `try`, so that this is a PermissionError with a traceback.
     monkeypatch.setattr(os, "listdir", denied)
     with pytest.raises(MemplanError, match="cannot be read"):
         read_measurements(str(tmp_path))
@@ -421,7 +421,7 @@ def test_what_is_appended_is_one_line_even_if_texts_have_several(tmp_path):
 def test_what_is_appended_can_be_read(tmp_path):
     """Or it is refused.
 
-    A regression: a config.json may have 4 MiB (`MAX_CONFIG_BYTES`), a line that is read 1 MiB; larger ones are written all the
+    Once: a config.json may have 4 MiB (`MAX_CONFIG_BYTES`), a line that is read 1 MiB; larger ones are written all the
     same, reported as foreign ever after, and measured anew every time.
     """
     path = str(tmp_path / "card.jsonl")
@@ -435,7 +435,7 @@ def test_what_is_appended_can_be_read(tmp_path):
 
 
 def test_a_number_that_json_does_not_have_is_a_fault(tmp_path):
-    """A regression: json.dumps raises a ValueError outside of the `try`."""
+    """Once: json.dumps raises a ValueError outside of the `try`."""
     path = tmp_path / "card.jsonl"
     with pytest.raises(MemplanError):
         append_measurement(str(path), measurement(wall_s=NAN))
