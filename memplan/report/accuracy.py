@@ -70,6 +70,11 @@ CPU_LEGEND = (
     "counted rightly, and nothing about reserved or process bytes of a GPU."
 )
 
+UNEXPLAINED_LEGEND = (
+    "left, unexplained: what remains of the error once the tensors are counted that one of the two runs is known to hold and "
+    "the other not"
+)
+
 FLOOR_LEGEND = (
     "bound: the run holds what memplan does not count, so that memplan's number can only be a lower bound; it holds "
     "where it is not above what was measured"
@@ -324,7 +329,7 @@ def _published_lines(published: Document) -> Iterator[Line]:
     compared = published["compared"]
     if compared:
         yield from title(f"What others published (GiB): {len(compared):,} of {plural(published['num_rows'], 'row')}")
-        rows: list[tuple[str, ...]] = [("model", "GPU", "quantity", "measured", "memplan", "error", "rest")]
+        rows: list[tuple[str, ...]] = [("model", "GPU", "quantity", "measured", "memplan", "error", "left")]
         rows += [
             (
                 printable(one["model"]),
@@ -348,7 +353,7 @@ def _published_lines(published: Document) -> Iterator[Line]:
 def _published_legend(compared: Iterable[Document]) -> Iterator[str]:
     compared = list(compared)
     if any(one["explained_error"] is not None for one in compared):
-        yield "rest: what is left of the error once the tensors that are known to differ are counted"
+        yield UNEXPLAINED_LEGEND
     if any(one["comparison"] == "floor" for one in compared):
         yield FLOOR_LEGEND
 
@@ -432,16 +437,15 @@ def _dated(document: Document) -> str:
 
 
 def _markdown_row(one: Document) -> Document:
-    error = error_of(one)
-    if one["explained_error"] is not None:
-        error += f", rest {percent(one['explained_error'])}"
+    rest = one["explained_error"]
     return {
         "model": _markdown(one["model"]),
         "GPU": _markdown(one["gpu"]),
         "quantity": NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
         "measured": f"{gib(one['measured'])} GiB",
         "predicted": f"{gib(one['predicted'])} GiB",
-        "error": error,
+        "error": error_of(one),
+        "unexplained": error_of(one) if rest is None else percent(rest),
     }
 
 

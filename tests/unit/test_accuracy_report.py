@@ -312,7 +312,7 @@ def test_markdown() -> None:
     lines = accuracy_markdown(full()).splitlines()
     assert lines[0] == "Predicted against measured (newest record of 2026-11-22; newest published number of 2026-10)."
     assert "| GPU | process | 4 | -0.4 % | 2.1 % | 3.4 % | +2.1 % | -3.4 % |" in lines
-    published = "| ibm/PowerLM-3b | a100-80gb | process | 50.00 GiB | 43.70 GiB | -12.6 %, rest -0.4 % |"
+    published = "| ibm/PowerLM-3b | a100-80gb | process | 50.00 GiB | 43.70 GiB | -12.6 % | -0.4 % |"
     assert published in lines
     assert lines[-1] == (
         "1 record left out, mostly: it ran out of memory; "
