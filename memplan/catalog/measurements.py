@@ -28,6 +28,10 @@ LONGEST_LINE = 8 << 20
 """A longer line is no record; a config of the largest size that is read fits into one."""
 
 
+class NotWrittenError(MemplanError):
+    """A measurement could not be written; those before it are kept."""
+
+
 class BadLine(NamedTuple):
     """A line that is no record."""
 
@@ -116,12 +120,12 @@ def append_measurement(path: str, measurement: Measurement) -> None:
     A line that was cut off by an earlier fault is ended first.
 
     Raises:
-        MemplanError: it cannot be written, for example because the disk is full; the file is as it was before.
+        NotWrittenError: it cannot be, for example because the disk is full; the file is as it was before.
     """
     try:
         text = json.dumps(measurement_record(measurement), separators=(",", ":"), allow_nan=False) + "\n"
     except ValueError as fault:
-        raise MemplanError(f"The measurement cannot be written: {fault}.", "This is a bug in memplan.") from None
+        raise NotWrittenError(f"The measurement cannot be written: {fault}.", "This is a bug in memplan.") from None
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -130,7 +134,7 @@ def append_measurement(path: str, measurement: Measurement) -> None:
         finally:
             os.close(descriptor)
     except OSError as fault:
-        raise MemplanError(
+        raise NotWrittenError(
             f"The measurement could not be written to {path}: {fault.strerror}.",
             "Free some space or name another folder with --records; what was measured before is kept.",
         ) from None

@@ -134,7 +134,7 @@ def answer(asked: Asked, choices: dict[str, Any]) -> int:
                 found = probing.run(trial, snapshot=asked.snapshot)
                 assert found is not None
                 return _write_one(found, probing, asked, ranks[0])
-            document = measuring.trials_document(probing, [probing.run_entry(entry) for entry in entries])
+            document = measuring.trials_document(probing, probing.run_all(entries))
     return _write_several(document, asked)
 
 
@@ -253,6 +253,8 @@ def _write_several(document: dict[str, Any], asked: Asked) -> int:
         lines=lambda: render_trials(document, quiet=asked.quiet),
         records=lambda: [{**row.pop("setup"), **row} for row in (dict(one) for one in document["trials"])],
     )
+    for one in document["not_asked"]:
+        say(f"{one['trial']}: {one['reason']}", quiet=asked.quiet)
     if asked.matrix is not None:
         return 0
     largest, decisions = document["largest"], document["decisions"]

@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from memplan.catalog.measurements import append_measurement, file_of, read_measurements, records_path
-from memplan.errors import UsageError
+from memplan.catalog.measurements import (
+    NotWrittenError,
+    append_measurement,
+    file_of,
+    read_measurements,
+    records_path,
+)
+from memplan.errors import MemplanError, UsageError
 from memplan.estimation.estimate import context_bytes
 from memplan.measuring.trials import gpu_of, largest_predicted, make_trial, next_larger, plan_of, prediction_for
 from memplan.probes.launch import Launcher, Place
@@ -43,7 +49,9 @@ class Outcome(NamedTuple):
 
     trial: Trial
     found: Largest | Decision | Measurement | None
-    """None: there was no time."""
+    """None: there was no time, or it cannot be asked."""
+    reason: str = ""
+    """Why it cannot be asked."""
 
 
 def torchrun_ranks(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -175,9 +183,27 @@ class Probe:
             None if larger is None else self.session.run(replace(plan, setup=larger, role="larger")),
         )
 
-    def run_entry(self, entry: MatrixEntry) -> Outcome:
-        """One entry of a matrix."""
-        trial = make_trial(**entry.choices)
+    def run_all(self, entries: Sequence[MatrixEntry]) -> list[Outcome]:
+        """All entries of a matrix, in their order; of several one that cannot be asked has its reason as its outcome.
+
+        Raises:
+            MemplanError: an entry makes no sense, before anything is measured; the only one cannot be asked; a record
+                cannot be written.
+        """
+        trials = [make_trial(**entry.choices) for entry in entries]
+        outcomes = []
+        for entry, trial in zip(entries, trials, strict=True):
+            try:
+                outcomes.append(self._run_entry(entry, trial))
+            except NotWrittenError:
+                raise
+            except MemplanError as fault:
+                if len(entries) == 1:
+                    raise
+                outcomes.append(Outcome(trial, None, f"{fault.cause} {fault.cure}".strip()))
+        return outcomes
+
+    def _run_entry(self, entry: MatrixEntry, trial: Trial) -> Outcome:
         if entry.find_max:
             return Outcome(trial, self.find_max(trial))
         if entry.target_batch is not None:
@@ -233,8 +259,9 @@ def trials_document(probing: Probe, outcomes: Sequence[Outcome]) -> dict[str, An
         "num_known": session.num_known,
         "num_left": session.num_left,
         "num_failed": len(failed),
-        "largest": [_largest(probing, trial, found) for trial, found in outcomes if isinstance(found, Largest)],
-        "decisions": [_decision(trial, found) for trial, found in outcomes if isinstance(found, Decision)],
+        "not_asked": [{"trial": describe(one.trial), "reason": one.reason} for one in outcomes if one.reason],
+        "largest": [_largest(probing, trial, found) for trial, found, _ in outcomes if isinstance(found, Largest)],
+        "decisions": [_decision(trial, found) for trial, found, _ in outcomes if isinstance(found, Decision)],
         "trials": [trial_row(one, prediction_for(one)) for one in session.seen],
     }
 

@@ -71,8 +71,8 @@ CPU_LEGEND = (
 )
 
 UNEXPLAINED_LEGEND = (
-    "left, unexplained: what remains of the error once the tensors are counted that one of the two runs is known to hold and "
-    "the other not"
+    "left, unexplained: what remains of the error once the tensors are counted that one of the two runs is known to "
+    "hold and the other not"
 )
 
 FLOOR_LEGEND = (

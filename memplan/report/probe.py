@@ -310,6 +310,7 @@ def _count(document: Document) -> str:
     parts = [f"{plural(document['num_measured'], 'trial')} measured"]
     parts += [f"{document['num_known']} known from before"] if document["num_known"] else []
     parts += [f"{document['num_failed']} without an answer"] if document["num_failed"] else []
+    parts += [f"{len(document['not_asked'])} that cannot be asked"] if document["not_asked"] else []
     parts += [f"{document['num_left']} left, as the time was over"] if document["num_left"] else []
     return ", ".join(parts)
 
