@@ -128,7 +128,9 @@ def why_not(record: Measurement) -> str:
 
 
 def _has_dropout(record: Measurement) -> bool:
-    given = record.trial.setup.dropout
+    lora, given = record.trial.setup.lora, record.trial.setup.dropout
+    if lora is not None and lora.dropout > 0:
+        return True
     if given is not None:
         return given > 0
     config = record.trial.config
