@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from memplan.planner.plan import Plan
     from memplan.probes.events import Trace
     from memplan.probes.modules import TracedModule
+    from memplan.specs.calibration import Calibration
     from memplan.specs.gpu import GpuSpec
 
 DEFAULT_SEQ_LEN = 2048
@@ -614,17 +615,23 @@ def find_safety(gpu: GpuSpec | None, headroom: float | None, confidence: float |
         raise UsageError(f"confidence is {shown(confidence)}.", "Give a probability between 0 and 1, such as 0.99.")
     from memplan.calibration.bounds import bound, least_scores
 
-    scores = () if gpu.calibration is None else gpu.calibration.scores
-    if not scores:
+    scores = () if gpu.calibration is None else gpu.calibration.all_scores
+    if gpu.calibration is None or not gpu.calibration.scores:
         return _from_other_cards(gpu, percent, confidence)
     found = bound(scores, confidence)
     if found.is_attained:
         return Safety(0.0 if headroom is None else percent, found.ratio)
     said = (
-        f"{len(scores)} measurements of this card vouch for {found.confidence:.2f} at most, {confidence:g} takes "
-        f"{least_scores(confidence)}: the bound is the largest error seen, and the headroom of {percent:g} % is added"
+        f"{len(scores)} measurements of this card vouch for {int(1000 * found.confidence) / 1000:g} at most"
+        f"{_exceeded(gpu.calibration)}; {confidence:g} takes {least_scores(confidence)} at least: the bound is the "
+        f"largest error seen, and the headroom of {percent:g} % is added"
     )
     return Safety(percent, found.ratio, said)
+
+
+def _exceeded(calibration: Calibration) -> str:
+    num = calibration.num_exceeded
+    return f", as {num} ran out of memory against the prediction" if num else ""
 
 
 def _from_other_cards(gpu: GpuSpec, percent: float, confidence: float) -> Safety:
@@ -632,13 +639,13 @@ def _from_other_cards(gpu: GpuSpec, percent: float, confidence: float) -> Safety
     from memplan.calibration.bounds import bound
     from memplan.catalog.calibrations import read_calibrations
 
-    ratios = [bound(one.scores, confidence).ratio for one in read_calibrations(os.environ) if one.scores]
+    ratios = [bound(one.all_scores, confidence).ratio for one in read_calibrations(os.environ) if one.scores]
     if not ratios:
         said = "nothing is calibrated yet; the bound is the headroom, not a statistical one"
         return Safety(percent, 0.0, said)
     said = (
-        f"{gpu.label} is not calibrated: the bound is the widest of {len(ratios)} other cards and the headroom of "
-        f"{percent:g} %, and no confidence is vouched for"
+        f"{gpu.label} is not calibrated: the bound is the widest of those of other cards ({len(ratios)}) and the "
+        f"headroom of {percent:g} %, and no confidence is vouched for"
     )
     return Safety(percent, max(ratios), said)
 
@@ -652,7 +659,7 @@ def vouched(estimate: Estimate, reserve_bytes: int) -> Estimate:
 
     process = estimate.memory.peak_process_bytes
     ratio = (estimate.upper_bound_bytes - reserve_bytes - process) / process
-    return replace(estimate, confidence=confidence_of(calibration.scores, ratio))
+    return replace(estimate, confidence=confidence_of(calibration.all_scores, ratio))
 
 
 def _margin(gpu: GpuSpec | None, reserve: str | int | None, safety: Safety) -> Margin:

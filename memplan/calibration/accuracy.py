@@ -101,6 +101,8 @@ def compare(records: Iterable[Measurement], predict: Predict) -> Accuracy:
     left_out: list[LeftOut] = []
     for record in records:
         reason = why_not(record)
+        if record.outcome == OUT_OF_MEMORY:
+            reason = _why_it_failed(record, predict(record))
         prediction = None if reason else predict(record)
         if prediction is not None and prediction.reason:
             reason = prediction.reason
@@ -112,6 +114,33 @@ def compare(records: Iterable[Measurement], predict: Predict) -> Accuracy:
             if seen and said is not None:
                 points.append(_point(record, quantity, seen, said))
     return Accuracy(tuple(points), tuple(left_out))
+
+
+def _why_it_failed(record: Measurement, prediction: Prediction) -> str:
+    """Of a run that ran out of memory: was it foreseen?"""
+    if prediction.process is None:
+        return "it ran out of memory, and there is no prediction"
+    if prediction.process <= room(record):
+        return "it ran out of memory where the prediction, without headroom, says that it fits"
+    return "it ran out of memory, as predicted: it counts for the decisions"
+
+
+def room(record: Measurement) -> int:
+    """Bytes that the process had: its limit, or the card."""
+    return record.trial.limit_bytes or record.card.total_bytes
+
+
+def distinct(records: Iterable[Measurement]) -> list[Measurement]:
+    """Each run once: a record that answered another question, too, was saved with that question.
+
+    Of the copies the one that was part of a plan; they differ in what they were asked for and in nothing else.
+    """
+    by_run: dict[str, Measurement] = {}
+    for record in records:
+        known = by_run.get(record.id)
+        if known is None or record.trial.role:
+            by_run[record.id] = record
+    return list(by_run.values())
 
 
 def why_not(record: Measurement) -> str:

@@ -9,6 +9,9 @@ and the bound at confidence p is the prediction times 1 + the k-th smallest scor
 is exchangeable with the n that were scored, it stays under the bound with probability of at least p, whatever the
 distribution of errors.  With k > n there is no finite bound: n scores vouch for n / (n + 1) at most.
 
+A run that ran out of memory where the prediction says that it fits has an infinite score: nobody knows how much it
+would have taken.
+
 Left out: runs that are not comparable (another model family, another kind of card) have no such guarantee.
 """
 
@@ -51,14 +54,14 @@ def bound(scores: Sequence[float], confidence: float) -> Bound:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}")
-    ordered = sorted(scores)
-    n = len(ordered)
-    if not n:
+    finite = sorted(score for score in scores if score < math.inf)
+    n = len(scores)
+    if not finite:
         raise ValueError("there are no scores")
     k = _rank(n, confidence)
-    if k > n:
-        return Bound(max(ordered[-1], 0.0), n / (n + 1), False)
-    return Bound(max(ordered[k - 1], 0.0), confidence, True)
+    if k > len(finite):
+        return Bound(max(finite[-1], 0.0), len(finite) / (n + 1), False)
+    return Bound(max(finite[k - 1], 0.0), confidence, True)
 
 
 def confidence_of(scores: Sequence[float], ratio: float) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.specs.measurement import describe
+from memplan.specs.measurement import SAME_STACK, describe
 from memplan.specs.training import divisors
 from memplan.specs.values import NamedTuple, replace
 
@@ -77,7 +77,8 @@ def questions(records: Iterable[Measurement]) -> tuple[Question, ...]:
     """The capped trials of the records, those that differ in the micro-batch alone together."""
     groups: dict[str, list[Measurement]] = {}
     for record in records:
-        if record.trial.limit_bytes is not None and record.survived is not None:
+        capped = record.card.device == "cuda" and record.trial.limit_bytes is not None
+        if capped and record.survived is not None:
             groups.setdefault(_key(record), []).append(record)
     return tuple(_question(group) for group in groups.values())
 
@@ -87,7 +88,9 @@ def _key(record: Measurement) -> str:
     steps = 1 if trial.target_batch is not None else trial.setup.gradient_accumulation_steps
     setup = replace(trial.setup, micro_batch_size=1, gradient_accumulation_steps=steps)
     config = sorted((str(name), repr(value)) for name, value in trial.config.items())
-    return repr((trial.model, config, setup, trial.limit_bytes, trial.target_batch, record.card.name, record.versions))
+    place = (record.card.name, record.card.total_bytes, record.card.driver)
+    stack = tuple(record.versions.get(name) for name in SAME_STACK)
+    return repr((trial.model, config, setup, trial.limit_bytes, trial.target_batch, place, stack))
 
 
 def _question(group: Sequence[Measurement]) -> Question:

@@ -17,7 +17,7 @@ import math
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from memplan.calibration.accuracy import median, why_not
+from memplan.calibration.accuracy import distinct, median, room, why_not
 from memplan.specs.calibration import Calibration, Regime
 from memplan.specs.measurement import identity
 from memplan.specs.values import NamedTuple, replace
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 TIGHT = 0.9
 """Share of the limit from which on memory is scarce."""
-
-MEASURED_BASES = ("nvml", "device")
-"""Who has to say what a process takes, so that it says something about the context."""
 
 
 class Rates(NamedTuple):
@@ -65,15 +62,18 @@ def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, terms_of
     Raises:
         TooFewRecordsError: fewer than two records are complete.
     """
-    usable = [record for record in records if not why_not(record)]
+    known = _one_a_run(records)
+    usable = [record for record in known if not why_not(record)]
     fitted, scored = halves(usable)
     if not fitted or not scored:
-        raise TooFewRecordsError(f"{len(usable)} complete measurements; one to fit and one to score are the least")
-    rates = fit_rates(fitted, terms_of)
+        raise TooFewRecordsError(
+            f"complete measurements: {len(usable)}; one to fit and one to score are the least, as a hash parts them"
+        )
+    rates = fit_rates([record for record in fitted if not record.card.num_other_processes], terms_of)
     found = Calibration(
         gpu=gpu,
         card_name=usable[0].card.name,
-        versions=usable[0].versions,
+        versions={**usable[0].versions, **({"driver": usable[0].card.driver} if usable[0].card.driver else {})},
         first=min(record.measured_at for record in usable),
         last=max(record.measured_at for record in usable),
         num_fitted=len(fitted),
@@ -84,7 +84,25 @@ def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, terms_of
         launch_s=None if rates is None else rates.launch_s,
     )
     predicted = [(record, predict(record, found)) for record in scored]
-    return replace(found, scores=_scores(predicted), regimes=_regimes(usable, predict, found))
+    failed = halves([record for record in known if record.survived is False])[1]
+    exceeded = [p for record in failed if (p := predict(record, found).process) is not None and p <= room(record)]
+    return replace(
+        found,
+        scores=_scores(predicted),
+        num_exceeded=len(exceeded),
+        regimes=_regimes(usable, predict, found),
+    )
+
+
+def _one_a_run(records: Sequence[Measurement]) -> list[Measurement]:
+    """One record for all that measured the same: of repetitions and of ranks the one that took most."""
+    by_identity: dict[str, Measurement] = {}
+    for record in distinct(records):
+        key = identity(record)
+        known = by_identity.get(key)
+        if known is None or (record.peak_process_bytes or 0) > (known.peak_process_bytes or 0):
+            by_identity[key] = record
+    return list(by_identity.values())
 
 
 def halves(records: Sequence[Measurement]) -> tuple[list[Measurement], list[Measurement]]:
@@ -96,11 +114,17 @@ def halves(records: Sequence[Measurement]) -> tuple[list[Measurement], list[Meas
     return fitted, scored
 
 
+def _says_what_it_takes(record: Measurement) -> bool:
+    """Whether the driver said what this process took, and no other."""
+    alone = not record.card.num_other_processes
+    return record.process_basis == "nvml" or (record.process_basis == "device" and alone)
+
+
 def _context(records: Sequence[Measurement]) -> int | None:
     beside = [
         record.peak_process_bytes - record.peak_reserved_bytes
         for record in records
-        if record.process_basis in MEASURED_BASES and record.peak_process_bytes and record.peak_reserved_bytes
+        if _says_what_it_takes(record) and record.peak_process_bytes and record.peak_reserved_bytes
     ]
     return int(median(sorted(beside))) if beside else None
 
@@ -110,7 +134,7 @@ def _scores(predicted: Sequence[tuple[Measurement, Prediction]]) -> tuple[float,
     scores = [
         (record.peak_process_bytes - prediction.process) / prediction.process
         for record, prediction in predicted
-        if prediction.process and record.peak_process_bytes and record.process_basis in MEASURED_BASES
+        if prediction.process and record.peak_process_bytes and _says_what_it_takes(record)
     ]
     return tuple(sorted(scores))
 

@@ -1,11 +1,12 @@
 """Calibrations on disk: one small JSON a card and software stack, under `calibration/<card>/`.
 
-`profiles/calibration` ships with memplan; the user's own, in the data folder (`MEMPLAN_DATA_DIR`, `XDG_DATA_HOME`), go
-before it.  Of several stacks of a card the one with the newest records is taken.
+`profiles/calibration` ships with memplan; the user's own lie in the data folder (`MEMPLAN_DATA_DIR`, `XDG_DATA_HOME`).
+Of all that there are of a card the one with the newest records is taken, the user's own of two as new.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,18 @@ FOLDER = "calibration"
 SCHEMA_VERSION = 1
 KIND = "calibration"
 
+STACK = ("torch", "cuda", "transformers", "driver")
+"""Versions that tell one software stack from another."""
+
+TEXTS = ("gpu", "card_name", "first", "last")
+
 PLAIN = (
     "gpu",
     "card_name",
     "first",
     "last",
     "num_fitted",
+    "num_exceeded",
     "context_bytes",
     "workspace_bytes",
     "flops_fraction",
@@ -61,20 +68,22 @@ def read_calibration(gpu: str, environment: Mapping[str, str]) -> Calibration | 
     Raises:
         MemplanError: the file cannot be read.
     """
-    for folder in calibration_folders(environment):
-        found = [read_file(path) for path in _files(os.path.join(folder, _slug(gpu)))]
-        if found:
-            return max(found, key=lambda one: one.last)
-    return None
+    folders = [os.path.join(folder, _slug(gpu)) for folder in calibration_folders(environment)]
+    found = [read_file(path) for folder in folders for path in _files(folder)]
+    return max(found, key=lambda one: one.last, default=None)
 
 
 def read_calibrations(environment: Mapping[str, str]) -> list[Calibration]:
-    """Those of all cards, the newest of each."""
+    """Those of all cards, the newest of each; a file that is broken is the concern of whoever asks for its card."""
     cards: dict[str, None] = {}
     for folder in calibration_folders(environment):
         if os.path.isdir(folder):
             cards |= dict.fromkeys(sorted(os.listdir(folder)))
-    return [found for card in cards if (found := read_calibration(card, environment)) is not None]
+    found = []
+    for card in cards:
+        with contextlib.suppress(MemplanError):
+            found.append(read_calibration(card, environment))
+    return [one for one in found if one is not None]
 
 
 def _files(folder: str) -> list[str]:
@@ -109,6 +118,10 @@ def parse_calibration(record: Mapping[str, Any]) -> Calibration:
     """
     if record["kind"] != KIND or record["schema_version"] > SCHEMA_VERSION:
         raise ValueError(f"kind {record['kind']!r}, schema_version {record['schema_version']!r}")
+    for name in PLAIN:
+        kind = str if name in TEXTS else (int, float, type(None))
+        if not isinstance(record[name], kind) or isinstance(record[name], bool):
+            raise TypeError(f"its {name} is {record[name]!r:.60}")
     return Calibration(
         **{name: record[name] for name in PLAIN},
         versions=dict(record["versions"]),
@@ -135,18 +148,20 @@ def write_calibration(folder: str, calibration: Calibration) -> str:
     Raises:
         MemplanError: it cannot be written.
     """
-    stack = [f"{name}-{calibration.versions[name]}" for name in ("torch", "driver") if name in calibration.versions]
+    stack = [f"{name}-{calibration.versions[name]}" for name in STACK if name in calibration.versions]
     path = os.path.join(folder, _slug(calibration.gpu), f"{_slug('-'.join(stack) or 'unknown')}.json")
     text = json.dumps(calibration_record(calibration), indent=1, allow_nan=False) + "\n"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError as fault:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise MemplanError(
-            f"The calibration could not be written to {path}: {fault.strerror}.", "Name a folder with --output."
+            f"The calibration could not be written to {path}: {fault.strerror}.", "Name another --folder."
         ) from None
     return path
 

@@ -38,6 +38,9 @@ SAME_CARD_TOLERANCE = 0.04
 Drivers move the total by up to 1.4 % (A10G, V100); ECC on GDDR6 takes 6.25 %, and then the catalogue's bytes are wrong.
 """
 
+OTHER_SIZE_TOLERANCE = 0.1
+"""The same between a card as catalogued and as torch sees it, where ECC may be on or off."""
+
 GPU_CURE = "Say a card that `memplan gpus` lists, such as rtx4090, or a size such as 24GB or 24GiB."
 
 
@@ -225,6 +228,18 @@ def _read_local_gpu(num_gpus: int) -> GpuSpec:
     return GpuSpec(
         name=name.lower().replace(" ", "-"), label=name, physical_bytes=total_bytes, sources={"physical_bytes": source}
     )
+
+
+def find_card(name: str, torch_bytes: int) -> GpuSpec | None:
+    """The card of the catalogue that torch calls `name` and sees so many bytes of; None where there is none.
+
+    ECC on GDDR6 takes a sixteenth of a card: up to `OTHER_SIZE_TOLERANCE` it is the same with other bytes.
+    """
+    known_id = _find_driver_name(name, torch_bytes, read_index())
+    card = _read_gpu_file(known_id) if known_id else None
+    if card is None or abs(card.usable_bytes - torch_bytes) > OTHER_SIZE_TOLERANCE * torch_bytes:
+        return None
+    return card
 
 
 def _find_driver_name(name: str, total_bytes: int, index: dict[str, Any]) -> str | None:

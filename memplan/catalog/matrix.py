@@ -4,17 +4,17 @@
     precision = "bf16"
 
     [[trial]]                             # lists are crossed, the last of them runs fastest
-    model = "llama-3.2-1b"
+    model = "qwen2.5-1.5b"
     micro_batch = [1, 4]
     limit = ["16GB", "24GB"]
 
     [[trial]]
-    model = "llama-3.2-1b"
+    model = "qwen2.5-1.5b"
     limit = "24GB"
     target_batch = 32                     # put the plan for this batch to the test, and the next larger micro-batch
 
     [[trial]]
-    model = "llama-3.2-1b"
+    model = "qwen2.5-1.5b"
     limit = "24GB"
     find_max = true                       # bisect to the largest micro-batch that survives
 
@@ -112,7 +112,7 @@ def parse_matrix(table: Mapping[str, Any], name: str) -> tuple[MatrixEntry, ...]
         raise MemplanError(f"{name} has {unknown[0]!r}.", "A matrix has [defaults] and [[trial]] tables.")
     defaults, trials = table.get("defaults", {}), table.get("trial", [])
     if not isinstance(trials, list) or not trials or not isinstance(defaults, dict):
-        raise MemplanError(f"{name} has no trials.", 'Write one as [[trial]] and, below it, model = "llama-3.2-1b".')
+        raise MemplanError(f"{name} has no trials.", 'Write one as [[trial]] and, below it, model = "qwen2.5-1.5b".')
     entries: list[MatrixEntry] = []
     _check(defaults, f"[defaults] of {name}")
     for number, trial in enumerate(trials, 1):
@@ -146,7 +146,7 @@ def _check(trial: Mapping[str, Any], where: str) -> None:
 
 def _crossed(trial: Mapping[str, Any], where: str) -> Iterator[MatrixEntry]:
     if "model" not in trial:
-        raise MemplanError(f"{where[0].upper()}{where[1:]} has no model.", 'Say for example model = "llama-3.2-1b".')
+        raise MemplanError(f"{where[0].upper()}{where[1:]} has no model.", 'Say for example model = "qwen2.5-1.5b".')
     values = [value if isinstance(value, list) else [value] for value in trial.values()]
     for chosen in itertools.product(*values):
         choices = dict(zip(trial, chosen, strict=True))

@@ -100,7 +100,9 @@ def _listed(path: str) -> list[str]:
 
 def _files(path: str) -> list[str]:
     if not os.path.isdir(path):
-        return [path] if os.path.exists(path) else []
+        if os.path.exists(path) and not os.path.isfile(path) and path != os.devnull:
+            raise OSError(22, "it is no regular file")
+        return [path] if os.path.isfile(path) else []
     return [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(SUFFIX)]
 
 
@@ -112,6 +114,25 @@ def _parse(line: bytes) -> Measurement:
     except (ValueError, RecursionError):
         raise RecordError("it is not JSON: cut off while it was written, or something else") from None
     return parse_measurement(record)
+
+
+def check_appendable(path: str) -> None:
+    """Make sure that a record could be appended, before anything is measured.
+
+    Raises:
+        NotWrittenError: it could not.
+    """
+    existed = os.path.exists(path)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "ab"):
+            pass
+        if not existed:
+            os.unlink(path)
+    except OSError as fault:
+        raise NotWrittenError(
+            f"Nothing could be written to {path}: {fault.strerror}.", "Name another folder with --records; - is none."
+        ) from None
 
 
 def append_measurement(path: str, measurement: Measurement) -> None:

@@ -43,6 +43,8 @@ def calibrate(
     With a calibration `--confidence 0.99` means that 99 % of comparable runs stay under the upper bound. Half of the
     records, chosen by a hash, give the coefficients, and the errors on the other half the bound (split-conformal).
     """
+    if folder is not None and not folder.strip():
+        raise UsageError("--folder is empty.", "Name a folder, or leave it out.")
     if records is not None and not os.path.exists(records):
         raise UsageError(f"There is nothing at {records}.", "Name a folder or a file of measurements.")
     learnt = measuring.calibrate(records, gpu=gpu)

@@ -132,7 +132,7 @@ def _forget(stream: TextIO) -> None:
         pass
 
 
-def write_file(path: str, text: str) -> None:
+def write_file(path: str, text: str, *, flag: str = "--output") -> None:
     """Write `text` to a temporary file beside `path` and rename it; what is no regular file is written as it is.
 
     Raises:
@@ -149,7 +149,7 @@ def write_file(path: str, text: str) -> None:
     except (OSError, ValueError) as fault:
         reason = getattr(fault, "strerror", None) or str(fault)
         raise MemplanError(
-            f"{path} could not be written: {reason}.", "Give --output a file in a folder that exists and is writable."
+            f"{path} could not be written: {reason}.", f"Give {flag} a file in a folder that exists and is writable."
         ) from None
 
 

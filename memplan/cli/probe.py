@@ -11,6 +11,7 @@ import click
 
 from memplan import measuring
 from memplan.catalog.matrix import MatrixEntry, named_matrices, read_matrix
+from memplan.catalog.measurements import NotWrittenError
 from memplan.cli.options import Option, SetupCommand, Value, output_options
 from memplan.cli.output import DOES_NOT_FIT, say, write_answer
 from memplan.cli.progress import Progress
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from memplan.measuring import Probe
     from memplan.report.ansi import Line
-    from memplan.specs.measurement import Measurement
+    from memplan.specs.measurement import Measurement, Trial
 
 PROBE, LORA = "The probe", "Adapters"
 DEVICES = ("cuda", "cpu")
@@ -101,19 +102,18 @@ def probe(**given: Any) -> int:
     torchrun --nproc-per-node 2 -m memplan probe MODEL
     """
     asked = Asked(**{name: given.pop(name) for name in Asked._fields})
-    choices = {name: value for name, value in given.items() if value not in (None, False)}
+    choices = {name: value for name, value in given.items() if value is not None and value is not False}
     return answer(asked, choices)
 
 
 def answer(asked: Asked, choices: dict[str, Any]) -> int:
     """Measure, print what was found; the exit status."""
     ranks = measuring.torchrun_ranks(os.environ)
+    _check_device(asked)
     entries = _entries(asked, choices, ranks[1])
     trial = None
     if asked.matrix is None:
         trial = measuring.make_trial(asked.model, limit=asked.limit, data_parallel_size=ranks[1], **choices)
-    if asked.snapshot == "-":
-        raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
     quiet = asked.quiet or ranks[0] > 0
     records = _records(asked)
     with _ending_on_sigterm(), Progress(shown=not quiet) as progress:
@@ -131,10 +131,13 @@ def answer(asked: Asked, choices: dict[str, Any]) -> int:
             _say_others(probing, quiet=quiet)
             if entries is None:
                 assert trial is not None
-                found = probing.run(trial, snapshot=asked.snapshot)
-                assert found is not None
-                return _write_one(found, probing, asked, ranks[0])
-            document = measuring.trials_document(probing, probing.run_all(entries))
+                return _run_one(trial, probing, asked, ranks[0])
+            try:
+                outcomes = probing.run_all(entries)
+            except KeyboardInterrupt:
+                _say_kept(probing, quiet=quiet)
+                raise
+            document = measuring.trials_document(probing, outcomes)
     return _write_several(document, asked)
 
 
@@ -177,19 +180,60 @@ def _ending_on_sigterm() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    polite = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = {one: signal.signal(one, interrupt) for one in polite}
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _run_one(trial: Trial, probing: Probe, asked: Asked, rank: int) -> int:
+    """Measure one trial and show it, also where its record cannot be written."""
+    try:
+        found = probing.run(trial, snapshot=asked.snapshot)
+    except NotWrittenError:
+        _write_one(probing.session.measured[-1], probing, asked, rank)
+        raise
+    if found is None:
+        raise MemplanError("The time was over before the trial was done.", "Give it a longer --time-budget.")
+    return _write_one(found, probing, asked, rank)
+
+
+def _say_kept(probing: Probe, *, quiet: bool) -> None:
+    num = len(probing.session.measured)
+    if probing.path is not None:
+        say(f"{num} measured and kept in {probing.path}; the same command goes on from there", quiet=quiet)
+
+
+def _check_device(asked: Asked) -> None:
+    """Raise `UsageError` for what a CPU has not, and for a snapshot that could not be written."""
+    if asked.device == "cpu":
+        wants = (("--limit", asked.limit), ("--snapshot", asked.snapshot), ("--target-batch", asked.target_batch))
+        flag = next((flag for flag, value in (*wants, ("--find-max", asked.find_max)) if value), None)
+        if flag is not None:
+            raise UsageError(f"{flag} is for a GPU, and --device is cpu.", "Leave one of them out.")
+    if asked.snapshot is not None:
+        folder = os.path.dirname(os.path.abspath(asked.snapshot))
+        if asked.snapshot == "-":
+            raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
+        if os.path.isdir(asked.snapshot) or not os.access(folder, os.W_OK):
+            raise UsageError(f"No snapshot could be written to {asked.snapshot}.", "Name a file in a folder of yours.")
 
 
 def _records(asked: Asked) -> str | None:
-    """Where measurements are appended to; those of a CPU, which say nothing about a card, only where asked for."""
+    """Where measurements are appended to.
+
+    Those of a CPU, which say nothing about a card, only where asked for; steps whose history is recorded take longer
+    and are no measurement.
+    """
+    if asked.snapshot is not None:
+        return None
     if asked.records is not None:
         return None if asked.records == "-" else asked.records
     return None if asked.device == "cpu" else measuring.default_records()
@@ -234,14 +278,14 @@ def _write_one(found: Measurement, probing: Probe, asked: Asked, rank: int) -> i
     if found.outcome == OUT_OF_MEMORY:
         return DOES_NOT_FIT
     if found.outcome != DONE:
-        raise MemplanError(f"The trial has no answer, it {found.outcome}: {found.message}", _cure(found))
+        raise MemplanError(f"The trial has no answer ({found.outcome}): {found.message}", _cure(found))
     return 0
 
 
 def _cure(found: Measurement) -> str:
     if found.outcome == "timed-out":
         return "Give it more time with --time-limit, or measure something smaller."
-    return "Nothing was measured; what was read before is in the answer."
+    return "See the answer for what was read before."
 
 
 def _write_several(document: dict[str, Any], asked: Asked) -> int:
@@ -256,7 +300,8 @@ def _write_several(document: dict[str, Any], asked: Asked) -> int:
     for one in document["not_asked"]:
         say(f"{one['trial']}: {one['reason']}", quiet=asked.quiet)
     if asked.matrix is not None:
-        return 0
+        answered = [one for one in document["trials"] if one["outcome"] in {DONE, OUT_OF_MEMORY}]
+        return 0 if answered or not document["trials"] else MemplanError.exit_status
     largest, decisions = document["largest"], document["decisions"]
     failed = any(one["complete"] and one["micro_batch_size"] is None for one in largest)
     failed = failed or any(one["plan"] is None or one["plan"]["outcome"] == OUT_OF_MEMORY for one in decisions)

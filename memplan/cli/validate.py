@@ -70,7 +70,7 @@ def validate(
     if page not in {None, "-"}:
         from memplan.report.accuracy_page import render_accuracy_page
 
-        write_file(str(page), render_accuracy_page(document))
+        write_file(str(page), render_accuracy_page(document), flag="--html")
         say(f"page written to {page}", quiet=quiet)
 
     def lines() -> Sequence[Line]:

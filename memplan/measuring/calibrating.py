@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from memplan.calibration.fit import TooFewRecordsError, fit
 from memplan.calibration.prediction import Prediction, prediction_of
-from memplan.catalog.calibrations import apply
-from memplan.catalog.measurements import read_measurements
+from memplan.catalog.calibrations import STACK, apply
+from memplan.catalog.gpus import read_gpu
+from memplan.catalog.measurements import file_of, read_measurements
 from memplan.errors import MemplanError
 from memplan.estimation.estimate import speed_of
 from memplan.measuring.probing import default_records
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from memplan.specs.calibration import Calibration
     from memplan.specs.measurement import Measurement
     from memplan.steptime.roofline import Term
-
-STACK = ("torch", "cuda", "transformers")
-"""Versions that tell one software stack from another, beside the driver."""
 
 CURE = "Make some: memplan probe --matrix core."
 
@@ -34,9 +32,10 @@ def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Ca
     stacks: dict[tuple[str, ...], list[Measurement]] = {}
     for record in found.measurements:
         if record.card.device == "cuda":
-            versions = (record.versions.get(name, "") for name in STACK)
+            versions = (record.versions.get(name, "") for name in STACK if name != "driver")
             stacks.setdefault((card_id(record.card), record.card.driver, *versions), []).append(record)
-    wanted = {key: group for key, group in stacks.items() if gpu is None or key[0] == gpu.strip().lower()}
+    asked = None if gpu is None else _called(gpu)
+    wanted = {key: group for key, group in stacks.items() if asked in {None, key[0]}}
     if not wanted:
         of = "" if gpu is None else f" of {gpu}"
         raise MemplanError(f"There are no measurements on a GPU{of} to learn from.", CURE)
@@ -50,6 +49,14 @@ def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Ca
     if not learnt:
         raise MemplanError(f"Too little was measured ({'; '.join(reasons)}).", CURE)
     return tuple(learnt)
+
+
+def _called(gpu: str) -> str:
+    """The id of a card that was named in any of its ways; a card that the catalogue has not by its name."""
+    try:
+        return read_gpu(gpu).name
+    except MemplanError:
+        return file_of(gpu).partition(".")[0]
 
 
 def _predict_with(record: Measurement, calibration: Calibration) -> Prediction:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.catalog.measurements import (
     NotWrittenError,
     append_measurement,
+    check_appendable,
     file_of,
     read_measurements,
     records_path,
@@ -64,9 +65,11 @@ def torchrun_ranks(environment: Mapping[str, str]) -> tuple[int, int]:
     if None in texts:
         return 0, 1
     rank, size = (int(text) if text and text.isdigit() else -1 for text in texts)
-    if not 0 <= rank < size:
+    hosted = all(environment.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not 0 <= rank < size or (size > 1 and not hosted):
         raise UsageError(
-            f"RANK={texts[0]} and WORLD_SIZE={texts[1]} make no sense.", "Start ranks with torchrun, or unset both."
+            f"RANK={texts[0]} and WORLD_SIZE={texts[1]} make no sense here.",
+            "Start ranks with torchrun, or unset both.",
         )
     return rank, size
 
@@ -111,6 +114,8 @@ class Probe:
                 notify("starting PyTorch")
             self.place: Place = self.launcher.describe()
             self.path = None if records is None else os.path.join(records, file_of(self.place.card.name))
+            if self.path is not None:
+                check_appendable(self.path)
             known = read_measurements(self.path) if self.path is not None else None
         except BaseException:
             self.launcher.close()
@@ -172,11 +177,12 @@ class Probe:
         gpu = self.gpu(trial)
         if gpu is None:
             raise UsageError("A plan is for a card.", "Use a CUDA device.")
-        setup = plan_of(trial, gpu, target_batch, checkpointing=checkpointing)
-        if setup is None:
+        best = plan_of(trial, gpu, target_batch, checkpointing=checkpointing)
+        if best is None:
             return Decision(target_batch, None, None)
-        plan = replace(trial, setup=setup, target_batch=target_batch, role="plan")
-        larger = next_larger(setup, target_batch)
+        conf = best.memory.alloc_conf
+        plan = replace(trial, setup=best.setup, target_batch=target_batch, role="plan", alloc_conf=conf)
+        larger = next_larger(best.setup, target_batch)
         return Decision(
             target_batch,
             self.session.run(plan),
@@ -190,9 +196,10 @@ class Probe:
             MemplanError: an entry makes no sense, before anything is measured; the only one cannot be asked; a record
                 cannot be written.
         """
-        trials = [make_trial(**entry.choices) for entry in entries]
+        trials = [_named(entry, number, len(entries)) for number, entry in enumerate(entries, 1)]
         outcomes = []
-        for entry, trial in zip(entries, trials, strict=True):
+        for number, (entry, trial) in enumerate(zip(entries, trials, strict=True), 1):
+            self.session.position = f"{number}/{len(entries)}" if len(entries) > 1 else ""
             try:
                 outcomes.append(self._run_entry(entry, trial))
             except NotWrittenError:
@@ -210,6 +217,17 @@ class Probe:
             checkpointing = entry.choices.get("checkpointing")
             return Outcome(trial, self.decide(trial, entry.target_batch, checkpointing=checkpointing))
         return Outcome(trial, self.run(trial))
+
+
+def _named(entry: MatrixEntry, number: int, num: int) -> Trial:
+    """The trial of an entry; a fault says which of several it is."""
+    try:
+        return make_trial(**entry.choices)
+    except MemplanError as fault:
+        if num == 1:
+            raise
+        named = f"Trial {number} of {num}, {entry.choices.get('model')}: {fault.cause}"
+        raise type(fault)(named, fault.cure) from fault
 
 
 def probe(
@@ -259,6 +277,7 @@ def trials_document(probing: Probe, outcomes: Sequence[Outcome]) -> dict[str, An
         "num_known": session.num_known,
         "num_left": session.num_left,
         "num_failed": len(failed),
+        "failed": [{"trial": describe(one.trial), "reason": f"{one.outcome}: {one.message}"} for one in failed],
         "not_asked": [{"trial": describe(one.trial), "reason": one.reason} for one in outcomes if one.reason],
         "largest": [_largest(probing, trial, found) for trial, found, _ in outcomes if isinstance(found, Largest)],
         "decisions": [_decision(trial, found) for trial, found, _ in outcomes if isinstance(found, Decision)],

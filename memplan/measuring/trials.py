@@ -9,7 +9,7 @@ from memplan import api
 from memplan.architectures.registry import read_architecture
 from memplan.calibration.prediction import Prediction, prediction_of
 from memplan.catalog.calibrations import apply, read_calibration
-from memplan.catalog.gpus import parse_gpu, read_gpus
+from memplan.catalog.gpus import find_card, parse_gpu
 from memplan.catalog.measurements import file_of
 from memplan.catalog.models import find_default_model, read_config
 from memplan.errors import MemplanError, UsageError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from memplan.estimation.estimate import Estimate
+    from memplan.planner.plan import Candidate
     from memplan.specs.training import Setup
 
 SETUP_ARGUMENTS = {
@@ -109,22 +110,12 @@ def gpu_of(card: Card, limit_bytes: int | None = None, limit: str = "") -> GpuSp
     """
     if card.device != "cuda":
         return None
-    known = [gpu for gpu in read_gpus().values() if _is_called(gpu, card.name)]
-    near = [gpu for gpu in known if gpu.torch_bytes and abs(gpu.torch_bytes / card.total_bytes - 1) < 0.04]
+    known = find_card(card.name, card.total_bytes)
     size = card.total_bytes if limit_bytes is None else limit_bytes
     name = limit or card.name
-    if near:
-        return replace(near[0], torch_bytes=size, name=near[0].name if limit_bytes is None else name)
+    if known is not None:
+        return replace(known, torch_bytes=size, name=known.name if limit_bytes is None else name)
     return GpuSpec(name=name, label=card.name, torch_bytes=size, compute_capability=card.compute_capability or None)
-
-
-def _is_called(gpu: GpuSpec, name: str) -> bool:
-    wanted = _plain(name)
-    return any(_plain(one) == wanted for one in (gpu.name, gpu.label, *gpu.aliases))
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.lower().replace("nvidia", "").replace("geforce", "") if c.isalnum())
 
 
 def predict(trial: Trial, gpu: GpuSpec | None) -> Estimate:
@@ -201,7 +192,7 @@ def _traced(trial: Trial, gpu: GpuSpec | None) -> Estimate:
     return estimate_of(trace_setup(model, trial.setup, gpu=gpu), gpu=gpu)
 
 
-def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str | None) -> Setup | None:
+def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str | None) -> Candidate | None:
     """What the planner recommends on a card for a batch; None where nothing fits.
 
     Raises:
@@ -219,8 +210,7 @@ def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str
     )
     speed = api.find_speed(gpu)
     architecture = read_architecture(dict(trial.config), trial.model, dropout=trial.setup.dropout)
-    best = search(Estimator(architecture, trial.model, gpu, speed), goal, gpu, speed.label).best
-    return None if best is None else best.setup
+    return search(Estimator(architecture, trial.model, gpu, speed), goal, gpu, speed.label).best
 
 
 def next_larger(setup: Setup, target_batch: int) -> Setup | None:

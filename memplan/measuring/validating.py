@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
-from memplan.calibration.accuracy import GROUPS, Accuracy, compare
+from memplan.calibration.accuracy import GROUPS, Accuracy, compare, distinct
 from memplan.calibration.decisions import VERDICTS, Decision, Question, decide, questions
 from memplan.catalog.measurements import Records, read_measurements
 from memplan.catalog.published import read_published, why_not_answered
@@ -61,7 +61,7 @@ def validate(
         MemplanError: the records cannot be read, or tracing needs a library that is not installed.
     """
     found = read_measurements(default_records() if records is None else records)
-    chosen = [one for one in found.measurements if device in {None, one.card.device}]
+    chosen = distinct(one for one in found.measurements if device in {None, one.card.device})
     if trace:
         require("torch")
         require("transformers")
@@ -74,26 +74,38 @@ def validate(
     return Validation(
         records=found,
         accuracy=compare(chosen, predict_one),
-        decisions=tuple(decide(one, recommended(one)) for one in questions(chosen)),
+        decisions=decisions_of(chosen),
         published=answers(),
         witness="trace" if trace else "formula",
     )
 
 
+def decisions_of(records: Sequence[Measurement]) -> tuple[Decision, ...]:
+    """What became of the recommendations; trials that memplan has no formula for were not recommended by it."""
+    found = []
+    for question in questions(records):
+        try:
+            found.append(decide(question, recommended(question)))
+        except MemplanError:
+            continue  # the accuracy says why
+    return tuple(found)
+
+
 def recommended(question: Question) -> int | None:
-    """The micro-batch that memplan recommends where these trials were run; None where it says that nothing fits."""
+    """The micro-batch that memplan recommends where these trials were run; None where it says that nothing fits.
+
+    Raises:
+        MemplanError: there is no formula for these trials.
+    """
     trial = question.example.trial
     gpu = gpu_of(question.example.card, trial.limit_bytes, trial.limit)
     assert gpu is not None
-    try:
-        if question.target_batch is not None:
-            mode = trial.setup.activation_checkpointing
-            setup = plan_of(trial, gpu, question.target_batch, checkpointing=mode)
-            return None if setup is None else setup.micro_batch_size
-        estimator = estimator_of(trial, gpu)
-        estimator.check(trial.setup)
-    except MemplanError:
-        return None
+    if question.target_batch is not None:
+        mode = trial.setup.activation_checkpointing
+        plan = plan_of(trial, gpu, question.target_batch, checkpointing=mode)
+        return None if plan is None else plan.setup.micro_batch_size
+    estimator = estimator_of(trial, gpu)
+    estimator.check(trial.setup)
     budget = Margin(int(gpu.usable_bytes * api.DEFAULT_HEADROOM_PERCENT / 100)).budget(gpu.usable_bytes)
     best = None
     for option in question.options():

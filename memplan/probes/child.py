@@ -138,7 +138,7 @@ def _device(order: dict[str, Any], index: int, nvml: Nvml | None) -> Device:
         raise DeviceError(
             f"PyTorch {torch.__version__} is built without CUDA.", "Install a CUDA build of PyTorch, or --device cpu."
         )
-    return CudaDevice(index, nvml)
+    return CudaDevice(index, nvml, alloc_conf=order.get("trial", {}).get("alloc_conf", ""))
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def versions(torch: Any) -> dict[str, str]:
 
 
 def _say(reports: TextIO, found: dict[str, Any]) -> None:
-    reports.write(json.dumps(found) + "\n")
+    reports.write("\n" + json.dumps(found) + "\n")  # on a line of its own, whatever a fork that died has left
     reports.flush()
 
 

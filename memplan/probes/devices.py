@@ -95,8 +95,12 @@ class CudaDevice:
 
     type = "cuda"
 
-    def __init__(self, index: int = 0, nvml: Nvml | None = None, cuda: Any = None) -> None:
-        """`nvml`: the driver's view of the same card; `cuda`: in place of torch.cuda."""
+    def __init__(self, index: int = 0, nvml: Nvml | None = None, cuda: Any = None, alloc_conf: str = "") -> None:
+        """`nvml`: the driver's view of the same card; `cuda`: in place of torch.cuda.
+
+        `alloc_conf`: the settings of the allocator, as PYTORCH_ALLOC_CONF has them.
+        """
+        self._alloc_conf = alloc_conf
         self._cuda: Any = torch.cuda if cuda is None else cuda
         self._nvml = nvml
         self._index = index
@@ -118,20 +122,28 @@ class CudaDevice:
         self._used_before = None if self._nvml is None else self._nvml.used_bytes()
         cuda = self._cuda
         try:
+            if self._alloc_conf:
+                cuda.memory._set_allocator_settings(self._alloc_conf)
             cuda.set_device(self._index)
             free, total = cuda.mem_get_info(self._index)
             properties = cuda.get_device_properties(self._index)
         except Exception as error:
             text = " ".join(str(error).split())
-            raise DeviceError(
-                f"CUDA cannot be used: {text[:300]}", "Check that nvidia-smi works and that torch is built for CUDA."
-            ) from error
-        used = self._nvml.used_bytes() if self._nvml is not None else total - free
+            cure = "Check that nvidia-smi works, that torch is built for CUDA, and that nobody fills the card."
+            raise DeviceError(f"CUDA cannot be used: {text[:300]}", cure) from error
+        used = None if self._nvml is None else self._nvml.used_bytes()
         own = None if self._nvml is None else self._nvml.own_bytes(alone=self._alone)
         self._choose_basis(own)
         self.context_bytes = own if own is not None else self._beyond_before(used)
         self._limit_bytes, self._total_bytes = limit_bytes, total
-        self._cap(self.context_bytes or 0)
+        # Where nobody says what the context takes, all that is taken of the card counts as if it did.
+        beside = total - free if self.context_bytes is None else self.context_bytes
+        self._cap(beside)
+        if limit_bytes is not None and free < limit_bytes - beside:
+            raise DeviceError(
+                f"Of the card {free:,} bytes are free, and a limit of {limit_bytes:,} needs {limit_bytes - beside:,}.",
+                "End what else is on the card, or give a smaller --limit.",
+            )
         return Card(
             device="cuda",
             name=properties.name,

@@ -35,6 +35,18 @@ CHILD = (sys.executable, "-m", "memplan.probes.child")
 DESCRIBE_LIMIT_S = 180.0
 """Importing PyTorch and making a context can take this long on a machine that has just started."""
 
+LEAVING_S = 20.0
+"""Seconds that a process may take to end after its last report."""
+
+CLEARED = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+)
+"""Variables that change what is measured; a trial says itself how the allocator is set."""
+
 HEARING_S = 0.3
 """Seconds that are waited for the last words of a process."""
 
@@ -125,6 +137,10 @@ class Launcher:
         begun = time.monotonic()
         order = {"ask": "measure", "trial": trial_record(trial), "snapshot": snapshot}
         reports, ended = self._order(order, self.time_limit_s)
+        if FORK_TEXT in _merged(reports).get("message", ""):
+            self._fork = False
+            self.close()
+            reports, ended = self._order(order, self.time_limit_s)
         found = _merged(reports)
         outcome, message = found.get("end"), found.get("message", "")
         if outcome is None:
@@ -187,6 +203,8 @@ class Launcher:
                     self._exit = report["exited"]
                     return reports, KILLED if report["exited"] < 0 else FAILED
                 reports.append(report)
+                if "end" in report:  # all is said; what is left is the end of its process
+                    deadline = min(deadline, time.monotonic() + LEAVING_S)
         except queue.Empty:
             self.close()
             return reports, TIMED_OUT
@@ -225,7 +243,7 @@ class Launcher:
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={**self._environment, "PYTHONPATH": path},
+            env={**{k: v for k, v in self._environment.items() if k not in CLEARED}, "PYTHONPATH": path},
             start_new_session=True,
         )
         self._process, lines = process, queue.Queue[str | None]()

@@ -114,6 +114,8 @@ class Session:
         """What was measured here, in this order."""
         self.seen: list[Measurement] = []
         """The same, and what was known, in the order in which they were asked for."""
+        self.position = ""
+        """Which of how many is being measured, in words."""
         self.num_known = 0
         """Trials that earlier measurements answered."""
         self.num_left = 0
@@ -129,7 +131,7 @@ class Session:
             self.num_left += 1
             return None
         if self._notify is not None:
-            self._notify(describe(trial))
+            self._notify(f"{self.position} {describe(trial)}".strip())
         found = self._measure(trial)
         if self.budget.is_over and found.survived is None:  # cut off: it says nothing about the trial
             self.num_left += 1

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     Report = Callable[[dict[str, Any]], None]
 
 MAX_TIMED_STEPS = 7
+LEAST_TIMED_STEPS = 3
 TIMED_S = 4.0
 """Steps are timed until there are so many, or until so many seconds are over and there are three."""
 
@@ -72,6 +73,10 @@ def run_trial(
     meter = PhaseMeter(device)
     try:
         card = device.open(limit_bytes)
+    except Exception as error:  # noqa: BLE001 -- no device, no answer: also where it has no memory left
+        report({"end": FAILED, "message": " ".join(str(error).split())[:MOST_OF_AN_ERROR]})
+        return
+    try:
         report({"card": card._asdict(), "context_bytes": device.context_bytes, "process_basis": device.process_basis})
         with watching(device), history(snapshot, device):
             _train(trial, device, meter, report, ranks)
@@ -133,15 +138,17 @@ def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, rank
         )
         run.witness = Unwatched()
         meter.position = "timed steps"
-        report({"timed": list(_timed(run, setup, device))})
+        run.names_tensors = False
+        report({"timed": list(_timed(run, setup, device, alone=ranks.size == 1))})
 
 
-def _timed(run: TrainingRun, setup: Setup, device: Device) -> Iterator[float]:
+def _timed(run: TrainingRun, setup: Setup, device: Device, *, alone: bool) -> Iterator[float]:
+    """Seconds of further steps; ranks that wait for each other take equally many."""
     gc.collect()
     begun = time.monotonic()
-    for number in range(MAX_TIMED_STEPS):
+    for number in range(MAX_TIMED_STEPS if alone else LEAST_TIMED_STEPS):
         yield device.seconds(lambda: run.step(METERED_STEPS, setup))
-        if number >= 2 and time.monotonic() - begun > TIMED_S:
+        if alone and number + 1 >= LEAST_TIMED_STEPS and time.monotonic() - begun > TIMED_S:
             return
 
 

@@ -89,6 +89,8 @@ class TrainingRun:
         self.loop = loop
         self.device = device
         self.scaler = scaler
+        self.names_tensors = True
+        """Whether the witness is told what gradients and states are for: it takes the host some time."""
         self.takes_num_items = accepts_num_items(self.model)
         self._outputs: Any = None
 
@@ -166,11 +168,15 @@ class TrainingRun:
     # -- names -------------------------------------------------------------------------------------------------------
 
     def _name_gradients(self) -> None:
+        if not self.names_tensors:
+            return
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 self.witness.label(parameter.grad, "gradient", name, "gradient")
 
     def _name_states(self) -> None:
+        if not self.names_tensors:
+            return
         for name, parameter in self.model.named_parameters():
             for state, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor) and value.device.type == self.device:

@@ -65,6 +65,10 @@ ERROR_LEGEND = (
     "out of memory. p90 and p99 are of their sizes: no more than that in 90 and 99 % of the measurements."
 )
 
+TIME_LEGEND = (
+    "Step times are lower bounds unless a card is calibrated (--calibrated): minus is what the roofline leaves out."
+)
+
 CPU_LEGEND = (
     "A CPU has no caching allocator, no CUDA context and other kernels: equal bytes there say that the tensors are "
     "counted rightly, and nothing about reserved or process bytes of a GPU."
@@ -178,12 +182,19 @@ def verdict(document: Document) -> list[str]:
 def _on_gpus(document: Document) -> Iterator[str]:
     rows = overall(document, "cuda")
     if not rows:
-        yield "No measurement of our own on a GPU exists yet, so how accurate memplan is on a GPU is not known."
+        yield _no_gpus(document["measured"])
         return
     row = next(
         (row for name in ("process", "reserved", "allocated") for row in rows if row["quantity"] == name), rows[0]
     )
     yield (f"On GPUs, {plural(row['num'], 'measurement')}: {MEANING_BY_QUANTITY[row['quantity']]} {_spread(row)}.")
+
+
+def _no_gpus(measured: Document) -> str:
+    unknown = "so how accurate memplan is on a GPU is not known"
+    if any(card != "CPU" for card in measured["cards"]):
+        return f"What was measured on GPUs cannot be compared (see what is left out), {unknown}."
+    return f"No measurement of our own on a GPU exists yet, {unknown}."
 
 
 def _on_cpus(document: Document) -> Iterator[str]:
@@ -256,10 +267,13 @@ def _overall_lines(document: Document, *, quiet: bool) -> Iterator[Line]:
             continue
         yield from title(f"Errors: {SUBJECT_BY_DEVICE[device]}")
         yield from table([("", *ERROR_COLUMNS), *((NAME_BY_QUANTITY[row["quantity"]], *_cells(row)) for row in rows)])
+        words = {point["id"]: point["words"] for point in document["points"]}
         for row in rows if not quiet else []:
-            if row["worst_under_id"] is not None:
-                worst = f"most too little, {NAME_BY_QUANTITY[row['quantity']]}: {printable(row['worst_under_id'])}"
-                yield from _faint(worst)
+            if row["worst_under_id"] is not None and row["quantity"] != "step_time":
+                worst = printable(str(words.get(row["worst_under_id"], row["worst_under_id"])))
+                yield from _faint(f"most too little, {NAME_BY_QUANTITY[row['quantity']]}: {worst}")
+        if any(row["quantity"] == "step_time" for row in rows) and not quiet:
+            yield from _faint(TIME_LEGEND)
         if device == "cpu" and not quiet:
             yield from _faint(CPU_LEGEND)
     if any(overall(document, device) for device in DEVICES):
@@ -307,13 +321,11 @@ def _decision_lines(decisions: Document) -> Iterator[Line]:
         return
     yield from title("Plans put to the test: the micro-batch named, and what ran")
     cases = decisions["cases"]
-    yield from table(
-        [
-            ("trial", "named", "largest that ran", "smallest that did not", "verdict"),
-            *((printable(case["trial"]), *_case(case)) for case in cases[:MOST_CASES]),
-        ],
-        left=(0, 4),
-    )
+    for case in cases[:MOST_CASES]:
+        yield from (Line(line) for line in wrap(printable(case["trial"]), first="  "))
+        named, survived, failed, verdict = _case(case)
+        text = f"named {named}; the largest that ran {survived}, the smallest that did not {failed}: {verdict}"
+        yield from (Line(line, "faint") for line in wrap(text, first="    "))
     if len(cases) > MOST_CASES:
         yield from _faint(f"and {len(cases) - MOST_CASES:,} more: --json")
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.ansi import Line
 from memplan.report.document import envelope as begin
 from memplan.report.document import gpu_document, setup_document
-from memplan.report.layout import plural
+from memplan.report.layout import plural, wrap
 from memplan.report.text import choices, equation, paragraph, table, title
 from memplan.specs.measurement import DONE, OUT_OF_MEMORY, describe
 from memplan.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from memplan.calibration.prediction import Prediction
     from memplan.specs.gpu import GpuSpec
@@ -209,7 +209,8 @@ def _outcome(document: Document) -> Iterator[Line]:
         headline += "" if seconds is None else f": {format_seconds(seconds)} a step"
         yield from title(headline, "good")
         return
-    where = f" in {document['phase']}" if document["phase"] else ""
+    phase = document["phase"]
+    where = f" {phase}" if phase.startswith(("before", "building")) else f" in {phase}" if phase else ""
     yield from title(f"{headline}{where}", "bad")
     yield from paragraph("", document["message"])
 
@@ -239,7 +240,7 @@ def _numbers(document: Document) -> Iterator[Line]:
 def _pair(measured: int | None, formula: int | None) -> tuple[str, str, str]:
     error = ""
     if measured and formula is not None:
-        error = f"{100 * (formula - measured) / measured:+.2f} %"
+        error = "exact" if formula == measured else f"{100 * (formula - measured) / measured:+.2f} %"
     return (
         "-" if measured is None else format_bytes(measured),
         "-" if formula is None else format_bytes(formula),
@@ -300,6 +301,8 @@ def render_trials(document: Document, *, quiet: bool = False) -> list[Line]:
         *_largest(document["largest"]),
         *_decisions(document["decisions"]),
         *_trials(document["trials"]),
+        *_reasons("Without an answer", document["failed"]),
+        *_reasons("Not asked", document["not_asked"]),
         Line(""),
         *paragraph("", _count(document)),
         *paragraph("", f"records: {document['records']}" if document["records"] else "nothing was recorded"),
@@ -319,12 +322,11 @@ def _largest(largest: Sequence[Document]) -> Iterator[Line]:
     if not largest:
         return
     yield from title("The largest micro-batch that survives")
-    rows = [("", "formula", "measured", "tried")]
     for one in largest:
-        found = one["micro_batch_size"]
-        tried = ", ".join(f"{b} {'ok' if ok else 'oom'}" for b, ok in one["tried"])
-        rows.append((one["trial"], str(one["predicted"]), _found(found, one["complete"]), tried))
-    yield from table(rows, left=(0, 3))
+        tried = ", ".join(f"{b} {'fits' if ok else 'does not'}" for b, ok in one["tried"])
+        yield from _said(one["trial"])
+        found = _found(one["micro_batch_size"], one["complete"])
+        yield from _below(f"{found}; the formula says {one['predicted']} without headroom. Tried: {tried or 'nothing'}")
 
 
 def _found(micro_batch_size: int | None, complete: bool) -> str:
@@ -336,32 +338,52 @@ def _decisions(decisions: Sequence[Document]) -> Iterator[Line]:
     if not decisions:
         return
     yield from title("Plans put to the test")
-    rows = [("", "the plan", "", "next larger", "")]
     for one in decisions:
-        plan, larger = one["plan"], one["larger"]
-        rows.append((one["trial"], *_tested(plan), *_tested(larger)))
-    yield from table(rows, left=(0, 2, 4))
+        yield from _said(one["trial"])
+        yield from _below(f"the plan, {_tested(one['plan'])}; the next larger, {_tested(one['larger'])}")
 
 
-def _tested(one: Document | None) -> tuple[str, str]:
+def _tested(one: Document | None) -> str:
     if one is None:
-        return "-", ""
-    return f"micro {one['micro_batch_size']}", one["outcome"]
+        return "none or not measured"
+    return f"micro {one['micro_batch_size']}, checkpointing {one['activation_checkpointing']}: {one['outcome']}"
 
 
-def _trials(trials: Iterable[Document]) -> Iterator[Line]:
-    rows = [("trial", "", "allocated", "formula", "error", "step")]
+def _said(text: str) -> Iterator[Line]:
+    yield from (Line(line) for line in wrap(text, first="  "))
+
+
+def _below(text: str) -> Iterator[Line]:
+    yield from (Line(line, "faint") for line in wrap(text, first="    "))
+
+
+def _trials(trials: Sequence[Document]) -> Iterator[Line]:
+    if not trials:
+        return
+    yield from title("Trials: allocated as measured, error of the formula, time of a step")
     for one in trials:
-        measured, formula = one["peak_allocated_bytes"], one["predicted_allocated_bytes"]
-        seconds = one["step_time_s"]
-        rows.append(
-            (
-                one["words"],
-                one["outcome"],
-                *_pair(measured, formula),
-                "" if seconds is None else format_seconds(seconds),
-            )
-        )
-    if len(rows) > 1:
-        yield from title("Trials")
-        yield from table(rows, left=(0, 1))
+        yield from _said(one["words"])
+        yield from _below(_result(one))
+
+
+def _result(one: Document) -> str:
+    measured, formula = one["peak_allocated_bytes"], one["predicted_allocated_bytes"]
+    if measured is None:
+        return str(one["outcome"])
+    seconds = one["step_time_s"]
+    error = _pair(measured, formula)[2] or "no prediction"
+    return f"{format_bytes(measured)}, {error}{'' if seconds is None else f', {format_seconds(seconds)} a step'}"
+
+
+def _reasons(heading: str, rows: Sequence[Document]) -> Iterator[Line]:
+    """Trials of several with the same reason together."""
+    if not rows:
+        return
+    yield from title(heading, "bad")
+    by_reason: dict[str, list[str]] = {}
+    for one in rows:
+        by_reason.setdefault(one["reason"], []).append(one["trial"])
+    for reason, trials in by_reason.items():
+        more = f" and {plural(len(trials) - 1, 'other')}" if len(trials) > 1 else ""
+        yield from _said(f"{trials[0]}{more}")
+        yield from _below(reason)

@@ -149,7 +149,7 @@ def calibration_lines(calibration: Document | None) -> Iterator[Line]:
 
 def vouched(confidence: float) -> str:
     """How far measurements vouch for a bound; empty where they do not."""
-    return f"at least {100 * confidence:.0f} % of comparable runs stay under it" if confidence else ""
+    return f"at least {int(1000 * confidence) / 10:g} % of comparable runs stay under it" if confidence else ""
 
 
 # -- what stands behind it ---------------------------------------------------------------------------------------------

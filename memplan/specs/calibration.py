@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from memplan.specs.values import NamedTuple, dataclass, field
@@ -51,6 +52,14 @@ class Calibration:
     """Seconds that an operator takes at least, and the host with it."""
     scores: tuple[float, ...] = ()
     """(measured - predicted) / predicted process bytes of the other records, ascending."""
+    num_exceeded: int = 0
+    """Of the other records those that ran out of memory where the prediction says that they fit: scores without a
+    number."""
+
+    @property
+    def all_scores(self) -> tuple[float, ...]:
+        """With infinity for the runs that ran out of memory against the prediction."""
+        return (*self.scores, *(inf for _ in range(self.num_exceeded)))
 
     @property
     def name(self) -> str:

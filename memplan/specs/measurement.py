@@ -45,6 +45,8 @@ class Trial:
     """The batch whose plan is put to the test, where that is why this was measured."""
     role: str = ""
     """In such a test: ``plan``, ``larger`` (the next micro-batch) or empty."""
+    alloc_conf: str = ""
+    """The PYTORCH_ALLOC_CONF that it runs with; empty: the default."""
 
     def __post_init__(self) -> None:
         if self.limit_bytes is not None and self.limit_bytes <= 0:
@@ -177,7 +179,9 @@ class Measurement:
 
     @property
     def survived(self) -> bool | None:
-        """Whether it fitted; None where that was not found out."""
+        """Whether it fitted; None where that was not found out, as where others took some of the card."""
+        if self.outcome == OUT_OF_MEMORY and self.card.num_other_processes:
+            return None
         return {DONE: True, OUT_OF_MEMORY: False}.get(self.outcome)
 
     @cached_property
@@ -206,7 +210,17 @@ def trial_identity(trial: Trial, card: Card, versions: Mapping[str, str]) -> str
     stack = " ".join(f"{name}={versions.get(name, '')}" for name in taking_part)
     config = sha256(json.dumps(trial.config, sort_keys=True).encode()).hexdigest()[:16]
     place = f"{card.device} {card.name} of {card.total_bytes} driver {card.driver}"
-    return f"{trial.model} {config} {trial.setup!r} limit {trial.limit_bytes} on {place} with {stack}"
+    limit = f"limit {trial.limit_bytes} {trial.alloc_conf}".strip()
+    return f"{trial.model} {config} {trial.setup!r} {limit} on {place} with {stack}"
+
+
+OPTIMIZER_WORDS = {
+    "adamw-fused": "fused",
+    "adamw-foreach": "foreach",
+    "adamw-forloop": "for-loop",
+    "adamw-8bit": "8-bit",
+}
+"""Optimizer -> what it is called among a few words."""
 
 
 def describe(trial: Trial) -> str:
@@ -219,7 +233,7 @@ def describe(trial: Trial) -> str:
     words += [] if setup.activation_checkpointing == "none" else [f"ckpt {setup.activation_checkpointing}"]
     words += [] if setup.lora is None else [f"LoRA {setup.lora.rank}"]
     words += [] if setup.attention == "sdpa" else [setup.attention]
-    words += [] if setup.optimizer.startswith("adamw") else [setup.optimizer]
+    words += [OPTIMIZER_WORDS.get(setup.optimizer, setup.optimizer)] if setup.optimizer != "adamw" else []
     words += ["padded"] if setup.padding else []
     words += [f"{setup.data_parallel_size} ranks"] if setup.data_parallel_size > 1 else []
     return ", ".join(words)

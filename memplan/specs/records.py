@@ -6,6 +6,7 @@ not find makes the record foreign.  A number is what was read, never rounded.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError
@@ -38,6 +39,9 @@ PLAIN = (
 )
 """Fields of a measurement that JSON has by itself."""
 
+OPTIONAL = ("limit_bytes", "limit", "target_batch", "role", "alloc_conf")
+"""Fields of a trial that a record may lack."""
+
 SETUP_FIELDS = (
     "micro_batch_size",
     "gradient_accumulation_steps",
@@ -51,6 +55,10 @@ SETUP_FIELDS = (
     "dropout",
     "padding",
 )
+
+
+DEVICES = ("cuda", "cpu", "")
+"""Of a card; empty where the process ended before it could be looked at."""
 
 
 class RecordError(ValueError):
@@ -78,6 +86,7 @@ def trial_record(trial: Trial) -> dict[str, Any]:
         "limit": trial.limit,
         "target_batch": trial.target_batch,
         "role": trial.role,
+        "alloc_conf": trial.alloc_conf,
     }
 
 
@@ -116,7 +125,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
 def parse_trial(record: Mapping[str, Any]) -> Trial:
     """The trial of a JSON object."""
     _checked(record)
-    optional = {name: record[name] for name in ("limit_bytes", "limit", "target_batch", "role") if name in record}
+    optional = {name: record[name] for name in OPTIONAL if name in record}
     return Trial(
         model=_text(record["model"]), config=dict(record["config"]), setup=parse_setup(record["setup"]), **optional
     )
@@ -189,6 +198,7 @@ FIELD_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "limit": (TEXT, False),
     "target_batch": (COUNT, True),
     "role": (TEXT, False),
+    "alloc_conf": (TEXT, False),
     "padding": ((bool,), False),
     "targets": ((list,), False),
     # of a card
@@ -228,7 +238,14 @@ def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check(found: Measurement) -> None:
     if found.outcome not in OUTCOMES:
         raise RecordError(f"its outcome is {found.outcome!r}")
-    _text(found.measured_at)
+    if found.card.device not in DEVICES or (found.card.device == "cuda" and not found.card.total_bytes):
+        raise RecordError(f"its device is {found.card.device!r} of {found.card.total_bytes} bytes")
+    if found.trial.target_batch == 0:
+        raise RecordError("its target_batch is 0")
+    try:
+        datetime.strptime(found.measured_at, "%Y-%m-%dT%H:%M:%SZ")
+    except ValueError:
+        raise RecordError(f"its measured_at is {found.measured_at!r}") from None
     if not all(0 < value < float("inf") for value in found.step_times_s):
         raise RecordError("a step took no time")
 
