@@ -246,6 +246,9 @@ def _say_bad_lines(probing: Probe, *, quiet: bool) -> None:
 
 def _say_others(probing: Probe, *, quiet: bool) -> None:
     card = probing.place.card
+    if card.device == "cuda" and not card.driver:
+        unknown = "process bytes, clocks and who else is on the card are not known"
+        say(f"NVIDIA's management library does not answer (pip install nvidia-ml-py): {unknown}", quiet=quiet)
     if card.num_other_processes:
         taken = "" if card.other_bytes is None else f", which take {format_bytes(card.other_bytes)}"
         others = "another process is" if card.num_other_processes == 1 else f"{card.num_other_processes} others are"

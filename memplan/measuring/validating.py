@@ -130,6 +130,7 @@ def accuracy_document(found: Validation) -> dict[str, Any]:
         "measured": {
             "num_records": len(records),
             "num_compared": len(compared),
+            "num_on_gpus": sum(record.card.device == "cuda" for record in records),
             "first": times[0] if times else None,
             "last": times[-1] if times else None,
             "cards": sorted({record.card.name for record in records}),

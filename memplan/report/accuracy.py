@@ -192,7 +192,7 @@ def _on_gpus(document: Document) -> Iterator[str]:
 
 def _no_gpus(measured: Document) -> str:
     unknown = "so how accurate memplan is on a GPU is not known"
-    if any(card != "CPU" for card in measured["cards"]):
+    if measured["num_on_gpus"]:
         return f"What was measured on GPUs cannot be compared (see what is left out), {unknown}."
     return f"No measurement of our own on a GPU exists yet, {unknown}."
 

@@ -49,6 +49,9 @@ def tiny(tmp_path_factory):
         ("gpt2 --gpu 24GB", 2, "There is no option --gpu"),
         ("banana", 1, "banana"),
         ("some.module:factory", 2, "a probe builds models from a config.json"),
+        ("gpt2 --device cpu --limit 8GB", 2, "--limit is for a GPU, and --device is cpu"),
+        ("gpt2 --device cpu --snapshot x", 2, "--snapshot is for a GPU"),
+        ("gpt2 --snapshot /nowhere/x", 2, "No snapshot could be written"),
         ("--matrix nowhere.toml", 1, "nowhere.toml cannot be read"),
         ("gpt2 --snapshot -", 2, "is not for the screen"),
     ],
@@ -70,6 +73,8 @@ def test_ranks_that_make_no_sense(run, monkeypatch):
 def test_searches_are_for_one_rank(run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     ran = run("probe gpt2 --find-max --limit 8GB")
     assert (ran.status, "--find-max is for one rank" in ran.err) == (2, True)
 
@@ -77,17 +82,18 @@ def test_searches_are_for_one_rank(run, monkeypatch):
 def test_a_measurement_on_the_cpu_and_a_matrix_that_knows_it(run, tiny, tmp_path):
     """One start of PyTorch for all of it: the JSON, the record, the schema, resuming, and no GPU."""
     records = tmp_path / "records"
-    ran = run(f"probe {tiny} --device cpu --seq-len 32 --records {records} --json")
+    ran = run(f"probe {tiny} --device cpu --seq-len 32 --dropout 0 --records {records} --json")
     assert ran.status == 0, ran.err
     document = json.loads(ran.out)
     _check(document, "probe")
     assert document["outcome"] == "done"
+    assert document["setup"]["dropout"] == 0.0
     assert document["peak_allocated_bytes"] == document["predicted"]["peak_allocated_bytes"]
     assert document["peak_reserved_bytes"] is None
     assert len((records / "cpu.jsonl").read_text().splitlines()) == 1
 
     matrix = tmp_path / "grid.toml"
-    matrix.write_text(f'[[trial]]\nmodel = "{tiny}"\nseq_len = [32, 48]\n')
+    matrix.write_text(f'[[trial]]\nmodel = "{tiny}"\nseq_len = [32, 48]\ndropout = 0.0\n')
     ran = run(f"probe --matrix {matrix} --device cpu --records {records} --json")
     assert ran.status == 0, ran.err
     several = json.loads(ran.out)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from memplan import measuring
-from memplan.calibration.accuracy import compare, errors_of, median, percentile, why_not
+from memplan.calibration.accuracy import compare, distinct, errors_of, median, percentile, why_not
+from memplan.calibration.bounds import bound
 from memplan.calibration.decisions import Question, decide, questions
 from memplan.calibration.fit import Rates, TooFewRecordsError, fit, fit_rates, halves
 from memplan.calibration.prediction import Prediction
@@ -143,6 +144,44 @@ def test_trials_that_differ_in_the_micro_batch_alone_are_one_question():
     assert (second.survivors, second.failures) == ((8,), ())
 
 
+def test_trials_without_a_formula_are_no_recommendation():
+    """LoRA is not modelled: that one of two micro-batches failed says nothing about a plan."""
+    from memplan.measuring.validating import decisions_of
+
+    one = trial(4, limit="8GB", lora_rank=8)
+    records = [
+        measurement(one, steps=steps(1, 1, 1)),
+        measurement(trial(8, limit="8GB", lora_rank=8), outcome="out-of-memory"),
+    ]
+    assert decisions_of(records) == ()
+
+
+def test_out_of_memory_while_others_held_the_card_is_no_answer():
+    crowded = H200._replace(num_other_processes=1)
+    record = measurement(trial(limit="8GB"), outcome="out-of-memory", card=crowded)
+    assert record.survived is None
+    assert questions([record]) == ()
+
+
+def test_a_run_that_failed_against_the_prediction_is_named():
+    fits, too_large = trial(1, limit="8GB"), trial(4096, limit="8GB", seq_len=2048)
+    reasons = [
+        one.reason
+        for one in compare(
+            [measurement(one, outcome="out-of-memory") for one in (fits, too_large)], measuring.prediction_for
+        ).left_out
+    ]
+    assert "says that it fits" in reasons[0]
+    assert "as predicted" in reasons[1]
+
+
+def test_a_record_that_answered_two_questions_is_one_run():
+    plain = measurement(trial(limit="8GB"))
+    again = replace(plain, trial=replace(plain.trial, role="plan", target_batch=8))
+    assert plain.id == again.id
+    assert distinct([plain, again, plain]) == [again]
+
+
 # -- what a card teaches -----------------------------------------------------------------------------------------------
 
 
@@ -193,8 +232,30 @@ def test_what_the_allocator_holds_beyond_the_prediction_is_in_the_scores():
     assert found.regimes[0].reserved_over_predicted == pytest.approx(1.5, abs=1e-6)
 
 
+def test_runs_that_failed_against_the_prediction_widen_the_bound_to_none():
+    """7 survivors and as many failures that the prediction says fit: no finite bound for more than half of the runs."""
+    records = synthetic(40, context=700_000_000)
+    failed = [
+        replace(one, outcome="out-of-memory", steps=(), trial=replace(one.trial, limit_bytes=40 * 10**9))
+        for one in records
+    ]
+    found = fit([*records, *failed], "h200", predict_with, lambda record: None)
+    assert found.num_exceeded > 0
+    assert len(found.all_scores) == len(found.scores) + found.num_exceeded
+    bounded = bound(found.all_scores, 0.9)
+    assert not bounded.is_attained
+    assert bounded.confidence == len(found.scores) / (len(found.all_scores) + 1)
+
+
+def test_repetitions_are_one_run():
+    records = synthetic(20, context=700_000_000)
+    later = [replace(one, measured_at="2026-12-01T10:00:00Z") for one in records]
+    found = fit([*records, *later, *records], "h200", predict_with, lambda record: None)
+    assert found.num_fitted + len(found.scores) == 20
+
+
 def test_one_record_teaches_nothing():
-    with pytest.raises(TooFewRecordsError, match="1 complete"):
+    with pytest.raises(TooFewRecordsError, match="complete measurements: 1;"):
         fit(synthetic(1, context=1), "h200", predict_with, lambda record: None)
 
 

@@ -7,6 +7,7 @@ import pytest
 from memplan import measuring
 from memplan.catalog.matrix import named_matrices, parse_matrix, read_matrix
 from memplan.errors import MemplanError
+from memplan.specs.measurement import Card
 
 
 def test_lists_are_crossed_in_order_and_defaults_fill_in():
@@ -67,6 +68,23 @@ def test_every_trial_of_the_matrices_can_be_made(name):
         trial = measuring.make_trial(**entry.choices)
         assert trial.config
         assert (entry.target_batch is None and not entry.find_max) or trial.limit_bytes
+
+
+H200 = Card(device="cuda", name="NVIDIA H200", total_bytes=150_754_820_096, compute_capability="9.0")
+
+
+@pytest.mark.parametrize("name", ["core", pytest.param("full", marks=pytest.mark.slow)])
+def test_every_entry_of_the_matrices_can_be_asked(name):
+    """Plans exist, and the formula takes what is no adapter and of a described model: nothing ends a run of hours."""
+    for entry in read_matrix(name):
+        trial = measuring.make_trial(**entry.choices)
+        gpu = measuring.gpu_of(H200, trial.limit_bytes, trial.limit)
+        if entry.target_batch is not None:
+            mode = entry.choices.get("checkpointing")
+            plan = measuring.plan_of(trial, gpu, entry.target_batch, checkpointing=mode)
+            assert plan is not None or name == "full", entry
+        elif trial.setup.lora is None:
+            measuring.estimator_of(trial, gpu).check(trial.setup)
 
 
 def test_the_core_matrix_covers_what_it_promises():

@@ -319,10 +319,11 @@ def test_the_allocator_gets_the_limit_less_the_context(total):
     assert abs(cuda.allowed - (24 * GB - 600 * MIB)) <= 1
 
 
-def test_a_limit_where_nobody_knows_the_context_is_that_of_the_allocator():
+def test_where_nobody_says_what_the_context_takes_all_that_is_taken_of_the_card_counts():
+    """2 GB of 100 are taken once the context is there."""
     cuda = FakeCuda()
     CudaDevice(0, None, cuda=cuda).open(24 * GB)
-    assert cuda.fractions == [0.24]
+    assert cuda.fractions == [0.22]
 
 
 def test_after_a_step_the_kernels_that_were_loaded_are_taken_off_too():
@@ -367,7 +368,15 @@ def test_a_limit_that_cannot_be_is_refused(limit, says, cure):
 def test_the_whole_card_is_a_limit():
     cuda = FakeCuda()
     CudaDevice(0, None, cuda=cuda).open(100 * GB)
-    assert cuda.fractions == [1.0]
+    assert cuda.fractions == [0.98]
+
+
+def test_a_limit_that_others_leave_no_room_for_is_refused():
+    """A card of 100 GB of which 10 are free says nothing about one of 24."""
+    cuda = FakeCuda(used=90 * GB)
+    with pytest.raises(DeviceError, match="are free") as fault:
+        CudaDevice(0, FakeNvml(own=600 * MIB), cuda=cuda).open(24 * GB)
+    assert "End what else is on the card" in fault.value.cure
 
 
 def test_a_card_that_cannot_be_used_is_a_fault_in_one_line():

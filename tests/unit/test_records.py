@@ -453,7 +453,8 @@ card = Card(device="cpu", name="CPU", total_bytes=1)
 trial = Trial(model="tiny", config={"filler": name * 30_000}, setup=Setup())
 sys.stdin.readline()
 for n in range(25):
-    found = Measurement(trial=trial, outcome="done", message=f"{name}{n}", measured_at="now", card=card)
+    when = "2026-11-22T10:00:00Z"
+    found = Measurement(trial=trial, outcome="done", message=f"{name}{n}", measured_at=when, card=card)
     append_measurement(path, found)
 """
 
