@@ -123,7 +123,7 @@ def answer(asked: Asked, choices: dict[str, Any]) -> int:
             time_limit_s=asked.time_limit or measuring.DEFAULT_TIME_LIMIT_S,
             time_budget_s=asked.time_budget,
             again=asked.again or entries is None,
-            notify=progress.say,
+            notify=progress.say or _line_by_line(entries, quiet=quiet),
             ranks=ranks,
         )
         with probing:
@@ -139,6 +139,13 @@ def answer(asked: Asked, choices: dict[str, Any]) -> int:
                 raise
             document = measuring.trials_document(probing, outcomes)
     return _write_several(document, asked)
+
+
+def _line_by_line(entries: tuple[MatrixEntry, ...] | None, *, quiet: bool) -> Callable[[str], None] | None:
+    """Where nobody sits at a terminal, a line of the log for each of many trials."""
+    if quiet or entries is None:
+        return None
+    return lambda text: say(text, quiet=False)
 
 
 def _entries(asked: Asked, choices: dict[str, Any], world_size: int) -> tuple[MatrixEntry, ...] | None:
@@ -300,8 +307,6 @@ def _write_several(document: dict[str, Any], asked: Asked) -> int:
         lines=lambda: render_trials(document, quiet=asked.quiet),
         records=lambda: [{**row.pop("setup"), **row} for row in (dict(one) for one in document["trials"])],
     )
-    for one in document["not_asked"]:
-        say(f"{one['trial']}: {one['reason']}", quiet=asked.quiet)
     if asked.matrix is not None:
         answered = [one for one in document["trials"] if one["outcome"] in {DONE, OUT_OF_MEMORY}]
         return 0 if answered or not document["trials"] else MemplanError.exit_status

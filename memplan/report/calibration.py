@@ -57,7 +57,8 @@ def _coefficients(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, name in (("context_bytes", "beside the allocator"), ("workspace_bytes", "cuBLAS workspaces")):
         yield name, "not measured" if one[key] is None else format_bytes(one[key])
     for key, name in (("flops_fraction", "of peak FLOP/s"), ("bandwidth_fraction", "of peak bandwidth")):
-        yield name, "not measured" if one[key] is None else f"{100 * one[key]:.1f} %"
+        most = ", the most that is looked for" if one[key] == 1 else ""
+        yield name, "not measured" if one[key] is None else f"{100 * one[key]:.1f} %{most}"
     yield "an operator takes", "not measured" if one["launch_s"] is None else format_seconds(one["launch_s"])
     for regime in one["regimes"]:
         yield (
