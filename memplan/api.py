@@ -322,7 +322,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     safety = find_safety(spec, headroom, confidence)
     margin = _margin(spec, reserve, safety)
     if isinstance(found, UserModule):
-        return vouched(_module(found, spec).estimate(setup, margin)[1], as_bytes(reserve))
+        return _module(found, spec).estimate(setup, margin)[1]
     estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
     return vouched(estimator.estimate(setup, margin=margin), as_bytes(reserve))
 
@@ -442,10 +442,9 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     )
     speed = find_speed(spec)
     if isinstance(found, UserModule):
-        plan = _plan_of_module(found, goal, spec, speed)
-    else:
-        estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
-        plan = search(estimator, goal, spec, speed.label)
+        return _plan_of_module(found, goal, spec, speed)
+    estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
+    plan = search(estimator, goal, spec, speed.label)
     return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
 
 
@@ -520,7 +519,6 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
 
             setup = replace(setup, attention=fallback_attention(module.model, setup))
     found, answer = module.estimate(setup, margin, model_type=model_type)
-    answer = vouched(answer, as_bytes(reserve))
     if not diff:
         return Traced(found, answer, None, origin)
     from memplan.probes.differences import difference

@@ -90,7 +90,7 @@ def _key(record: Measurement) -> str:
     config = sorted((str(name), repr(value)) for name, value in trial.config.items())
     place = (record.card.name, record.card.total_bytes, record.card.driver)
     stack = tuple(record.versions.get(name) for name in SAME_STACK)
-    return repr((trial.model, config, setup, trial.limit_bytes, trial.target_batch, place, stack))
+    return repr((trial.model, config, setup, trial.limit_bytes, trial.alloc_conf, trial.target_batch, place, stack))
 
 
 def _question(group: Sequence[Measurement]) -> Question:

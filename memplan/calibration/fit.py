@@ -7,7 +7,11 @@
     scores      (measured - predicted) / predicted process bytes, predicted with these coefficients
 
 A record belongs to the half that a hash of what was measured says, so that the halves do not depend on the order of the
-records and measuring something again does not move it.  Left out: contention, other processes, clocks that differ.
+records and measuring something again does not move it.  Only runs that are predicted to fit are scored, survivors and
+failures alike: that is known before a run, and it is whom the bound is for.
+
+Left out: contention, other processes, clocks that differ; that trials of a search lie near the limit, where a user's
+run need not.
 """
 
 from __future__ import annotations
@@ -83,13 +87,13 @@ def fit(records: Sequence[Measurement], gpu: str, predict: PredictWith, terms_of
         bandwidth_fraction=None if rates is None else rates.bandwidth_fraction,
         launch_s=None if rates is None else rates.launch_s,
     )
-    predicted = [(record, predict(record, found)) for record in scored]
     failed = halves([record for record in known if record.survived is False])[1]
-    exceeded = [p for record in failed if (p := predict(record, found).process) is not None and p <= room(record)]
+    predicted = [(record, predict(record, found)) for record in (*scored, *failed)]
+    fitting = [(record, p) for record, p in predicted if p.process is not None and p.process <= room(record)]
     return replace(
         found,
-        scores=_scores(predicted),
-        num_exceeded=len(exceeded),
+        scores=_scores([(record, p) for record, p in fitting if record.survived]),
+        num_exceeded=sum(not record.survived for record, _ in fitting),
         regimes=_regimes(usable, predict, found),
     )
 
@@ -100,9 +104,14 @@ def _one_a_run(records: Sequence[Measurement]) -> list[Measurement]:
     for record in distinct(records):
         key = identity(record)
         known = by_identity.get(key)
-        if known is None or (record.peak_process_bytes or 0) > (known.peak_process_bytes or 0):
+        if known is None or _severity(record) > _severity(known):
             by_identity[key] = record
     return list(by_identity.values())
+
+
+def _severity(record: Measurement) -> tuple[bool, bool, int]:
+    """A failure weighs more than any answer, and an answer more than none."""
+    return record.survived is False, record.survived is not None, record.peak_process_bytes or 0
 
 
 def halves(records: Sequence[Measurement]) -> tuple[list[Measurement], list[Measurement]]:
@@ -126,7 +135,7 @@ def _context(records: Sequence[Measurement]) -> int | None:
         for record in records
         if _says_what_it_takes(record) and record.peak_process_bytes and record.peak_reserved_bytes
     ]
-    return int(median(sorted(beside))) if beside else None
+    return max(int(median(sorted(beside))), 0) if beside else None
 
 
 def _scores(predicted: Sequence[tuple[Measurement, Prediction]]) -> tuple[float, ...]:

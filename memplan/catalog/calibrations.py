@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from memplan.catalog.profiles import PACKAGE_FOLDER, profile_path
@@ -28,6 +29,7 @@ KIND = "calibration"
 STACK = ("torch", "cuda", "transformers", "driver")
 """Versions that tell one software stack from another."""
 
+COUNTS = ("num_fitted", "num_exceeded")
 TEXTS = ("gpu", "card_name", "first", "last")
 
 PLAIN = (
@@ -120,8 +122,12 @@ def parse_calibration(record: Mapping[str, Any]) -> Calibration:
         raise ValueError(f"kind {record['kind']!r}, schema_version {record['schema_version']!r}")
     for name in PLAIN:
         kind = str if name in TEXTS else (int, float, type(None))
-        if not isinstance(record[name], kind) or isinstance(record[name], bool):
-            raise TypeError(f"its {name} is {record[name]!r:.60}")
+        value = record[name]
+        wrong = not isinstance(value, kind) or isinstance(value, bool) or (value is None and name in COUNTS)
+        if wrong or (isinstance(value, (int, float)) and not 0 <= value < inf) or (name in COUNTS and value % 1):
+            raise TypeError(f"its {name} is {value!r:.60}")
+    if not all(-1 < score < inf for score in record["scores"]):
+        raise ValueError("a score is no number")
     return Calibration(
         **{name: record[name] for name in PLAIN},
         versions=dict(record["versions"]),
@@ -184,8 +190,8 @@ def apply(gpu: GpuSpec, calibration: Calibration) -> GpuSpec:
     return replace(
         gpu,
         calibration=calibration,
-        context_bytes=calibration.context_bytes if calibration.context_bytes is not None else gpu.context_bytes,
-        workspace_bytes=calibration.workspace_bytes,
+        context_bytes=calibration.context_bytes or gpu.context_bytes,
+        workspace_bytes=calibration.workspace_bytes or gpu.workspace_bytes,
         flops_per_s={dtype: flops * rate for dtype, rate in gpu.flops_per_s.items()},
         memory_bandwidth_bytes_per_s=None if bytes_per_s is None else bandwidth * bytes_per_s,
         launch_s=calibration.launch_s or 0.0,

@@ -100,10 +100,22 @@ def _listed(path: str) -> list[str]:
 
 def _files(path: str) -> list[str]:
     if not os.path.isdir(path):
-        if os.path.exists(path) and not os.path.isfile(path) and path != os.devnull:
-            raise OSError(22, "it is no regular file")
-        return [path] if os.path.isfile(path) else []
-    return [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(SUFFIX)]
+        return [] if path == os.devnull else _regular([path])
+    files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(SUFFIX)]
+    return _regular(files)
+
+
+def _regular(files: list[str]) -> list[str]:
+    """Those that are there; what is no regular file might never end.
+
+    Raises:
+        OSError: one of them is none.
+    """
+    there = [file for file in files if os.path.exists(file)]
+    for file in there:
+        if not os.path.isfile(file):
+            raise OSError(22, f"{os.path.basename(file)} is no regular file")
+    return there
 
 
 def _parse(line: bytes) -> Measurement:
@@ -127,7 +139,7 @@ def check_appendable(path: str) -> None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "ab"):
             pass
-        if not existed:
+        if not existed and not os.path.getsize(path):
             os.unlink(path)
     except OSError as fault:
         raise NotWrittenError(

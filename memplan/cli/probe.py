@@ -187,7 +187,8 @@ def _ending_on_sigterm() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    polite = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    polite = [one for one in known if signal.getsignal(one) not in {signal.SIG_IGN, None}]  # nohup ignores one
     try:
         before = {one: signal.signal(one, interrupt) for one in polite}
     except ValueError:  # not in the main thread
@@ -226,6 +227,10 @@ def _check_device(asked: Asked) -> None:
         if flag is not None:
             raise UsageError(f"{flag} is for a GPU, and --device is cpu.", "Leave one of them out.")
     if asked.snapshot is not None:
+        if asked.records not in {None, "-"}:
+            raise UsageError("Steps with --snapshot are slower and are not recorded.", "Leave --records out.")
+        if measuring.torchrun_ranks(os.environ)[1] > 1:
+            raise UsageError("--snapshot is of one rank.", "Leave it out under torchrun.")
         folder = os.path.dirname(os.path.abspath(asked.snapshot))
         if asked.snapshot == "-":
             raise UsageError("--snapshot writes a pickle, which is not for the screen.", "Name a file.")
@@ -307,10 +312,14 @@ def _write_several(document: dict[str, Any], asked: Asked) -> int:
         lines=lambda: render_trials(document, quiet=asked.quiet),
         records=lambda: [{**row.pop("setup"), **row} for row in (dict(one) for one in document["trials"])],
     )
-    if asked.matrix is not None:
-        answered = [one for one in document["trials"] if one["outcome"] in {DONE, OUT_OF_MEMORY}]
-        return 0 if answered or not document["trials"] else MemplanError.exit_status
+    answered = len(document["trials"]) - document["num_failed"]
+    if not answered and (document["failed"] or document["not_asked"]):
+        return MemplanError.exit_status
+    if asked.matrix is not None or document["num_left"]:
+        return 0
     largest, decisions = document["largest"], document["decisions"]
     failed = any(one["complete"] and one["micro_batch_size"] is None for one in largest)
     failed = failed or any(one["plan"] is None or one["plan"]["outcome"] == OUT_OF_MEMORY for one in decisions)
-    return DOES_NOT_FIT if failed else 0
+    if failed:
+        return DOES_NOT_FIT
+    return MemplanError.exit_status if document["failed"] else 0

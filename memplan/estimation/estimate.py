@@ -224,11 +224,12 @@ class Estimator:
         peak = self.program(setup).peaks(self.sizes(setup), setup.gradient_accumulation_steps).peak
         return self._memory(peak, -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES)
 
-    def replayed_memory(self, setup: Setup, budget_bytes: int | None = None) -> Memory:
+    def replayed_memory(self, setup: Setup, budget_bytes: int | None = None, alloc_conf: str | None = None) -> Memory:
         """The same with the reserved bytes of a replay: exact, and slower by some hundredths of a second.
 
         `budget_bytes`: what the whole process may take; where that is too little, the reserved bytes lie above it by
         what is missing.
+        `alloc_conf`: the settings of the allocator; None: the default, or what fits where it does not.
         """
         least = self.memory(setup)
         capacity = None
@@ -236,13 +237,12 @@ class Estimator:
             capacity = max(budget_bytes - least.context_bytes - least.workspace_bytes, 0)
             if capacity < least.peak_reserved_bytes:
                 return least
-        reserved = self._reserved(setup, capacity, "")
-        alloc_conf = ""
-        if capacity is not None and reserved > capacity:
+        reserved, chosen = self._reserved(setup, capacity, alloc_conf or ""), alloc_conf or ""
+        if capacity is not None and reserved > capacity and alloc_conf is None:
             tighter = self._reserved(setup, capacity, EXPANDABLE_SEGMENTS)
             if tighter < reserved:
-                reserved, alloc_conf = tighter, EXPANDABLE_SEGMENTS
-        return least._replace(peak_reserved_bytes=max(reserved, least.peak_reserved_bytes), alloc_conf=alloc_conf)
+                reserved, chosen = tighter, EXPANDABLE_SEGMENTS
+        return least._replace(peak_reserved_bytes=max(reserved, least.peak_reserved_bytes), alloc_conf=chosen)
 
     def _reserved(self, setup: Setup, capacity: int | None, alloc_conf: str) -> int:
         """Reserved bytes by a replay, remembered."""
@@ -296,15 +296,19 @@ class Estimator:
             "trained": program.states.num_trained,
         }
 
-    def estimate(self, setup: Setup, *, margin: Margin = NO_MARGIN) -> Estimate:
-        """Everything about one configuration; `margin` is added to the process bytes for the upper bound."""
+    def estimate(self, setup: Setup, *, margin: Margin = NO_MARGIN, alloc_conf: str | None = None) -> Estimate:
+        """Everything about one configuration; `margin` is added to the process bytes for the upper bound.
+
+        `alloc_conf`: as for `replayed_memory`.
+        """
         self.check(setup)
         program = self.program(setup)
         sizes = self.sizes(setup)
         accumulation = setup.gradient_accumulation_steps
         steady = program.peaks(sizes, accumulation)
         first = program.peaks(sizes, accumulation, first_step=True)
-        memory = self.replayed_memory(setup, None if self.gpu is None else margin.budget(self.gpu.usable_bytes))
+        budget = None if self.gpu is None else margin.budget(self.gpu.usable_bytes)
+        memory = self.replayed_memory(setup, budget, alloc_conf)
         rows = ledger(program, sizes, accumulation)
         return Estimate(
             model=self.summary(setup),

@@ -124,7 +124,7 @@ def predict(trial: Trial, gpu: GpuSpec | None) -> Estimate:
     Raises:
         MemplanError: it has no answer.
     """
-    return estimator_of(trial, gpu).estimate(trial.setup)
+    return estimator_of(trial, gpu).estimate(trial.setup, alloc_conf=trial.alloc_conf)
 
 
 def estimator_of(trial: Trial, gpu: GpuSpec | None) -> Estimator:
@@ -150,7 +150,9 @@ def largest_predicted(trial: Trial, gpu: GpuSpec) -> int:
 
     def survives(micro_batch_size: int) -> bool:
         setup = replace(trial.setup, micro_batch_size=micro_batch_size)
-        return estimator.replayed_memory(setup, gpu.usable_bytes).peak_process_bytes <= gpu.usable_bytes
+        return (
+            estimator.replayed_memory(setup, gpu.usable_bytes, trial.alloc_conf).peak_process_bytes <= gpu.usable_bytes
+        )
 
     low, high = 1, 2
     while fits(high) and high < 2**20:
@@ -189,7 +191,7 @@ def _traced(trial: Trial, gpu: GpuSpec | None) -> Estimate:
     from memplan.probes.models import transformers_model
 
     model = transformers_model(trial.config, trial.model)
-    return estimate_of(trace_setup(model, trial.setup, gpu=gpu), gpu=gpu)
+    return estimate_of(trace_setup(model, trial.setup, gpu=gpu), gpu=gpu, alloc_conf=trial.alloc_conf)
 
 
 def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str | None) -> Candidate | None:

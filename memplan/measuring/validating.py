@@ -61,7 +61,7 @@ def validate(
         MemplanError: the records cannot be read, or tracing needs a library that is not installed.
     """
     found = read_measurements(default_records() if records is None else records)
-    chosen = distinct(one for one in found.measurements if device in {None, one.card.device})
+    chosen = [one for one in found.measurements if device in {None, one.card.device}]
     if trace:
         require("torch")
         require("transformers")
@@ -73,7 +73,7 @@ def validate(
 
     return Validation(
         records=found,
-        accuracy=compare(chosen, predict_one),
+        accuracy=compare(distinct(chosen), predict_one),
         decisions=decisions_of(chosen),
         published=answers(),
         witness="trace" if trace else "formula",
@@ -110,7 +110,7 @@ def recommended(question: Question) -> int | None:
     best = None
     for option in question.options():
         setup = replace(trial.setup, micro_batch_size=option)
-        if estimator.replayed_memory(setup, budget).peak_process_bytes > budget:
+        if estimator.replayed_memory(setup, budget, trial.alloc_conf).peak_process_bytes > budget:
             break
         best = option
     return best

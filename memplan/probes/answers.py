@@ -98,9 +98,10 @@ def estimate_of(
     model_type: str = "traced",
     sdpa_kernel: str | None = None,
     notes: Sequence[Assumption] = (),
+    alloc_conf: str | None = None,
 ) -> Estimate:
     """Everything that a trace says about its configuration; `notes` are further assumptions."""
-    memory = memory_of(trace, gpu, None if gpu is None else margin.budget(gpu.usable_bytes))
+    memory = memory_of(trace, gpu, None if gpu is None else margin.budget(gpu.usable_bytes), alloc_conf)
     resident = {kind: trace.category_bytes(kind) for kind in ("parameter", "gradient", "optimizer_state")}
     return Estimate(
         model=ModelSummary(
@@ -144,14 +145,17 @@ def _by_instant(by_phase: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def memory_of(trace: Trace, gpu: GpuSpec | None, budget_bytes: int | None) -> Memory:
-    """The three totals; `budget_bytes`: what the whole process may take."""
+def memory_of(trace: Trace, gpu: GpuSpec | None, budget_bytes: int | None, given: str | None = None) -> Memory:
+    """The three totals; `budget_bytes`: what the whole process may take.
+
+    `given`: the settings of the allocator; None: the default, or what fits where it does not.
+    """
     context, workspaces = context_bytes(gpu), workspace_bytes(gpu)
     capacity = None if budget_bytes is None else max(budget_bytes - context - workspaces, 0)
     reserved, alloc_conf = -(-trace.peak_allocated_bytes // SEGMENT_BYTES) * SEGMENT_BYTES, ""
     if capacity is None or reserved <= capacity:  # else not even the tensors fit
-        reserved = _reserved(trace, capacity, expandable=False)
-        if capacity is not None and reserved > capacity:
+        reserved, alloc_conf = _reserved(trace, capacity, expandable=bool(given)), given or ""
+        if capacity is not None and reserved > capacity and given is None:
             tighter = _reserved(trace, capacity, expandable=True)
             if tighter < reserved:
                 reserved, alloc_conf = tighter, EXPANDABLE_SEGMENTS

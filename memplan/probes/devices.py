@@ -16,7 +16,7 @@ import torch
 
 from memplan.errors import MemplanError
 from memplan.operators.sizes import allocated
-from memplan.specs.measurement import Card
+from memplan.specs.measurement import OTHERS_BYTES, Card
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class CudaDevice:
         cuda = self._cuda
         try:
             if self._alloc_conf:
-                cuda.memory._set_allocator_settings(self._alloc_conf)
+                _set_allocator(cuda, self._alloc_conf)
             cuda.set_device(self._index)
             free, total = cuda.mem_get_info(self._index)
             properties = cuda.get_device_properties(self._index)
@@ -138,6 +138,11 @@ class CudaDevice:
         self._limit_bytes, self._total_bytes = limit_bytes, total
         # Where nobody says what the context takes, all that is taken of the card counts as if it did.
         beside = total - free if self.context_bytes is None else self.context_bytes
+        if limit_bytes is not None and self.context_bytes is None and beside > OTHERS_BYTES:
+            raise DeviceError(
+                f"Of the card {beside:,} bytes are taken, and nobody says by whom: a limit would say nothing.",
+                "Install nvidia-ml-py, or end what else is on the card.",
+            )
         self._cap(beside)
         if limit_bytes is not None and free < limit_bytes - beside:
             raise DeviceError(
@@ -252,6 +257,12 @@ class CudaDevice:
         before = self.read().allocated
         clear()
         return before - self.read().allocated
+
+
+def _set_allocator(cuda: Any, alloc_conf: str) -> None:
+    """The settings of the allocator, before it is used; the first name is that of PyTorch 2.10 on."""
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (setter or cuda.memory._set_allocator_settings)(alloc_conf)
 
 
 class CpuDevice:

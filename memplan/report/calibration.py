@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from memplan.calibration.bounds import bound, least_scores
@@ -25,7 +26,8 @@ def calibrations_document(records: Sequence[Document], paths: Sequence[str | Non
     found = []
     for record, path in zip(records, paths, strict=True):
         scores = record["scores"]
-        bounds = [{"asked": each, **bound(scores, each)._asdict()} for each in CONFIDENCES] if scores else []
+        all_scores = [*scores, *(math.inf for _ in range(record["num_exceeded"]))]
+        bounds = [{"asked": each, **bound(all_scores, each)._asdict()} for each in CONFIDENCES] if scores else []
         found.append({**record, "num_scored": len(scores), "bounds": bounds, "path": path})
     return {**envelope("calibrations"), "calibrations": found}
 
@@ -45,8 +47,11 @@ def _one(one: Document) -> Iterator[Line]:
     yield from paragraph(
         "records",
         f"{num}, of {one['first'][:10]} to {one['last'][:10]}: {one['num_fitted']} give the coefficients, "
-        f"{one['num_scored']} the bounds",
+        f"{one['num_scored'] + one['num_exceeded']} the bounds",
     )
+    if one["num_exceeded"]:
+        text = f"{one['num_exceeded']} of these ran out of memory where the prediction says that they fit"
+        yield from paragraph("", text)
     yield from table([("", "learnt"), *_coefficients(one)])
     yield from _bounds(one)
     if one["path"]:
@@ -73,7 +78,7 @@ def _bounds(one: Mapping[str, Any]) -> Iterator[Line]:
         return
     rows = [("confidence", "bound above the prediction", "")]
     for each in one["bounds"]:
-        note = "" if each["is_attained"] else f"{one['num_scored']} scores vouch for {each['confidence']:.2f}; "
-        note += "" if each["is_attained"] else f"it takes {least_scores(each['asked'])}"
+        least = "" if each["is_attained"] else f"{int(1000 * each['confidence']) / 1000:g} at most"
+        note = least and f"{least}; it takes {least_scores(each['asked'])} scores"
         rows.append((f"{each['asked']:g}", f"{100 * each['ratio']:+.2f} %", note))
     yield from table(rows, left=(2,))

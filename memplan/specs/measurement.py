@@ -180,7 +180,8 @@ class Measurement:
     @property
     def survived(self) -> bool | None:
         """Whether it fitted; None where that was not found out, as where others took some of the card."""
-        if self.outcome == OUT_OF_MEMORY and self.card.num_other_processes:
+        crowded = self.card.num_other_processes or (self.card.other_bytes or 0) > OTHERS_BYTES
+        if self.outcome == OUT_OF_MEMORY and crowded:
             return None
         return {DONE: True, OUT_OF_MEMORY: False}.get(self.outcome)
 
@@ -189,6 +190,9 @@ class Measurement:
         """A short name of this very record."""
         return sha256(f"{self.measured_at} {self.rank} {identity(self)}".encode()).hexdigest()[:12]
 
+
+OTHERS_BYTES = 2 << 30
+"""More than this was taken by others; a driver itself takes up to a GiB of a large card, and says so."""
 
 SAME_STACK = ("torch", "cuda", "transformers", "memplan-probe")
 """Versions that decide whether something was measured before; those of adapters and optimizers where they take part."""

@@ -174,6 +174,9 @@ def parse_measurement(record: Any) -> Measurement:
     return found
 
 
+LARGEST = 2**63
+"""No bytes, counts or seconds beyond this are taken seriously."""
+
 TEXT, COUNT, NUMBER = (str,), (int,), (int, float)
 FIELD_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "outcome": (TEXT, False),
@@ -230,7 +233,7 @@ def _checked(record: Mapping[str, Any]) -> Mapping[str, Any]:
         if not kinds or (value is None and may_be_null):
             continue
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        if wrong or (int in kinds and not 0 <= value < float("inf")):
+        if wrong or (int in kinds and not 0 <= value < LARGEST):
             raise RecordError(f"its {name} is {value!r:.60}")
     return record
 

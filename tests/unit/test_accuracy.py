@@ -163,6 +163,13 @@ def test_out_of_memory_while_others_held_the_card_is_no_answer():
     assert questions([record]) == ()
 
 
+def test_bytes_that_others_held_make_out_of_memory_no_answer():
+    held = H200._replace(num_other_processes=0, other_bytes=50 * GIB)
+    assert measurement(trial(limit="8GB"), outcome="out-of-memory", card=held).survived is None
+    idle = H200._replace(num_other_processes=0, other_bytes=GIB)
+    assert measurement(trial(limit="8GB"), outcome="out-of-memory", card=idle).survived is False
+
+
 def test_a_run_that_failed_against_the_prediction_is_named():
     fits, too_large = trial(1, limit="8GB"), trial(4096, limit="8GB", seq_len=2048)
     reasons = [
@@ -245,6 +252,36 @@ def test_runs_that_failed_against_the_prediction_widen_the_bound_to_none():
     bounded = bound(found.all_scores, 0.9)
     assert not bounded.is_attained
     assert bounded.confidence == len(found.scores) / (len(found.all_scores) + 1)
+
+
+def test_a_failure_outweighs_a_repetition_that_survived():
+    records = synthetic(20, context=700_000_000)
+    failed = [
+        replace(one, outcome="out-of-memory", steps=(), measured_at="2026-11-23T10:00:00Z") for one in records[:10]
+    ]
+    for order in ([*records, *failed], [*failed, *records]):
+        found = fit(order, "h200", predict_with, lambda record: None)
+        assert found.num_fitted + len(found.scores) == 10
+
+
+def test_who_is_scored_is_known_before_the_run():
+    """A survivor that was predicted not to fit says nothing about runs that are."""
+    records = synthetic(40, context=700_000_000)
+    lucky = [replace(one, trial=replace(one.trial, limit_bytes=10**9)) for one in records]
+    alone = fit(records, "h200", predict_with, lambda record: None)
+    found = fit([*records, *lucky], "h200", predict_with, lambda record: None)
+    assert len(found.scores) == len(alone.scores)
+
+
+def test_a_trial_is_predicted_with_the_allocator_that_it_runs_with():
+    """Where the default does not fit and expandable segments would: the trial says which it has."""
+    gpu = measuring.gpu_of(H200, 24 * 10**9, "24GB")
+    one = measuring.make_trial("qwen2.5-0.5b", micro_batch=6, seq_len=1024, limit="24GB")
+    default = measuring.predict(one, gpu).memory
+    expandable = measuring.predict(replace(one, alloc_conf="expandable_segments:True"), gpu).memory
+    assert default.alloc_conf == ""
+    assert expandable.alloc_conf == "expandable_segments:True"
+    assert expandable.peak_process_bytes <= 24 * 10**9 < default.peak_process_bytes
 
 
 def test_repetitions_are_one_run():

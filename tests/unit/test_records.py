@@ -381,7 +381,7 @@ def test_empty_lines_are_nothing_and_lines_are_counted_with_them(tmp_path):
 
 def test_what_cannot_be_read_at_all_is_a_fault(tmp_path, monkeypatch):
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(MemplanError, match=r"folder\.jsonl cannot be read") as fault:
+    with pytest.raises(MemplanError, match=r"folder\.jsonl is no regular file") as fault:
         read_measurements(str(tmp_path))
     assert fault.value.cure
     # Once: the folder is listed outside of the `try`, so that this is a PermissionError with a traceback.
