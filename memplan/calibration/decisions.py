@@ -68,9 +68,11 @@ class Decision(NamedTuple):
     @property
     def words(self) -> str:
         """What was asked, in a few words."""
-        words = describe(self.question.example.trial).split(", ")
+        trial = self.question.example.trial
+        words = describe(trial).split(", ")
         target = self.question.target_batch
-        return ", ".join([words[0], *words[2:], *([f"batch {target}"] if target is not None else [])])
+        batch = [] if target is None else [f"batch {target}"]
+        return ", ".join([words[0], f"{trial.setup.seq_len:,} tokens", *words[2:], *batch])
 
 
 def questions(records: Iterable[Measurement]) -> tuple[Question, ...]:
