@@ -58,6 +58,19 @@ def records_path(environment: Mapping[str, str], *parts: str) -> str:
     return os.path.join(os.path.expanduser(own or os.path.join(base, "memplan")), FOLDER, *parts)
 
 
+def read_all_measurements(environment: Mapping[str, str]) -> Records:
+    """Those that memplan comes with, and the user's own.
+
+    Raises:
+        MemplanError: they cannot be read.
+    """
+    found = [read_measurements(path) for path in dict.fromkeys((profile_path(FOLDER), records_path(environment)))]
+    return Records(
+        tuple(one for records in found for one in records.measurements),
+        tuple(line for records in found for line in records.bad_lines),
+    )
+
+
 def file_of(card_name: str) -> str:
     """Name of the file for a device: ``NVIDIA H200`` -> ``nvidia-h200.jsonl``."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in card_name.lower()).split()

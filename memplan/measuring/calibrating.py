@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from memplan.calibration.fit import TooFewRecordsError, fit
 from memplan.calibration.prediction import Prediction, prediction_of
 from memplan.catalog.calibrations import STACK, apply
 from memplan.catalog.gpus import read_gpu
-from memplan.catalog.measurements import file_of, read_measurements
+from memplan.catalog.measurements import file_of, read_all_measurements, read_measurements
 from memplan.errors import MemplanError
 from memplan.estimation.estimate import speed_of
-from memplan.measuring.probing import default_records
 from memplan.measuring.trials import card_id, estimator_of, gpu_of, predict
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Ca
     Raises:
         MemplanError: there are no records that something could be learnt from.
     """
-    found = read_measurements(default_records() if records is None else records)
+    found = read_all_measurements(os.environ) if records is None else read_measurements(records)
     stacks: dict[tuple[str, ...], list[Measurement]] = {}
     for record in found.measurements:
         if record.card.device == "cuda":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
 from memplan.calibration.accuracy import GROUPS, Accuracy, compare, distinct
 from memplan.calibration.decisions import VERDICTS, Decision, Question, decide, questions
-from memplan.catalog.measurements import Records, read_measurements
+from memplan.catalog.measurements import Records, read_all_measurements, read_measurements
 from memplan.catalog.published import read_published, why_not_answered
 from memplan.errors import MemplanError
-from memplan.measuring.probing import default_records
 from memplan.measuring.published import Answer, answers
 from memplan.measuring.trials import estimator_of, gpu_of, plan_of, prediction_for
 from memplan.probes.faults import require
@@ -51,7 +51,7 @@ def validate(
     """Compare every record there is, and every published measurement, with what memplan predicts.
 
     Args:
-        records: A folder or file of measurements; the default folder if None.
+        records: A folder or file of measurements; those that memplan comes with and the user's own if None.
         trace: Predict by running the real modules on the meta device instead of by the formula.
         calibrated: Use the calibration of each card; without, nothing that was measured has a part in the prediction.
         device: ``cuda`` or ``cpu``; both if None.
@@ -60,7 +60,7 @@ def validate(
     Raises:
         MemplanError: the records cannot be read, or tracing needs a library that is not installed.
     """
-    found = read_measurements(default_records() if records is None else records)
+    found = read_all_measurements(os.environ) if records is None else read_measurements(records)
     chosen = [one for one in found.measurements if device in {None, one.card.device}]
     if trace:
         require("torch")

@@ -547,3 +547,15 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path, monkeypatch):
     with pytest.raises(MemplanError, match="Permission denied"):
         append_measurement(str(tmp_path / "card.jsonl"), measurement())
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_memplan_comes_with_and_what_the_user_has_measured_are_read(tmp_path, monkeypatch):
+    from memplan.catalog import measurements as disk
+
+    shipped, own = tmp_path / "shipped" / "measurements", tmp_path / "own" / "measurements"
+    for folder in (shipped, own):
+        append_measurement(str(folder / "cpu.jsonl"), measurement())
+    monkeypatch.setattr(disk, "profile_path", lambda *parts: str(tmp_path.joinpath("shipped", *parts)))
+    monkeypatch.setattr(disk, "PACKAGE_FOLDER", str(tmp_path / "installed" / "memplan"))
+    found = disk.read_all_measurements({"MEMPLAN_DATA_DIR": str(tmp_path / "own")})
+    assert found.measurements == (measurement(), measurement())
