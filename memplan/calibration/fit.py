@@ -119,8 +119,13 @@ def halves(records: Sequence[Measurement]) -> tuple[list[Measurement], list[Meas
     fitted: list[Measurement] = []
     scored: list[Measurement] = []
     for record in records:
-        (scored if crc32(identity(record).encode()) & 1 else fitted).append(record)
+        (fitted if gives_coefficients(record) else scored).append(record)
     return fitted, scored
+
+
+def gives_coefficients(record: Measurement) -> bool:
+    """Whether a record is of the half that the coefficients come from."""
+    return not crc32(identity(record).encode()) & 1
 
 
 def _says_what_it_takes(record: Measurement) -> bool:

@@ -21,7 +21,7 @@ PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def profiles_dir() -> Path:
-    """The folder that holds `gpus/`, `models/`, `calibration/` and `measurements/`."""
+    """The folder that holds `gpus/`, `models/`, `matrix/`, `published/`, `calibration/` and `measurements/`."""
     from pathlib import Path  # here, because single look-ups do without it
 
     return Path(profile_path())

@@ -26,7 +26,13 @@ SECTION = "What is compared"
 @click.command(cls=SetupCommand, short_help="predicted against measured")
 @click.option("--records", cls=Option, section=SECTION, metavar="PATH", help="A folder or file of measurements.")
 @click.option("--trace", cls=Option, section=SECTION, is_flag=True, help="Predict by running the real modules.")
-@click.option("--calibrated", cls=Option, section=SECTION, is_flag=True, help="Use the calibration of each card.")
+@click.option(
+    "--calibrated",
+    cls=Option,
+    section=SECTION,
+    is_flag=True,
+    help="Use the calibration of each card, on records that have no part in it.",
+)
 @click.option(
     "--device",
     cls=Option,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import api
 from memplan.architectures.registry import read_architecture
+from memplan.calibration.fit import gives_coefficients
 from memplan.calibration.prediction import Prediction, prediction_of
 from memplan.catalog.calibrations import apply, read_calibration
 from memplan.catalog.gpus import find_card, parse_gpu
@@ -127,10 +128,10 @@ def predict(trial: Trial, gpu: GpuSpec | None) -> Estimate:
     return estimator_of(trial, gpu).estimate(trial.setup, alloc_conf=trial.alloc_conf)
 
 
-def estimator_of(trial: Trial, gpu: GpuSpec | None) -> Estimator:
-    """The formula of a trial's model on a card."""
+def estimator_of(trial: Trial, gpu: GpuSpec | None, speed: GpuSpec | None = None) -> Estimator:
+    """The formula of a trial's model on a card; `speed`: whose rates time the steps, else the same."""
     architecture = read_architecture(dict(trial.config), trial.model, dropout=trial.setup.dropout)
-    return Estimator(architecture, trial.model, gpu, gpu)
+    return Estimator(architecture, trial.model, gpu, speed)
 
 
 def largest_predicted(trial: Trial, gpu: GpuSpec) -> int:
@@ -173,10 +174,15 @@ def card_id(card: Card) -> str:
 
 
 def prediction_for(found: Measurement, *, trace: bool = False, calibrated: bool = False) -> Prediction:
-    """What the formula (or a trace of the real module) says of a measured trial."""
+    """What the formula (or a trace of the real module) says of a measured trial.
+
+    With a calibration only of records that have no part in it.
+    """
     trial = found.trial
     gpu = gpu_of(found.card, trial.limit_bytes, trial.limit)
     if gpu is not None and calibrated:
+        if gives_coefficients(found):
+            return Prediction(reason="a calibration takes its coefficients from this half of the records")
         learnt = read_calibration(card_id(found.card), os.environ)
         gpu = gpu if learnt is None else apply(gpu, learnt)
     try:
@@ -211,8 +217,7 @@ def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str
         activation_checkpointing=checkpointing,
     )
     speed = api.find_speed(gpu)
-    architecture = read_architecture(dict(trial.config), trial.model, dropout=trial.setup.dropout)
-    return search(Estimator(architecture, trial.model, gpu, speed), goal, gpu, speed.label).best
+    return search(estimator_of(trial, gpu, speed), goal, gpu, speed.label).best
 
 
 def next_larger(setup: Setup, target_batch: int) -> Setup | None:

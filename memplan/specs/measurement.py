@@ -192,7 +192,8 @@ class Measurement:
 
 
 OTHERS_BYTES = 2 << 30
-"""More than this was taken by others; a driver itself takes up to a GiB of a large card, and says so."""
+"""What is taken of a card beyond this is others'. A choice, well above the 0.25 to 0.75 GiB that a driver keeps for
+itself (`memplan.specs.gpu`)."""
 
 SAME_STACK = ("torch", "cuda", "transformers", "memplan-probe")
 """Versions that decide whether something was measured before; those of adapters and optimizers where they take part."""

@@ -361,6 +361,7 @@ def test_a_calibration_of_real_records_times_their_steps(tmp_path, monkeypatch):
         for one in validation.accuracy.errors()
         if one.group == "all"
     }
+    assert len(validation.accuracy.left_out) == found.num_fitted, "what a calibration was made of does not prove it"
     assert worst["process"] == 0
     assert worst["step_time"] < 0.02  # the grid's step
 
