@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
+from memplan.specs.recipe import ALL_LINEAR, EVERYTHING
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from memplan.operators.sizes import Shape
+    from memplan.specs.recipe import Recipe
 
     Shared = Mapping[str, Tensor]
     Stem = Callable[[Tape], tuple[Tensor, dict[str, Tensor]]]
@@ -136,9 +138,20 @@ class Recording(NamedTuple):
         return groups + [(row, 1) for row in self.head.tape.parameters if row.name not in known]
 
     def pattern(self, kind: int) -> str:
-        """The path of the layers of one kind: ``model.layers.*``, or ``model.layers.*[kind 2]`` where they differ."""
-        path = self.architecture.layer_prefix.format("*")
-        return path if len(self.kinds) == 1 else f"{path}[kind {kind + 1}]"
+        """The path of the layers of one kind.
+
+        ``model.layers.*``; where layers differ ``model.layers.1-31``, or ``model.layers.*[kind 2]`` where those of one
+        kind do not follow each other.
+        """
+        prefix = self.architecture.layer_prefix
+        if len(self.kinds) == 1:
+            return prefix.format("*")
+        first, times = self.order.index(kind), self.order.count(kind)
+        if times == 1:
+            return prefix.format(first)
+        if set(self.order[first : first + times]) == {kind}:
+            return prefix.format(f"{first}-{first + times - 1}")
+        return f"{prefix.format('*')}[kind {kind + 1}]"
 
 
 def record(
@@ -148,14 +161,18 @@ def record(
     attention: str = "sdpa",
     exceeded: frozenset[int] = frozenset(),
     padded: bool = False,
+    recipe: Recipe = EVERYTHING,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
+    Layers described by the same function are the same piece where the recipe says the same of all that is in them,
+    and where their hidden states are alike in dtype and in whether they require a gradient.
+
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where.
+    hold padding, and a mask says where; `recipe`: what is trained.
 
     Raises:
-        UsageError: the model has no such attention.
+        UsageError: the model has no such attention, or nothing that the recipe names.
     """
     if attention not in architecture.attentions:
         raise UsageError(
@@ -163,15 +180,15 @@ def record(
             f"Use --attention {' or '.join(architecture.attentions)}.",
         )
 
-    def tape() -> Tape:
-        return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded)
+    def tape(prefix: str = "") -> Tape:
+        return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded, recipe=recipe, prefix=prefix)
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)
     stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
 
-    def follow(part: LayerKind | Head, before: Tensor) -> Piece:
-        t = tape()
+    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "") -> Piece:
+        t = tape(prefix)
         inside = t.external(
             "hidden states", before.shape, before.dtype, role="hidden", requires_grad=before.requires_grad
         )
@@ -186,15 +203,19 @@ def record(
         return Piece(tape=t, hidden=inside, output=output, shared=used)
 
     kinds: list[Piece] = []
-    number_of: dict[int, int] = {}
+    numbers_of: dict[tuple[int, str, bool], list[int]] = {}
     order = []
-    for layer in architecture.layers:
-        if id(layer) not in number_of:
-            number_of[id(layer)] = len(kinds)
-            kinds.append(follow(layer, hidden))
-            hidden = kinds[-1].output
-        order.append(number_of[id(layer)])
-    return Recording(
+    for place, layer in enumerate(architecture.layers):
+        prefix = f"{architecture.layer_prefix.format(place)}."
+        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad), [])
+        number = next((n for n in alike if _same_answers(kinds[n].tape, recipe, prefix)), None)
+        if number is None:
+            number = len(kinds)
+            kinds.append(follow(layer, hidden, prefix))
+            alike.append(number)
+        hidden = kinds[number].output
+        order.append(number)
+    recording = Recording(
         architecture=architecture,
         numerics=numerics,
         stem=stem,
@@ -202,6 +223,29 @@ def record(
         order=tuple(order),
         head=follow(architecture.head, hidden),
     )
+    _check_targets(recording, recipe)
+    return recording
+
+
+def _same_answers(known: Tape, recipe: Recipe, prefix: str) -> bool:
+    """Whether the recipe says of the layer at `prefix` what it said of one that is recorded."""
+    if recipe == EVERYTHING or known.prefix == prefix:
+        return True
+    return all(getattr(recipe, question)(prefix + name) == said for (question, name), said in known.asked.items())
+
+
+def _check_targets(recording: Recording, recipe: Recipe) -> None:
+    """Raise `UsageError` where nothing of the model is what the recipe names."""
+    if not any(row.trainable for piece in recording.pieces() for row in piece.tape.parameters):
+        raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
+    asked = [(q, name, said) for piece in recording.pieces() for (q, name), said in piece.tape.asked.items()]
+    layers = sorted({name.rpartition(".")[2] for question, name, _ in asked if question.startswith("adapts")})
+    lora = recipe.lora
+    if lora is not None and not any(said for question, _, said in asked if question.startswith("adapts")):
+        raise UsageError(
+            f"The model has no linear layer named {' or '.join(lora.targets)}.",
+            f"Known: {', '.join(layers)}, or {ALL_LINEAR}." if layers else "memplan knows none of its linear layers.",
+        )
 
 
 def buffer_bytes(architecture: Architecture) -> Size:

@@ -9,7 +9,9 @@ from memplan.operators import losses
 from memplan.operators.attention import rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
 from memplan.operators.layout import cat, split, take
-from memplan.operators.matrix import linear, project
+from memplan.operators.matrix import linear, with_adapter
+from memplan.operators.products import project
+from memplan.operators.tape import MODULES_TO_SAVE
 
 if TYPE_CHECKING:
     from memplan.architectures.config import Config
@@ -152,11 +154,13 @@ def lm_head(
     width = hidden.shape[-1]
     assert isinstance(width, int)
     if tied_to is None:
-        return linear(t, hidden, vocab_size, name, bias=bias)
+        return linear(t, hidden, vocab_size, name, bias=bias, makes_logits=True)
     weight = t.parameter(tied_to, (vocab_size, width), absolute=True)
     with t.scope(name):
+        if t.ask("copies", t.module):  # the copy has a weight of its own
+            weight = t.parameter(f"{MODULES_TO_SAVE}.weight", (vocab_size, width), of_adapter=True)
         offset = t.parameter("bias", (vocab_size,)) if bias else None
-        return project(t, hidden, weight, offset, vocab_size)
+        return with_adapter(t, hidden, project(t, hidden, weight, offset, vocab_size), makes_logits=True)
 
 
 def causal_loss(t: Tape, logits: Tensor, *, held: Tensor | None = None) -> Tensor:

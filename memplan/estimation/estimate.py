@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import NotModelledError, UsageError
+from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions
 from memplan.estimation.ledger import LedgerRow, ledger
 from memplan.estimation.step import Recordings, StepProgram
@@ -171,8 +171,6 @@ class Estimator:
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
-        if setup.lora is not None:
-            raise NotModelledError("LoRA is not modelled yet.", "Measure it with memplan probe.")
         self.architecture.check_length(setup.seq_len, self.name)
         if setup.attention not in self.architecture.attentions:
             raise UsageError(

@@ -85,15 +85,20 @@ class ModelStates(NamedTuple):
     def _each(self, tensor: str, kind: str, *, trained_only: bool = False, reason: str = "") -> Tensors:
         return Tensors(
             tuple(
-                (Row(p.name, tensor, kind, p.shape, self.dtype, reason), num_bytes(p.shape, self.dtype), times)
+                (Row(p.name, tensor, kind, p.shape, p.dtype, reason), num_bytes(p.shape, p.dtype), times)
                 for p, times in self.groups
-                if p.trainable or not trained_only
+                if (p.trainable or not trained_only) and not p.stored
             )
         )
 
     def parameters(self) -> Tensors:
-        """The parameters themselves."""
-        return self._each("parameter", "parameter")
+        """The parameters themselves, and what stores those that are quantised."""
+        stored = (
+            (Row(p.name, one.name, "parameter", one.shape, one.dtype, one.source), num_bytes(one.shape, one.dtype), n)
+            for p, n in self.groups
+            for one in p.stored
+        )
+        return Tensors((*self._each("parameter", "parameter").rows, *stored))
 
     def gradients(self) -> Tensors:
         """One gradient for each parameter that is trained, in its dtype."""
@@ -104,7 +109,7 @@ class ModelStates(NamedTuple):
         rows: list[tuple[Row, Size, int]] = []
         for p, times in self.groups:
             if p.trainable:
-                for name, dtype, size, reason in _states(self.optimizer, p, self.dtype):
+                for name, dtype, size, reason in _states(self.optimizer, p, p.dtype):
                     shape = () if name == "step" else p.shape
                     rows.append((Row(p.name, name, "optimizer_state", shape, dtype, reason), size, times))
         if self.optimizer == "adamw-8bit":
@@ -118,10 +123,10 @@ class ModelStates(NamedTuple):
         if self.optimizer == "adamw-foreach":
             return self._each("square root of exp_avg_sq", "temporary", trained_only=True, reason=FOREACH_SOURCE)
         if self.optimizer == "adamw-forloop":
-            trained = [(p, num_bytes(p.shape, self.dtype)) for p, _ in self.groups if p.trainable]
+            trained = [(p, num_bytes(p.shape, p.dtype)) for p, _ in self.groups if p.trainable]
             p, size = max(trained, key=lambda pair: pair[1].factor)
             what = "sqrt of exp_avg_sq, denominator"
-            return Tensors(((Row(p.name, what, "temporary", p.shape, self.dtype, FORLOOP_SOURCE), size, 2),))
+            return Tensors(((Row(p.name, what, "temporary", p.shape, p.dtype, FORLOOP_SOURCE), size, 2),))
         return Tensors(())
 
     def clip_temporaries(self) -> Tensors:
@@ -150,7 +155,7 @@ class ModelStates(NamedTuple):
         """DistributedDataParallel's flat copies of all gradients (none on one GPU)."""
         if data_parallel_size == 1:
             return Tensors(())
-        total = sum(num_bytes(p.shape, self.dtype).factor * times for p, times in self.groups if p.trainable)
+        total = sum(num_bytes(p.shape, p.dtype).factor * times for p, times in self.groups if p.trainable)
         row = Row("DistributedDataParallel", GRADIENT_BUCKETS, "gradient", None, self.dtype, DDP_SOURCE)
         return Tensors(((row, Size(total), 1),))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
-from memplan.operators.matrix import matmul
+from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
 from memplan.operators.tape import Gradient, Tape, Tensor, elements
 

@@ -1,28 +1,44 @@
-"""Matrix products."""
+"""Layers with a weight matrix.
+
+What the recipe of the run says of each decides whether it is trained, how it is stored, and whether an adapter stands
+beside it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.sizes import Shape, count
+from memplan.operators.adapters import adapted
+from memplan.operators.products import project
+from memplan.operators.quantised import quantised_linear
 
 if TYPE_CHECKING:
-    from memplan.operators.sizes import Dim
     from memplan.operators.tape import Tape, Tensor
 
 
-def linear(t: Tape, x: Tensor, out_features: int, name: str, *, bias: bool = False, trainable: bool = True) -> Tensor:
+def linear(
+    t: Tape,
+    x: Tensor,
+    out_features: int,
+    name: str,
+    *,
+    bias: bool = False,
+    trainable: bool = True,
+    makes_logits: bool = False,
+) -> Tensor:
     """``nn.Linear`` named `name`: weight (out, in), optional bias.
 
     Keeps its input for the gradient of the weight and its weight for the gradient of the input; under autocast both in
-    the low-precision dtype.
+    the low-precision dtype.  What makes logits is neither quantised nor among ``all-linear``.
     """
     in_features = x.shape[-1]
     assert isinstance(in_features, int)
     with t.scope(name):
+        if not makes_logits and t.ask("quantises", t.module):
+            return with_adapter(t, x, quantised_linear(t, x, out_features, bias=bias), quantised=True)
         weight = t.parameter("weight", (out_features, in_features), trainable=trainable)
         offset = t.parameter("bias", (out_features,), trainable=trainable) if bias else None
-        return project(t, x, weight, offset, out_features)
+        return with_adapter(t, x, project(t, x, weight, offset, out_features), makes_logits=makes_logits)
 
 
 def conv1d(t: Tape, x: Tensor, out_features: int, name: str) -> Tensor:
@@ -30,51 +46,29 @@ def conv1d(t: Tape, x: Tensor, out_features: int, name: str) -> Tensor:
     in_features = x.shape[-1]
     assert isinstance(in_features, int)
     with t.scope(name):
+        if t.ask("quantises", t.module):
+            return with_adapter(t, x, quantised_linear(t, x, out_features, bias=True), quantised=True)
         weight = t.parameter("weight", (in_features, out_features))
         offset = t.parameter("bias", (out_features,))
-        return project(t, x, weight, offset, out_features)
+        return with_adapter(t, x, project(t, x, weight, offset, out_features))
 
 
-def project(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: Dim) -> Tensor:
-    """``F.linear(x, weight, bias)``."""
-    x, weight = t.autocast(x), t.autocast(weight)
-    inputs = [x, weight]
-    if bias is not None:
-        inputs.append(t.autocast(bias))
-    keeps = [kept for kept, other in ((x, weight), (weight, x)) if other.requires_grad]
-    shape = (*x.shape[:-1], out_features)
-    flops = count((*shape, x.shape[-1])).times(2)
-    return t.op(
-        "linear",
-        inputs,
-        shape,
-        keeps=keeps,
-        flops=flops,
-        reason="the gradient of the weight needs the input, that of the input the weight",
-    )
-
-
-def matmul(t: Tape, a: Tensor, b: Tensor, shape: Shape, inner: Dim, *, autocast: bool = True) -> Tensor:
-    """``torch.matmul(a, b)`` of batches of matrices, giving `shape`; `inner` is the summed dimension.  Keeps both.
-
-    `autocast`: False within an operator that autocast has cast the inputs of already.
-    """
-    if autocast:
-        a, b = t.autocast(a), t.autocast(b)
-    keeps = [kept for kept, other in ((a, b), (b, a)) if other.requires_grad]
-    flops = count((*shape, inner)).times(2)
-    return t.op(
-        "bmm",
-        (a, b),
-        shape,
-        keeps=keeps,
-        flops=flops,
-        reason="a product keeps each factor for the gradient of the other",
-    )
+def with_adapter(t: Tape, x: Tensor, y: Tensor, *, makes_logits: bool = False, quantised: bool = False) -> Tensor:
+    """The result `y` of the current linear layer on `x`, with its adapter's added where the recipe gives it one."""
+    lora = t.recipe.lora
+    if lora is None or not t.ask("adapts_head" if makes_logits else "adapts", t.module):
+        return y
+    return adapted(t, x, y, lora, quantised=quantised)
 
 
 def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, weight: str | None = None) -> Tensor:
     """``nn.Embedding`` named `name`: keeps the ids; its gradient is dense, as large as the table."""
     with t.scope(name):
         table = t.parameter("weight", (num_rows, width), of_embedding=True)
-        return t.op("embedding", (ids, table), (*ids.shape, width), dtype=table.dtype, keeps=(ids,))
+        x = t.op("embedding", (ids, table), (*ids.shape, width), dtype=table.dtype, keeps=(ids,))
+        return t.require_gradient(x) if t.recipe.input_gradients and _is_input(t, ids) else x
+
+
+def _is_input(t: Tape, ids: Tensor) -> bool:
+    """Whether these are the ids of the tokens (``get_input_embeddings``)."""
+    return t.storages[ids.storage].role == "input"

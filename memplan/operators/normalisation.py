@@ -71,7 +71,7 @@ def layer_norm(t: Tape, x: Tensor, name: str, *, bias: bool = True, affine: bool
             "layer_norm",
             inputs,
             x.shape,
-            keeps=inputs[:2],
+            keeps=inputs,
             extra_outputs=(("mean", rows, "fp32"), ("rstd", rows, "fp32")),
             flops=elements(x).times(8),
             reason="the derivative of a normalisation needs its input and the statistics of each row",

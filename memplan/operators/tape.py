@@ -20,12 +20,19 @@ weight is trained, and its weight when a gradient flows to its input.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.operators.sizes import Shape, Size, count, num_bytes
+from memplan.specs.recipe import EVERYTHING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from memplan.specs.recipe import Recipe
+
+
+MODULES_TO_SAVE = "modules_to_save"
+"""Under this name peft keeps the trained copy of a module beside the frozen original."""
 
 
 class Numerics(NamedTuple):
@@ -71,6 +78,15 @@ class Storage(NamedTuple):
     """True of autocast's low-precision copies of parameters, which its cache holds until the region ends."""
 
 
+class Stored(NamedTuple):
+    """A tensor that holds some of a quantised weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+
+
 class Parameter(NamedTuple):
     """A row of the table of parameters."""
 
@@ -82,6 +98,10 @@ class Parameter(NamedTuple):
     """Storage on the tape that recorded it."""
     of_embedding: bool = False
     """Whether it is the table of an ``nn.Embedding`` (some optimizers treat those differently)."""
+    dtype: str = ""
+    """In which it is stored."""
+    stored: tuple[Stored, ...] = ()
+    """What holds it in memory where it is quantised; empty: one tensor of its shape and dtype."""
 
 
 class Gradient(NamedTuple):
@@ -137,8 +157,16 @@ class Tape:
         attention: str = "sdpa",
         exceeded: frozenset[int] = frozenset(),
         padded: bool = False,
+        recipe: Recipe = EVERYTHING,
+        prefix: str = "",
     ) -> None:
         self.numerics = numerics
+        self.recipe = recipe
+        """What is trained."""
+        self.prefix = prefix
+        """Path of the piece in the model, ending in a dot; empty for what is no layer."""
+        self.asked: dict[tuple[str, str], Any] = {}
+        """What the recipe was asked about this piece, (question, name within the piece), and its answers."""
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
         self.exceeded = exceeded
@@ -186,6 +214,15 @@ class Tape:
         self.tensors.append(tensor)
         return tensor
 
+    def ask(self, question: str, name: str) -> Any:
+        """What the recipe answers for a module or parameter of this piece, `name` being its path within the piece.
+
+        Layers of one kind for which the answers are the same are recorded once.
+        """
+        answer = getattr(self.recipe, question)(self.prefix + name)
+        self.asked[question, name] = answer
+        return answer
+
     def parameter(
         self,
         name: str,
@@ -194,14 +231,40 @@ class Tape:
         trainable: bool = True,
         absolute: bool = False,
         of_embedding: bool = False,
+        of_adapter: bool = False,
+        dtype: str | None = None,
+        stored: tuple[Stored, ...] = (),
     ) -> Tensor:
-        """A weight of the current module; the same full name twice is the same weight (tied)."""
+        """A weight of the current module; the same full name twice is the same weight (tied).
+
+        Of a module that the recipe copies, the original is there as well, and of no use.
+        """
         full = name if absolute or not self._path else f"{self.module}.{name}"
         if full in self._parameter_of:
             return self._parameter_of[full]
-        tensor = self._new(shape, self.numerics.parameters, role="parameter", name=full, requires_grad=trainable)
+        dtype = dtype or self.recipe.dtype(self.numerics.parameters)
+        if of_adapter:
+            trained = trainable and self.ask("trains_adapter", full)
+        else:
+            trained = trainable and self.ask("trains", full)
+            if not absolute and self.ask("copies", self.module):
+                self._new_parameter(full, shape, False, of_embedding, dtype, stored)
+                full, trained = f"{self.module}.{MODULES_TO_SAVE}.{name}", trainable
+        return self._new_parameter(full, shape, trained, of_embedding, dtype, stored)
+
+    def _new_parameter(
+        self,
+        full: str,
+        shape: tuple[int, ...],
+        trained: bool,
+        of_embedding: bool,
+        dtype: str,
+        stored: tuple[Stored, ...],
+    ) -> Tensor:
+        tensor = self._new(shape, dtype, role="parameter", name=full, requires_grad=trained)
         self._parameter_of[full] = tensor
-        self.parameters.append(Parameter(full, shape, trainable, tensor.number, tensor.storage, of_embedding))
+        row = Parameter(full, shape, trained, tensor.number, tensor.storage, of_embedding, dtype, stored)
+        self.parameters.append(row)
         return tensor
 
     def external(self, name: str, shape: Shape, dtype: str, *, role: str, requires_grad: bool = False) -> Tensor:
@@ -235,6 +298,15 @@ class Tape:
         held = self._held.pop()
         if held:
             self.keep_alive(*held)
+
+    def require_gradient(self, x: Tensor) -> Tensor:
+        """``x.requires_grad_(True)``: what is computed from it has a gradient from here on.
+
+        It is a leaf of the graph, which holds it to the end of the backward pass (``AccumulateGrad``).
+        """
+        self.tensors[x.number] = x = x._replace(requires_grad=True)
+        self._record("requires_grad_", (x,), (), keeps=(x,), reason="a leaf of the graph is held by it")
+        return x
 
     # -- operators ---------------------------------------------------------------------------------------------------
 

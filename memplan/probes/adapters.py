@@ -11,13 +11,35 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.probes.faults import require
+from memplan.probes.quantised import DTYPES, quantise
+from memplan.specs.recipe import ALL_LINEAR, covers
+from memplan.specs.training import PRECISIONS
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from memplan.specs.training import Setup
 
-ALL_LINEAR = "all-linear"
+def prepared(module: nn.Module, setup: Setup) -> nn.Module:
+    """The module as the recipe of the setup wants it, in place: quantised, with adapters, frozen.
+
+    Raises:
+        MissingLibraryError: peft or bitsandbytes is not installed.
+        UsageError: the model has no layer of the names given, or nothing is left to train.
+    """
+    module = with_adapters(quantise(module, setup), setup)
+    for name, parameter in module.named_parameters():
+        if any(covers(pattern, plain_name(name)) for pattern in setup.freeze):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
+    return module
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has without peft's wrappers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
@@ -27,21 +49,42 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         MissingLibraryError: peft is not installed.
         UsageError: the model has no layer of the names given.
     """
-    if setup.lora is None:
+    lora = setup.lora
+    if lora is None:
         return module
     require("peft")
     import peft
 
-    targets = ALL_LINEAR if setup.lora.targets == (ALL_LINEAR,) else list(setup.lora.targets)
-    settings = peft.LoraConfig(r=setup.lora.rank, lora_dropout=setup.lora.dropout, target_modules=targets)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets),
+        use_dora=lora.dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+    )
+    if setup.upcast:
+        peft.prepare_model_for_kbit_training(module, use_gradient_checkpointing=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted: nn.Module = peft.get_peft_model(module, settings)
+            adapted: nn.Module = peft.get_peft_model(module, settings, autocast_adapter_dtype=lora.dtype == "fp32")
     except ValueError as error:
         text = " ".join(str(error).split())
         raise UsageError(
             f"peft {peft.__version__} cannot add these adapters: {text[:300]}",
             "Name linear layers of the model with --lora-targets, or say all-linear.",
         ) from error
+    if lora.dtype == "base":
+        _in_dtype_of_the_base(adapted, DTYPES[PRECISIONS[setup.precision][0]])
     return adapted
+
+
+def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype) -> None:
+    """Trained parameters in `dtype`, but the magnitudes of DoRA.
+
+    peft leaves adapters on the meta device in fp32, and beside a quantised base anywhere; of those trl's SFTTrainer
+    (1.16) makes bf16 ones.
+    """
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(dtype)

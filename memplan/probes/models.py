@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memplan.errors import ConfigError, MemplanError, UsageError
-from memplan.probes.adapters import with_adapters
+from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
+from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
 
     def build(setup: Setup) -> Built:
         module, vocab_size = _build(values, setup, auto_class)
-        return Built(with_adapters(module, setup), token_inputs(vocab_size), None)
+        return Built(prepared(module, setup), token_inputs(vocab_size), None)
 
     return TracedModel(name=name or values["model_type"], build=build, accepts_padding=True)
 
@@ -89,7 +90,7 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
         ) from error
     config.use_cache = False  # TrainingArguments.use_cache
     _set_dropout(config, setup.dropout)
-    dtype = PARAMETER_DTYPES[setup.precision.removeprefix("bf16-").removeprefix("fp16-").replace("mixed", "fp32")]
+    dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
     implementation = _register_flash() if setup.attention == "flash" else setup.attention
     maker = getattr(transformers, auto_class or _auto_class(values))
     try:

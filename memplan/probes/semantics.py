@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 
 from memplan.probes.attention import cuda_attention
 from memplan.probes.kernels import cuda_dropout, cuda_foreach_norm, cuda_rms_norm, cuda_softmax
+from memplan.probes.quantised import cuda_products
 
 if TYPE_CHECKING:
     import types
@@ -49,11 +50,25 @@ def cuda_semantics(
         mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: DEVICES),
         mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: DEVICES),
         *_patches_of_transformers(autocast),
+        *_patches_of_torch(autocast),
+        cuda_products(),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         yield
+
+
+def _patches_of_torch(autocast: CudaAutocast | None) -> list[contextlib.AbstractContextManager[Any]]:
+    """peft asks whether CUDA's autocast is on, by the call without arguments."""
+    if autocast is None:
+        return []
+    ask = torch.is_autocast_enabled
+
+    def is_autocast_enabled(*device_type: str) -> bool:
+        return ask(*device_type) if device_type else autocast.enabled
+
+    return [mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled)]
 
 
 def _patches_of_transformers(autocast: CudaAutocast | None) -> list[contextlib.AbstractContextManager[Any]]:

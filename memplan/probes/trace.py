@@ -110,6 +110,7 @@ def _run(
     from memplan.probes.checkpointing import enable_checkpointing, repeated_layers, selective_checkpointing
     from memplan.probes.models import PARAMETER_DTYPES
     from memplan.probes.optimizers import build_optimizer
+    from memplan.probes.quantised import num_elements
     from memplan.probes.semantics import cuda_semantics
     from memplan.probes.training import TrainingRun
 
@@ -136,7 +137,7 @@ def _run(
     return Trace(  # made while the module and its optimizer are alive
         name=model.name,
         setup=setup,
-        num_parameters=sum(p.numel() for p in parameters),
+        num_parameters=sum(num_elements(p) for p in parameters),
         num_trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         layers=tuple(repeated_layers(module)),
         events=recorder.events(),
@@ -160,6 +161,8 @@ def _refuse_recurrent(module: nn.Module) -> None:
 
 def _load(module: nn.Module, recorder: StorageRecorder) -> None:
     """Name parameters and buffers; what making the model needed besides is not on the device."""
+    from memplan.probes.quantised import constants
+
     gc.collect()
     gc.freeze()
     recorder.trail.describe(module)
@@ -167,4 +170,6 @@ def _load(module: nn.Module, recorder: StorageRecorder) -> None:
         recorder.label(buffer, "buffer", name, "buffer")
     for name, parameter in module.named_parameters():
         recorder.label(parameter, "parameter", name, "parameter")
+        for what, constant in constants(parameter):
+            recorder.label(constant, "parameter", name, what)
     recorder.drop_dead()

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.errors import UsageError
+from memplan.specs.recipe import ALL_LINEAR
 from memplan.specs.values import dataclass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LARGEST_RANK = 2**16
 """No rank beyond the width of a model is taken seriously."""
 
+ADAPTER_DTYPES = ("fp32", "base")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Adapters of low rank beside frozen linear layers (Hu et al., 2021), as peft adds them."""
+    """Adapters of low rank beside frozen linear layers (Hu et al., 2021), as peft adds them.
+
+    rsLoRA (Kalajdzievski, 2023) scales by another number and takes the same bytes.
+    """
 
     rank: int
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = (ALL_LINEAR,)
     """Names of the linear layers, or ``all-linear`` alone: all of them but the head."""
     dropout: float = 0.0
     """Probability before the first of the two matrices."""
+    dtype: str = "fp32"
+    """``fp32``, as peft keeps adapters beside half-precision weights (``autocast_adapter_dtype``), or ``base``: that of
+    the weights."""
+    dora: bool = False
+    """Directions and magnitudes apart (DoRA, Liu et al., 2024)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules of which a full copy is trained."""
 
     def __post_init__(self) -> None:
         rank: object = self.rank
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
             raise UsageError(f"The rank of LoRA is {rank!r}.", f"Give a whole number from 1 to {LARGEST_RANK:,}.")
-        names: tuple[object, ...] = self.targets
-        if not names or not all(isinstance(name, str) and name.strip() for name in names):
-            raise UsageError("LoRA has no targets.", "Name linear layers, as in q_proj,v_proj, or say all-linear.")
+        check_names("LoRA has no targets.", self.targets, "Name linear layers, as in q_proj,v_proj, or say all-linear.")
+        if ALL_LINEAR in self.targets and len(self.targets) > 1:
+            raise UsageError(f"{ALL_LINEAR} stands beside other targets.", f"Say {ALL_LINEAR} alone, or names alone.")
+        if self.modules_to_save:
+            check_names("modules_to_save has an empty name.", self.modules_to_save, "Name modules, as in embed_tokens.")
         dropout: object = self.dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise UsageError(f"The dropout of LoRA is {self.dropout!r}.", "Give a probability from 0 up to, not 1.")
+        if self.dtype not in ADAPTER_DTYPES:
+            raise UsageError(f"The dtype of LoRA is {self.dtype!r}.", f"Known: {', '.join(ADAPTER_DTYPES)}.")
+
+
+def check_names(fault: str, names: Sequence[object], cure: str) -> None:
+    """Raise `UsageError` unless all of `names` are names and there is one."""
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UsageError(fault, cure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError, did_you_mean
+from memplan.specs.recipe import EVERYTHING, Recipe
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
@@ -17,10 +18,14 @@ PRECISIONS = {
     "fp32": ("fp32", None),
     "bf16": ("bf16", None),
     "fp16": ("fp16", None),
+    "bf16-autocast": ("bf16", "bf16"),
     "bf16-mixed": ("fp32", "bf16"),
     "fp16-mixed": ("fp32", "fp16"),
 }
-"""Precision by name: dtype of the parameters, dtype of autocast (None: off)."""
+"""Precision by name: dtype of the parameters, dtype of autocast (None: off).
+
+``bf16-autocast`` is what ``bf16=True`` of a Trainer does to a model that was loaded in bf16.
+"""
 
 OPTIMIZERS = {
     "adamw": "adamw-foreach",
@@ -35,6 +40,7 @@ OPTIMIZERS = {
 
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full",)
+QUANTIZATIONS = ("nf4", "nf4-double")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,12 @@ class Setup:
     """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
     lora: Lora | None = None
     """Adapters that are trained in place of the weights; None: all weights are trained."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the names of parameters, or of modules, that are not trained: ``model.layers.[0-3]``."""
+    quantize: str | None = None
+    """How the frozen weights of linear layers are stored, one of `QUANTIZATIONS`; None: in the model's dtype."""
+    upcast: bool = False
+    """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):
@@ -75,6 +87,28 @@ class Setup:
         check_choice("loss", self.loss, LOSSES)
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.quantize is not None:
+            check_choice("quantize", self.quantize, QUANTIZATIONS)
+            if self.lora is None:
+                raise UsageError("A quantised model cannot be trained itself.", "Train adapters: give --lora-rank.")
+        elif self.upcast:
+            raise UsageError("Only what a quantised model leaves unquantised is cast up.", "Give --quantize nf4.")
+
+    @property
+    def recipe(self) -> Recipe:
+        """What of the model is trained, and how the rest is stored."""
+        if self.lora is None and not self.freeze:
+            return EVERYTHING
+        return Recipe(
+            lora=self.lora,
+            freeze=self.freeze,
+            quantize=self.quantize,
+            upcast=self.upcast,
+            input_gradients=self.activation_checkpointing not in {"none", "selective"},
+        )
 
     @property
     def global_batch_size(self) -> int:

@@ -18,8 +18,9 @@ from memplan.architectures.blocks import HIDDEN, heads, merged
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.losses import masked_lm_loss
-from memplan.operators.matrix import embedding, linear, project
+from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.operators.products import project
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from memplan.errors import ConfigError
 from memplan.operators.attention import slices_batched, softmax
 from memplan.operators.elementwise import add, dropout
 from memplan.operators.layout import copy, take
-from memplan.operators.matrix import embedding, linear, matmul
+from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.operators.products import matmul
 from memplan.operators.sizes import count
 from memplan.operators.tape import Gradient, elements
 from memplan.specs.values import dataclass

@@ -24,8 +24,9 @@ from memplan.operators.attention import softmax
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_in_place, add_scalar, dropout, mul, scale
 from memplan.operators.layout import copy
 from memplan.operators.losses import masked_lm_loss
-from memplan.operators.matrix import embedding, linear, matmul
+from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.operators.products import matmul
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from memplan.errors import ConfigError
 from memplan.operators.attention import fused, rotary, slices_batched, softmax
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_into, add_scalar, dropout, scale
 from memplan.operators.layout import copy, repeat_heads, take
-from memplan.operators.matrix import embedding, matmul, project
+from memplan.operators.matrix import embedding, with_adapter
 from memplan.operators.normalisation import layer_norm
+from memplan.operators.products import matmul, project
 from memplan.operators.sizes import count
 from memplan.specs.values import dataclass
 
@@ -84,7 +85,7 @@ def projection(m: Falcon, t: Tape, x: Tensor, width: int, name: str) -> Tensor:
     with t.scope(name):
         weight = t.view(t.parameter("weight", (width, in_features)), (in_features, width))
         y = project(t, x, weight, None, width)
-        return add(t, y, t.parameter("bias", (width,))) if m.bias else y
+        return with_adapter(t, x, add(t, y, t.parameter("bias", (width,))) if m.bias else y)
 
 
 def picked(t: Tape, joint: Tensor, num: int, head_dim: int) -> Tensor:

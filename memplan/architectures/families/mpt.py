@@ -18,8 +18,9 @@ from memplan.architectures.blocks import HIDDEN, additive_mask, causal_loss, lm_
 from memplan.operators.attention import slices_batched, softmax
 from memplan.operators.elementwise import add, dropout, keeps_input, scale
 from memplan.operators.layout import copy
-from memplan.operators.matrix import embedding, linear, matmul
+from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.operators.products import matmul
 from memplan.operators.tape import elements
 from memplan.specs.values import dataclass
 

@@ -1,0 +1,79 @@
+"""What of a model is trained, what is added beside it, and how the rest is stored?
+
+Names are those of modules and parameters in transformers: ``model.layers.0.self_attn.q_proj``.
+
+Sources: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``, ``_maybe_include_all_linear_layers``),
+utils/other.py (``ModulesToSaveWrapper``, ``prepare_model_for_kbit_training``); transformers 5.23,
+quantizers/quantizer_bnb_4bit.py.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memplan.specs.adapter import Lora
+
+ALL_LINEAR = "all-linear"
+
+
+class Recipe(NamedTuple):
+    """What of a model is trained, and how the rest is stored."""
+
+    lora: Lora | None = None
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained."""
+    quantize: str | None = None
+    """How the weights of linear layers are stored: ``nf4``, ``nf4-double`` or ``int8``; None: in the model's dtype."""
+    upcast: bool = False
+    """What is not quantised is cast to fp32 (``prepare_model_for_kbit_training``)."""
+    input_gradients: bool = False
+    """The result of the embedding is made to require a gradient (``enable_input_require_grads``)."""
+
+    def dtype(self, dtype: str) -> str:
+        """The dtype of parameters that are not quantised, where the model is loaded in `dtype`."""
+        return "fp32" if self.upcast else dtype
+
+    def trains(self, name: str) -> bool:
+        """Whether the model's own parameter `name` gets a gradient."""
+        return self.lora is None and self.quantize is None and not any(covers(p, name) for p in self.freeze)
+
+    def trains_adapter(self, name: str) -> bool:
+        """Whether the parameter `name` of an adapter gets one."""
+        return not any(covers(p, name) for p in self.freeze)
+
+    def copies(self, module: str) -> bool:
+        """Whether a trained copy of `module` stands beside the frozen original (``modules_to_save``)."""
+        return self.lora is not None and _is_named(module, self.lora.modules_to_save)
+
+    def adapts(self, module: str) -> bool:
+        """Whether the linear layer `module` gets an adapter."""
+        if self.lora is None or self.copies(module):
+            return False
+        return self.lora.targets == (ALL_LINEAR,) or _is_named(module, self.lora.targets)
+
+    def adapts_head(self, module: str) -> bool:
+        """The same of the layer that makes the logits: ``all-linear`` leaves it out."""
+        return self.lora is not None and self.lora.targets != (ALL_LINEAR,) and self.adapts(module)
+
+    def quantises(self, module: str) -> bool:
+        """Whether the weight of the linear layer `module`, which is not the head, is quantised."""
+        return self.quantize is not None and not self.copies(module)
+
+
+EVERYTHING = Recipe()
+"""All weights are trained as they were loaded."""
+
+
+def _is_named(module: str, names: Sequence[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether `pattern` (with ``*``, ``?`` and ``[0-9]``) names the parameter, or a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
