@@ -19,15 +19,17 @@ from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
 from memplan.errors import MemplanError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
+from memplan.specs.choices import as_count, setup_fields
 from memplan.specs.margin import Margin
-from memplan.specs.training import Setup, check_count
+from memplan.specs.training import Setup
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import MAX_SIZE_BYTES, is_nothing, parse_count, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import ArrayLike
+    from typing_extensions import Unpack
 
     from memplan.architectures.architecture import Architecture
     from memplan.estimation.difference import Difference
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from memplan.probes.events import Trace
     from memplan.probes.modules import TracedModule
     from memplan.specs.calibration import Calibration
+    from memplan.specs.choices import Choices
     from memplan.specs.gpu import GpuSpec
 
 DEFAULT_SEQ_LEN = 2048
@@ -51,21 +54,6 @@ DEFAULT_HEADROOM_PERCENT = 5.0
 
 SPEED_STAND_INS = ((32 * 10**9, "rtx4090"), (None, "a100-80gb"))
 """Whose rates time a step on a card of which only the size is known: (largest size in bytes, catalogue name)."""
-
-
-ARGUMENT_BY_COUNT = {
-    "micro_batch_size": "micro_batch",
-    "gradient_accumulation_steps": "accumulation",
-    "seq_len": "seq_len",
-}
-"""Field of a setup -> what the functions here call it."""
-
-
-def as_count(name: str, value: Any) -> int:
-    """A whole number from 1 to 10**9, NumPy's among them; else a `UsageError` that names the argument."""
-    number = value if isinstance(value, bool) or not hasattr(value, "__index__") else value.__index__()
-    check_count(name, number)
-    return int(number)
 
 
 def as_bytes(reserve: Any) -> int:
@@ -200,16 +188,12 @@ def default_attention(model: Model | UserModule) -> str:
     return "sdpa" if "sdpa" in model.architecture.attentions else model.architecture.attentions[0]
 
 
-def make_setup(model: Model | UserModule, data_parallel_size: int, choices: dict[str, Any]) -> Setup:
+def make_setup(model: Model | UserModule, data_parallel_size: int, choices: Mapping[str, object]) -> Setup:
     """A setup of what was given; what is None takes its default."""
-    given = {name: value for name, value in choices.items() if value is not None}
-    for name, argument in ARGUMENT_BY_COUNT.items():
-        if name in given:
-            given[name] = as_count(argument, given[name])
-    data_parallel_size = as_count("gpus", data_parallel_size)
-    given.setdefault("seq_len", default_seq_len(model))
-    given.setdefault("attention", default_attention(model))
-    return Setup(data_parallel_size=data_parallel_size, **given)
+    fields = setup_fields(choices)
+    fields.setdefault("seq_len", default_seq_len(model))
+    fields.setdefault("attention", default_attention(model))
+    return Setup(data_parallel_size=as_count("gpus", data_parallel_size), **fields)
 
 
 def find_target(setup: Setup, target_batch: int | None, target_tokens: int | str | None) -> Target | None:
@@ -250,26 +234,17 @@ def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:
     return replace(setup, gradient_accumulation_steps=steps)
 
 
-def estimate(  # noqa: PLR0913 -- all but the model are named at the call
+def estimate(
     model: str | os.PathLike[str] | Model | UserModule | None = None,
     *,
     gpu: str | None = None,
     gpus: int | None = None,
-    micro_batch: int | None = None,
-    accumulation: int | None = None,
-    seq_len: int | None = None,
-    precision: str | None = None,
-    optimizer: str | None = None,
-    checkpointing: str | None = None,
-    attention: str | None = None,
-    loss: str | None = None,
-    dropout: float | None = None,
-    padding: bool = False,
     reserve: str | int | None = None,
     headroom: float | None = None,
     confidence: float | None = None,
     target_batch: int | None = None,
     target_tokens: int | str | None = None,
+    **choices: Unpack[Choices],
 ) -> Estimate:
     """The bytes of one configuration.
 
@@ -277,48 +252,24 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         model: Name of the catalogue, path of a config.json or of a folder with one, or hub id; None: the default model.
         gpu: Name, size (``24GB``) or ``auto``; None: no card in particular, and nothing is said about fitting.
         gpus: Number of GPUs with different data.
-        micro_batch: Sequences per forward pass on one GPU (1).
-        accumulation: Micro-batches per optimizer step (1).
-        seq_len: Tokens per sequence (2048, less where the model has fewer positions).
-        precision: fp32, bf16, fp16, bf16-mixed or fp16-mixed (bf16).
-        optimizer: Key of `memplan.specs.training.OPTIMIZERS` (adamw).
-        checkpointing: none, selective, full or every-N (none).
-        attention: eager, sdpa or flash (sdpa).
-        loss: full.
-        dropout: Overrides every dropout probability of the config.
-        padding: Micro-batches hold padding, so that an attention mask is passed.
         reserve: Bytes that something else on the card needs, as ``1GiB`` or as a number.
         headroom: Percent of the usable bytes that has to stay free (5, or 0 with a confidence that measurements of the
             card vouch for).
         confidence: Probability with which the upper bound has to hold, by the measurements of the card.
         target_batch: Sequences per optimizer step over all GPUs, from which the accumulation follows; or
         target_tokens: tokens per optimizer step (``4M``), rounded to whole sequences.
+        choices: How the model is trained: see `memplan.specs.choices.Choices`.
 
     Raises:
         UsageError: a value or a combination has no meaning.
         MemplanError: the model cannot be read or modelled.
     """
-    found = find_model(model, dropout=dropout)
+    found = find_model(model, dropout=choices.get("dropout"))
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
-    setup = make_setup(
-        found,
-        num,
-        {
-            "micro_batch_size": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "seq_len": seq_len,
-            "precision": precision,
-            "optimizer": optimizer,
-            "activation_checkpointing": checkpointing,
-            "attention": attention,
-            "loss": loss,
-            "dropout": dropout,
-            "padding": padding,
-        },
-    )
+    setup = make_setup(found, num, choices)
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
-        setup = reach(setup, target, accumulation)
+        setup = reach(setup, target, choices.get("accumulation"))
     safety = find_safety(spec, headroom, confidence)
     margin = _margin(spec, reserve, safety)
     if isinstance(found, UserModule):
@@ -334,14 +285,7 @@ def estimate_grid(
     seq_len: ArrayLike,
     gpu: str | None = None,
     gpus: int | None = None,
-    accumulation: int | None = None,
-    precision: str | None = None,
-    optimizer: str | None = None,
-    checkpointing: str | None = None,
-    attention: str | None = None,
-    loss: str | None = None,
-    dropout: float | None = None,
-    padding: bool = False,
+    **choices: Any,
 ) -> Grid:
     """The bytes of many micro-batches and lengths at once: a million points take about a second.
 
@@ -353,46 +297,29 @@ def estimate_grid(
     """
     from memplan.estimation.grid import estimate_grid as evaluate
 
-    found = find_model(model, dropout=dropout)
+    found = find_model(model, dropout=choices.get("dropout"))
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
-    choices = {
-        "seq_len": 1,
-        "gradient_accumulation_steps": accumulation,
-        "precision": precision,
-        "optimizer": optimizer,
-        "activation_checkpointing": checkpointing,
-        "attention": attention,
-        "loss": loss,
-        "dropout": dropout,
-        "padding": padding,
-    }
     if isinstance(found, UserModule):
         raise UsageError(f"{found.name} is not described: there is no grid of it.", "Ask for one size at a time.")
     return evaluate(
-        Estimator(found.architecture, found.name, spec), make_setup(found, num, choices), micro_batch, seq_len
+        Estimator(found.architecture, found.name, spec),
+        make_setup(found, num, {**choices, "seq_len": 1}),
+        micro_batch,
+        seq_len,
     )
 
 
-def suggest(  # noqa: PLR0913 -- all but the model are named at the call
+def suggest(
     model: str | os.PathLike[str] | Model | UserModule | None = None,
     *,
     gpu: str,
     target_batch: int | None = None,
     target_tokens: int | str | None = None,
     gpus: int | None = None,
-    micro_batch: int | None = None,
-    accumulation: int | None = None,
-    seq_len: int | None = None,
-    precision: str | None = None,
-    optimizer: str | None = None,
-    checkpointing: str | None = None,
-    attention: str | None = None,
-    loss: str | None = None,
-    dropout: float | None = None,
-    padding: bool = False,
     reserve: str | int | None = None,
     headroom: float | None = None,
     confidence: float | None = None,
+    **choices: Unpack[Choices],
 ) -> Plan:
     """The fastest configuration that fits and keeps the batch; what is None is free or takes its default.
 
@@ -410,22 +337,11 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
         raise UsageError(
             "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."
         )
-    found = find_model(model, dropout=dropout)
+    found = find_model(model, dropout=choices.get("dropout"))
     spec, num = find_gpu(gpu, gpus)
-    setup = make_setup(
-        found,
-        num,
-        {
-            "seq_len": seq_len,
-            "precision": precision,
-            "optimizer": optimizer,
-            "activation_checkpointing": checkpointing,
-            "attention": attention,
-            "loss": loss,
-            "dropout": dropout,
-            "padding": padding,
-        },
-    )
+    micro_batch, accumulation = choices.pop("micro_batch", None), choices.pop("accumulation", None)
+    checkpointing = choices.get("checkpointing")
+    setup = make_setup(found, num, choices)
     target = find_target(setup, target_batch, target_tokens)
     assert target is not None
     safety = find_safety(spec, headroom, confidence)
@@ -448,21 +364,11 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
 
 
-def trace(  # noqa: PLR0913 -- all but the model are named at the call
+def trace(
     model: str | os.PathLike[str] | UserModule | None = None,
     *,
     gpu: str | None = None,
     gpus: int | None = None,
-    micro_batch: int | None = None,
-    accumulation: int | None = None,
-    seq_len: int | None = None,
-    precision: str | None = None,
-    optimizer: str | None = None,
-    checkpointing: str | None = None,
-    attention: str | None = None,
-    loss: str | None = None,
-    dropout: float | None = None,
-    padding: bool = False,
     reserve: str | None = None,
     headroom: float | None = None,
     confidence: float | None = None,
@@ -471,6 +377,7 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
     sdpa_kernel: str | None = None,
     diff: bool = False,
     notify: Callable[[str], None] | None = None,
+    **choices: Unpack[Choices],
 ) -> Traced:
     """The bytes of one configuration from a run of the real module on PyTorch's meta device.
 
@@ -486,27 +393,12 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
         UsageError: a value or a combination has no meaning.
         MemplanError: a library is not installed, or the module cannot be traced.
     """
-    asked, origin, described = _find_traced(model, dropout=dropout, diff=diff)
+    asked, origin, described = _find_traced(model, dropout=choices.get("dropout"), diff=diff)
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
-    setup = make_setup(
-        described or UserModule(""),
-        num,
-        {
-            "micro_batch_size": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "seq_len": seq_len,
-            "precision": precision,
-            "optimizer": optimizer,
-            "activation_checkpointing": checkpointing,
-            "attention": attention,
-            "loss": loss,
-            "dropout": dropout,
-            "padding": padding,
-        },
-    )
+    setup = make_setup(described or UserModule(""), num, choices)
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
-        setup = reach(setup, target, accumulation)
+        setup = reach(setup, target, choices.get("accumulation"))
     margin = _margin(spec, reserve, find_safety(spec, headroom, confidence))
     if described is not None:
         described.architecture.check_length(setup.seq_len, described.name)
@@ -514,7 +406,7 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
     model_type = "traced"
     if not isinstance(asked, UserModule):
         model_type = str(asked[0].get("model_type"))
-        if described is None and attention is None:
+        if described is None and choices.get("attention") is None:
             from memplan.probes.modules import fallback_attention
 
             setup = replace(setup, attention=fallback_attention(module.model, setup))

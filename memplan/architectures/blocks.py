@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import ConfigError
 from memplan.operators import losses
+from memplan.operators.adapters import Base
 from memplan.operators.attention import rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
 from memplan.operators.layout import cat, split, take
@@ -160,7 +161,8 @@ def lm_head(
         if t.ask("copies", t.module):  # the copy has a weight of its own
             weight = t.parameter(f"{MODULES_TO_SAVE}.weight", (vocab_size, width), of_adapter=True)
         offset = t.parameter("bias", (vocab_size,)) if bias else None
-        return with_adapter(t, hidden, project(t, hidden, weight, offset, vocab_size), makes_logits=True)
+        logits = project(t, hidden, weight, offset, vocab_size)
+        return with_adapter(t, Base(hidden, logits, weight, offset), makes_logits=True)
 
 
 def causal_loss(t: Tape, logits: Tensor, *, held: Tensor | None = None) -> Tensor:

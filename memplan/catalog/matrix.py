@@ -18,8 +18,8 @@
     limit = "24GB"
     find_max = true                       # bisect to the largest micro-batch that survives
 
-Keys are the arguments of `memplan.estimate`, and `limit`, `find_max`, `target_batch`, `lora_rank`, `lora_targets` (a
-text such as "q_proj,v_proj") and `lora_dropout`.  Trials are run in the order of the file: the most telling come first.
+Keys are the arguments of `memplan.estimate`, and `limit`, `find_max`, `target_batch`; lists are
+texts such as "q_proj,v_proj".  Trials are run in the order of the file: the most telling come first.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ KINDS: dict[str, tuple[type, ...]] = {
     "lora_rank": (int,),
     "lora_targets": (str,),
     "lora_dropout": (int, float),
+    "lora_dtype": (str,),
+    "dora": (bool,),
+    "modules_to_save": (str,),
+    "freeze": (str,),
+    "quantize": (str,),
+    "upcast": (bool,),
     "limit": (str,),
     "find_max": (bool,),
     "target_batch": (int,),

@@ -15,7 +15,7 @@ from memplan.catalog.measurements import NotWrittenError
 from memplan.cli.options import Option, SetupCommand, Value, output_options
 from memplan.cli.output import DOES_NOT_FIT, say, write_answer
 from memplan.cli.progress import Progress
-from memplan.cli.values import BATCH, MODEL, SETUP_ROWS, TRAINING, Row, below, one_of, read_count, read_text
+from memplan.cli.values import BATCH, MODEL, SETUP_ROWS, TRAINED, TRAINING, Row, one_of, read_text
 from memplan.errors import MemplanError, UsageError
 from memplan.report.probe import probe_document, render_probe, render_trials
 from memplan.specs.measurement import DONE, OUT_OF_MEMORY
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from memplan.report.ansi import Line
     from memplan.specs.measurement import Measurement, Trial
 
-PROBE, LORA = "The probe", "Adapters"
+PROBE = "The probe"
 DEVICES = ("cuda", "cpu")
 
 
@@ -41,9 +41,6 @@ def _read_duration(text: str, flag: str) -> float:
 
 
 OWN_ROWS = (
-    Row(("--lora-rank",), LORA, "Train adapters of this rank, by peft.", read_count, "N"),
-    Row(("--lora-targets",), LORA, "Layers they are added to, with commas (all linear ones).", read_text, "NAMES"),
-    Row(("--lora-dropout",), LORA, "Dropout before them (0).", below(1), "P"),
     Row(("--limit",), PROBE, "What the process may take: a size (24GB) or a card (rtx4090).", read_text, "GPU"),
     Row(("--find-max",), PROBE, "Bisect to the largest micro-batch that survives."),
     Row(("--matrix",), PROBE, f"A grid of trials in TOML: FILE, or {', '.join(named_matrices())}.", read_text, "FILE"),
@@ -55,7 +52,9 @@ OWN_ROWS = (
     Row(("--device",), PROBE, "cpu counts the bytes of tensors, without a GPU (cuda).", one_of(DEVICES), "cuda|cpu"),
 )
 SETUP = [
-    row for row in SETUP_ROWS if row.section in {BATCH, TRAINING} and not row.hidden and row.flag != "--target-tokens"
+    row
+    for row in SETUP_ROWS
+    if row.section in {BATCH, TRAINING, TRAINED} and not row.hidden and row.flag != "--target-tokens"
 ]
 
 

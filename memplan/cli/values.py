@@ -11,7 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
-from memplan.specs.training import ATTENTIONS, LARGEST_COUNT, LOSSES, OPTIMIZERS, PRECISIONS, check_checkpointing
+from memplan.specs.adapter import ADAPTER_DTYPES
+from memplan.specs.choices import ARGUMENTS, as_names
+from memplan.specs.training import (
+    ATTENTIONS,
+    LARGEST_COUNT,
+    LOSSES,
+    OPTIMIZERS,
+    PRECISIONS,
+    QUANTIZATIONS,
+    check_checkpointing,
+)
 from memplan.specs.values import NamedTuple
 from memplan.units import is_nothing, parse_count, parse_size
 
@@ -26,11 +36,6 @@ CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 LATER_OPTIMIZERS = ("paged-adamw-8bit", "adafactor", "lion", "lion-8bit")
 LATER_LOSSES = ("chunked", "fused")
 NOT_MODELLED = (
-    "--lora-rank",
-    "--lora-targets",
-    "--lora-dropout",
-    "--quantize",
-    "--freeze",
     "--zero-stage",
     "--offload",
 )
@@ -58,6 +63,15 @@ class Options(NamedTuple):
     loss: str | None = None
     dropout: float | None = None
     padding: bool = False
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] | None = None
+    lora_dropout: float | None = None
+    lora_dtype: str | None = None
+    dora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    freeze: tuple[str, ...] | None = None
+    quantize: str | None = None
+    upcast: bool = False
     reserve: str | None = None
     headroom: float | None = None
     confidence: float | None = None
@@ -68,24 +82,7 @@ class Options(NamedTuple):
 
     def choices(self) -> dict[str, Any]:
         """The arguments of `memplan.api.estimate` and `suggest`, beside the model and the GPU."""
-        names = (
-            "gpus",
-            "target_batch",
-            "target_tokens",
-            "micro_batch",
-            "accumulation",
-            "checkpointing",
-            "seq_len",
-            "precision",
-            "optimizer",
-            "attention",
-            "loss",
-            "dropout",
-            "padding",
-            "reserve",
-            "headroom",
-            "confidence",
-        )
+        names = (*ARGUMENTS, "gpus", "target_batch", "target_tokens", "reserve", "headroom", "confidence")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -127,6 +124,11 @@ def read_tokens(text: str, flag: str) -> int:
     if number > LARGEST_COUNT:
         raise UsageError(f"{flag} is {quoted(text)}.", f"It has to be {LARGEST_COUNT:,} at most, such as 4M.")
     return number
+
+
+def read_names(text: str, flag: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return as_names(flag, read_text(text, flag))
 
 
 def read_size(text: str, flag: str) -> str:
@@ -260,7 +262,8 @@ def _named(
     return Row((flag,), section, help, one_of(names, later=later), metavar or "|".join(names), names)
 
 
-BATCH, TRAINING, CARD, OUTPUT = "The batch", "How it is trained", "The GPU", "Output"
+BATCH, TRAINING, TRAINED = "The batch", "How it is trained", "What is trained"
+CARD, OUTPUT = "The GPU", "Output"
 
 MODEL = Row(("MODEL",), "", "", read_text, "[MODEL]")
 """The one argument."""
@@ -311,6 +314,15 @@ SETUP_ROWS = (
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "All logits at once.", LOSSES, later=LATER_LOSSES),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
+    Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),
+    Row(("--lora-targets",), TRAINED, "Linear layers that get one, with commas (all-linear).", read_names, "NAMES"),
+    Row(("--lora-dropout",), TRAINED, "Dropout before them (0).", below(1), "P"),
+    _named("--lora-dtype", TRAINED, "fp32, as peft keeps them, or that of the weights (fp32).", ADAPTER_DTYPES),
+    Row(("--dora",), TRAINED, "Adapters of magnitude and direction (DoRA)."),
+    Row(("--modules-to-save",), TRAINED, "Modules of which a full copy is trained, too.", read_names, "NAMES"),
+    Row(("--freeze",), TRAINED, "Parameters or modules that are not: model.embed_tokens,...", read_names, "PATTERNS"),
+    _named("--quantize", TRAINED, "Store the frozen linear weights in 4 bits.", QUANTIZATIONS, later=("int8",)),
+    Row(("--upcast",), TRAINED, "What is not quantised in fp32 (prepare_model_for_kbit_training)."),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,
 )

@@ -15,59 +15,36 @@ from memplan.catalog.measurements import file_of
 from memplan.catalog.models import find_default_model, read_config
 from memplan.errors import MemplanError, UsageError
 from memplan.estimation.estimate import Estimator
-from memplan.specs.adapter import Lora
 from memplan.specs.gpu import GpuSpec
 from memplan.specs.measurement import Card, Measurement, Trial
 from memplan.specs.training import divisors
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from typing_extensions import Unpack
 
     from memplan.estimation.estimate import Estimate
     from memplan.planner.plan import Candidate
+    from memplan.specs.choices import Choices
     from memplan.specs.training import Setup
-
-SETUP_ARGUMENTS = {
-    "micro_batch": "micro_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "seq_len": "seq_len",
-    "precision": "precision",
-    "optimizer": "optimizer",
-    "checkpointing": "activation_checkpointing",
-    "attention": "attention",
-    "loss": "loss",
-    "dropout": "dropout",
-    "padding": "padding",
-}
-"""What the functions here call a field of a setup."""
 
 
 def make_trial(
     model: str | os.PathLike[str] | None = None,
     *,
     limit: str | None = None,
-    lora_rank: int | None = None,
-    lora_targets: str | Sequence[str] | None = None,
-    lora_dropout: float | None = None,
     data_parallel_size: int = 1,
-    **choices: Any,
+    **choices: Unpack[Choices],
 ) -> Trial:
     """What is to be measured; everything is named as for `memplan.estimate`.
 
     Args beside those:
         limit: Size of a card (``24GB``) or its name: what the process may take; None: all there is.
-        lora_rank: Rank of adapters that peft adds; None: all weights are trained.
-        lora_targets: Names of the layers they are added to, as a list or with commas; all linear ones if None.
-        lora_dropout: Probability of dropout before them (0).
 
     Raises:
         UsageError: a value or a combination has no meaning.
         MemplanError: the model cannot be found.
     """
-    unknown = sorted(set(choices) - set(SETUP_ARGUMENTS))
-    if unknown:
-        raise UsageError(f"A trial has no {unknown[0]}.", f"It has {', '.join(SETUP_ARGUMENTS)}.")
     asked = find_default_model()[0] if model is None else os.fspath(model)
     if api.names_factory(asked):
         raise UsageError(
@@ -75,13 +52,9 @@ def make_trial(
             "Name a config.json, or ask memplan trace.",
         )
     values, name = read_config(asked)
-    given = {SETUP_ARGUMENTS[argument]: value for argument, value in choices.items()}
-    setup = api.make_setup(_defaults_of(values, name), data_parallel_size, given)
-    if lora_rank is None and (lora_targets is not None or lora_dropout is not None):
-        raise UsageError("There are settings of LoRA and no rank.", "Say --lora-rank 16, or leave them out.")
-    lora = None if lora_rank is None else _lora(lora_rank, lora_targets, lora_dropout)
+    setup = api.make_setup(_defaults_of(values, name), data_parallel_size, choices)
     size, label = (None, "") if limit is None else _limit(limit)
-    return Trial(model=name, config=values, setup=replace(setup, lora=lora), limit_bytes=size, limit=label)
+    return Trial(model=name, config=values, setup=setup, limit_bytes=size, limit=label)
 
 
 def _defaults_of(values: dict[str, Any], name: str) -> api.Model | api.UserModule:
@@ -90,11 +63,6 @@ def _defaults_of(values: dict[str, Any], name: str) -> api.Model | api.UserModul
         return api.Model(read_architecture(values, name), name, values, "")
     except MemplanError:
         return api.UserModule(name)
-
-
-def _lora(rank: int, targets: str | Sequence[str] | None, dropout: float | None) -> Lora:
-    names = targets.split(",") if isinstance(targets, str) else targets or ("all-linear",)
-    return Lora(rank=rank, targets=tuple(name.strip() for name in names), dropout=dropout or 0.0)
 
 
 def _limit(text: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.adapters import adapted
+from memplan.operators.adapters import Base, adapted
 from memplan.operators.products import project
 from memplan.operators.quantised import quantised_linear
 
@@ -35,10 +35,11 @@ def linear(
     assert isinstance(in_features, int)
     with t.scope(name):
         if not makes_logits and t.ask("quantises", t.module):
-            return with_adapter(t, x, quantised_linear(t, x, out_features, bias=bias), quantised=True)
+            return _quantised(t, x, out_features, bias=bias)
         weight = t.parameter("weight", (out_features, in_features), trainable=trainable)
         offset = t.parameter("bias", (out_features,), trainable=trainable) if bias else None
-        return with_adapter(t, x, project(t, x, weight, offset, out_features), makes_logits=makes_logits)
+        y = project(t, x, weight, offset, out_features)
+        return with_adapter(t, Base(x, y, weight, offset), makes_logits=makes_logits)
 
 
 def conv1d(t: Tape, x: Tensor, out_features: int, name: str) -> Tensor:
@@ -47,18 +48,24 @@ def conv1d(t: Tape, x: Tensor, out_features: int, name: str) -> Tensor:
     assert isinstance(in_features, int)
     with t.scope(name):
         if t.ask("quantises", t.module):
-            return with_adapter(t, x, quantised_linear(t, x, out_features, bias=True), quantised=True)
+            return _quantised(t, x, out_features, bias=True)
         weight = t.parameter("weight", (in_features, out_features))
         offset = t.parameter("bias", (out_features,))
-        return with_adapter(t, x, project(t, x, weight, offset, out_features))
+        y = project(t, x, weight, offset, out_features)
+        return with_adapter(t, Base(x, y, weight._replace(shape=(out_features, in_features)), offset))
 
 
-def with_adapter(t: Tape, x: Tensor, y: Tensor, *, makes_logits: bool = False, quantised: bool = False) -> Tensor:
-    """The result `y` of the current linear layer on `x`, with its adapter's added where the recipe gives it one."""
+def _quantised(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> Tensor:
+    weight, offset, y = quantised_linear(t, x, out_features, bias=bias)
+    return with_adapter(t, Base(x, y, weight, offset, quantised=True))
+
+
+def with_adapter(t: Tape, base: Base, *, makes_logits: bool = False) -> Tensor:
+    """The result of the current linear layer, with its adapter's added where the recipe gives it one."""
     lora = t.recipe.lora
     if lora is None or not t.ask("adapts_head" if makes_logits else "adapts", t.module):
-        return y
-    return adapted(t, x, y, lora, quantised=quantised)
+        return base.y
+    return adapted(t, base, lora)
 
 
 def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, weight: str | None = None) -> Tensor:

@@ -51,19 +51,21 @@ def stored_4bit(num: int, *, double: bool) -> tuple[Stored, ...]:
     )
 
 
-def quantised_linear(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> Tensor:
-    """A linear layer with a weight in NF4, recorded within its scope; its result has the dtype of `x`."""
+def quantised_linear(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A linear layer with a weight in NF4, recorded within its scope: weight, bias and result, in the dtype of `x`."""
     in_features = x.shape[-1]
     assert isinstance(in_features, int)
     double = t.recipe.quantize == "nf4-double"
     shape = (out_features, in_features)
     num = count(shape).factor
-    weight = t.parameter("weight", shape, trainable=False, stored=stored_4bit(num, double=double))
+    stored = stored_4bit(num, double=double)
+    weight = t.parameter("weight", shape, trainable=False, dtype=t.numerics.parameters, stored=stored)
     dtype = x.dtype
     x = t.cast(x, t.numerics.autocast or t.numerics.parameters)
     inputs = [x, weight]
-    if bias:
-        inputs.append(t.cast(t.parameter("bias", (out_features,)), x.dtype))
+    offset = t.parameter("bias", (out_features,)) if bias else None
+    if offset is not None:
+        inputs.append(t.cast(offset, x.dtype))
     scales = num_bytes((-(-num // BLOCK),), "fp32")
     whole = num_bytes(shape, x.dtype)
     result = (*x.shape[:-1], out_features)
@@ -77,4 +79,4 @@ def quantised_linear(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> Te
         flops=count((*result, in_features)).times(2),
         reason="the gradient of the input needs the packed weight",
     )
-    return t.cast(y, dtype)
+    return weight, offset, t.cast(y, dtype)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from memplan.specs.training import Setup
 
+
 def prepared(module: nn.Module, setup: Setup) -> nn.Module:
     """The module as the recipe of the setup wants it, in place: quantised, with adapters, frozen.
 
@@ -62,12 +63,13 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
     )
+    high = lora.dtype == "fp32" or setup.quantize is not None
     if setup.upcast:
         peft.prepare_model_for_kbit_training(module, use_gradient_checkpointing=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted: nn.Module = peft.get_peft_model(module, settings, autocast_adapter_dtype=lora.dtype == "fp32")
+            adapted: nn.Module = peft.get_peft_model(module, settings, autocast_adapter_dtype=high)
     except ValueError as error:
         text = " ".join(str(error).split())
         raise UsageError(
@@ -75,16 +77,17 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
             "Name linear layers of the model with --lora-targets, or say all-linear.",
         ) from error
     if lora.dtype == "base":
-        _in_dtype_of_the_base(adapted, DTYPES[PRECISIONS[setup.precision][0]])
+        dtype = DTYPES[PRECISIONS[setup.precision][0]]
+        _in_dtype_of_the_base(adapted, dtype, magnitudes=setup.quantize is None)
     return adapted
 
 
-def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype) -> None:
-    """Trained parameters in `dtype`, but the magnitudes of DoRA.
+def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
+    """Trained parameters in `dtype`.
 
     peft leaves adapters on the meta device in fp32, and beside a quantised base anywhere; of those trl's SFTTrainer
-    (1.16) makes bf16 ones.
+    (1.16) makes bf16 ones, but for DoRA's magnitudes.
     """
     for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+        if parameter.requires_grad and (magnitudes or "lora_magnitude_vector" not in name):
             parameter.data = parameter.data.to(dtype)

@@ -151,9 +151,10 @@ def _gemm_4bit(
     absmax_code: torch.Tensor | None = None,
     absmax_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    del packed, blocksize, quant_type, absmax_code
-    if absmax_8bit is not None:
-        again = torch.empty_like(absmax_8bit, dtype=torch.float32)
-        scales = again + absmax_offset
+    del packed, scales, blocksize, quant_type, absmax_code
+    held = []
+    if absmax_8bit is not None and absmax_offset is not None:
+        held.append(torch.empty_like(absmax_8bit, dtype=torch.float32))
+        held.append(held[0] + absmax_offset)
     weight = torch.empty(tuple(shape), dtype=x.dtype, device=x.device)
     return torch.nn.functional.linear(x, weight, bias)

@@ -60,7 +60,7 @@ def cuda_semantics(
 
 
 def _patches_of_torch(autocast: CudaAutocast | None) -> list[contextlib.AbstractContextManager[Any]]:
-    """peft asks whether CUDA's autocast is on, by the call without arguments."""
+    """Peft asks whether CUDA's autocast is on, by the call without arguments."""
     if autocast is None:
         return []
     ask = torch.is_autocast_enabled

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from memplan.report.trainer import trainer_arguments
+from memplan.specs.records import lora_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -198,9 +199,10 @@ def setup_document(setup: Setup) -> Document:
         "loss": setup.loss,
         "dropout": setup.dropout,
         "padding": setup.padding,
-        "lora": None
-        if setup.lora is None
-        else {"rank": setup.lora.rank, "targets": list(setup.lora.targets), "dropout": setup.lora.dropout},
+        "lora": None if setup.lora is None else lora_record(setup.lora),
+        "freeze": list(setup.freeze),
+        "quantize": setup.quantize,
+        "upcast": setup.upcast,
     }
 
 

@@ -133,9 +133,23 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
-    if setup["lora"] is not None:
-        parts.append(f"LoRA of rank {setup['lora']['rank']} on {', '.join(setup['lora']['targets'])}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *recipe_words(setup)])
+
+
+def recipe_words(setup: Document) -> list[str]:
+    """What is trained, and how the rest is stored, where that is not all as it was loaded."""
+    parts = []
+    lora = setup["lora"]
+    if lora is not None:
+        kind = "DoRA" if lora["dora"] else "LoRA"
+        dtype = "fp32" if lora["dtype"] == "fp32" else "the base's dtype"
+        parts.append(f"{kind} of rank {lora['rank']} in {dtype} on {', '.join(lora['targets'])}")
+        parts += [f"adapter dropout {lora['dropout']:g}"] if lora["dropout"] else []
+        parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
+    parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []
+    parts += ["the rest of it in fp32"] if setup["upcast"] else []
+    parts += [f"{', '.join(setup['freeze'])} frozen"] if setup["freeze"] else []
+    return parts
 
 
 def calibration_lines(calibration: Document | None) -> Iterator[Line]:

@@ -211,7 +211,7 @@ def trial_identity(trial: Trial, card: Card, versions: Mapping[str, str]) -> str
     """The same of a trial that is to be run."""
     taking_part = [*SAME_STACK]
     taking_part += ["peft"] if trial.setup.lora else []
-    taking_part += ["bitsandbytes"] if trial.setup.optimizer == "adamw-8bit" else []
+    taking_part += ["bitsandbytes"] if trial.setup.optimizer == "adamw-8bit" or trial.setup.quantize else []
     stack = " ".join(f"{name}={versions.get(name, '')}" for name in taking_part)
     config = sha256(json.dumps(trial.config, sort_keys=True).encode()).hexdigest()[:16]
     place = f"{card.device} {card.name} of {card.total_bytes} driver {card.driver}"
@@ -236,7 +236,9 @@ def describe(trial: Trial) -> str:
     words += [f"K {steps}"] if steps > 1 else []
     words += [] if not trial.limit else [f"at {trial.limit}"]
     words += [] if setup.activation_checkpointing == "none" else [f"ckpt {setup.activation_checkpointing}"]
-    words += [] if setup.lora is None else [f"LoRA {setup.lora.rank}"]
+    words += [] if setup.lora is None else [f"{'DoRA' if setup.lora.dora else 'LoRA'} {setup.lora.rank}"]
+    words += [setup.quantize] if setup.quantize else []
+    words += ["frozen parts"] if setup.freeze else []
     words += [] if setup.attention == "sdpa" else [setup.attention]
     words += [OPTIMIZER_WORDS.get(setup.optimizer, setup.optimizer)] if setup.optimizer != "adamw" else []
     words += ["padded"] if setup.padding else []

@@ -68,12 +68,25 @@ class RecordError(ValueError):
 def setup_record(setup: Setup) -> dict[str, Any]:
     """A setup as JSON."""
     record = {name: getattr(setup, name) for name in SETUP_FIELDS}
-    return {**record, "lora": None if setup.lora is None else lora_record(setup.lora)}
+    return {
+        **record,
+        "lora": None if setup.lora is None else lora_record(setup.lora),
+        "freeze": list(setup.freeze),
+        "quantize": setup.quantize,
+        "upcast": setup.upcast,
+    }
 
 
 def lora_record(lora: Lora) -> dict[str, Any]:
     """Adapters as JSON."""
-    return {"rank": lora.rank, "targets": list(lora.targets), "dropout": lora.dropout}
+    return {
+        "rank": lora.rank,
+        "targets": list(lora.targets),
+        "dropout": lora.dropout,
+        "dtype": lora.dtype,
+        "dora": lora.dora,
+        "modules_to_save": list(lora.modules_to_save),
+    }
 
 
 def trial_record(trial: Trial) -> dict[str, Any]:
@@ -118,8 +131,21 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
     lora = record.get("lora")
     if lora is not None:
         _checked(lora)
-        lora = Lora(rank=lora["rank"], targets=tuple(lora["targets"]), dropout=lora["dropout"])
-    return Setup(**given, lora=lora)
+        lora = Lora(
+            rank=lora["rank"],
+            targets=tuple(lora["targets"]),
+            dropout=lora["dropout"],
+            dtype=lora.get("dtype", "fp32"),
+            dora=lora.get("dora", False),
+            modules_to_save=tuple(lora.get("modules_to_save", ())),
+        )
+    return Setup(
+        **given,
+        lora=lora,
+        freeze=tuple(record.get("freeze", ())),
+        quantize=record.get("quantize"),
+        upcast=record.get("upcast", False),
+    )
 
 
 def parse_trial(record: Mapping[str, Any]) -> Trial:

@@ -26,6 +26,7 @@ from memplan.architectures.blocks import (
     rotary_tables,
 )
 from memplan.errors import ConfigError
+from memplan.operators.adapters import Base
 from memplan.operators.attention import fused, rotary, slices_batched, softmax
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_into, add_scalar, dropout, scale
 from memplan.operators.layout import copy, repeat_heads, take
@@ -85,7 +86,9 @@ def projection(m: Falcon, t: Tape, x: Tensor, width: int, name: str) -> Tensor:
     with t.scope(name):
         weight = t.view(t.parameter("weight", (width, in_features)), (in_features, width))
         y = project(t, x, weight, None, width)
-        return with_adapter(t, x, add(t, y, t.parameter("bias", (width,))) if m.bias else y)
+        bias = t.parameter("bias", (width,)) if m.bias else None
+        y = y if bias is None else add(t, y, bias)
+        return with_adapter(t, Base(x, y, weight._replace(shape=(width, in_features)), bias))
 
 
 def picked(t: Tape, joint: Tensor, num: int, head_dim: int) -> Tensor:

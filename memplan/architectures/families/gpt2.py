@@ -71,6 +71,7 @@ def layer(m: GPT2, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     normed = layer_norm(t, x, "ln_1")
     with t.scope("attn", normed):
         attended = self_attention(m, t, normed, shared)
+    t.hold_in_piece(attended)
     x = add(t, attended, x)
     normed = layer_norm(t, x, "ln_2")
     with t.scope("mlp", normed):

@@ -88,6 +88,7 @@ def layer(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     normed = layer_norm(t, x, "norm_1", bias=False)
     with t.scope("attn", normed):
         attended = self_attention(m, t, normed, shared)
+    t.hold_in_piece(attended)
     x = add(t, dropout(t, attended, m.dropout), x)
     normed = layer_norm(t, x, "norm_2", bias=False)
     with t.scope("ffn", normed):

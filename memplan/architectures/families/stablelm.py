@@ -105,6 +105,7 @@ def layer(m: StableLM, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tens
     t.hold_in_piece(normed)
     with t.scope("self_attn", normed):
         attended = self_attention(m, t, normed, shared)
+    t.hold_in_piece(attended)
     if m.parallel:
         fed = feed_forward(m, t, normed)
         return add(t, add(t, x, attended), fed)

@@ -1,0 +1,148 @@
+"""What a user can say about a setup, by the names that the library, the command line and matrices of trials share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from memplan.errors import UsageError, did_you_mean
+from memplan.specs.adapter import Lora
+from memplan.specs.training import check_count
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    Names = str | Sequence[str]
+
+
+class Choices(TypedDict, total=False):
+    """How a model is trained; None is as good as left out."""
+
+    micro_batch: int | None
+    """Sequences per forward pass on one GPU (1)."""
+    accumulation: int | None
+    """Micro-batches per optimizer step (1)."""
+    seq_len: int | None
+    """Tokens per sequence (2048, less where the model has fewer positions)."""
+    precision: str | None
+    """Key of `memplan.specs.training.PRECISIONS` (bf16)."""
+    optimizer: str | None
+    """Key of `memplan.specs.training.OPTIMIZERS` (adamw)."""
+    checkpointing: str | None
+    """none, selective, full or every-N (none)."""
+    attention: str | None
+    """eager, sdpa or flash (sdpa)."""
+    loss: str | None
+    """full."""
+    dropout: float | None
+    """Overrides every dropout probability of the config."""
+    padding: bool | None
+    """Micro-batches hold padding, so that an attention mask is passed."""
+    lora_rank: int | None
+    """Rank of adapters that are trained in place of the weights."""
+    lora_targets: Names | None
+    """Linear layers that get one, as a list or with commas (all of them but the head)."""
+    lora_dropout: float | None
+    """Probability of dropout before them (0)."""
+    lora_dtype: str | None
+    """fp32, as peft keeps adapters, or base: the dtype of the weights (fp32)."""
+    dora: bool | None
+    """Adapters of magnitude and direction."""
+    modules_to_save: Names | None
+    """Modules of which a full copy is trained beside the adapters."""
+    freeze: Names | None
+    """Patterns of parameters or modules that are not trained."""
+    quantize: str | None
+    """How the frozen weights of linear layers are stored: nf4 or nf4-double (as loaded)."""
+    upcast: bool | None
+    """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
+
+
+FIELD_BY_ARGUMENT = {
+    "micro_batch": "micro_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "seq_len": "seq_len",
+    "precision": "precision",
+    "optimizer": "optimizer",
+    "checkpointing": "activation_checkpointing",
+    "attention": "attention",
+    "loss": "loss",
+    "dropout": "dropout",
+    "padding": "padding",
+    "freeze": "freeze",
+    "quantize": "quantize",
+    "upcast": "upcast",
+}
+"""Argument -> the field of `memplan.specs.training.Setup`."""
+
+LORA_FIELD_BY_ARGUMENT = {
+    "lora_rank": "rank",
+    "lora_targets": "targets",
+    "lora_dropout": "dropout",
+    "lora_dtype": "dtype",
+    "dora": "dora",
+    "modules_to_save": "modules_to_save",
+}
+"""Argument -> the field of `memplan.specs.adapter.Lora`."""
+
+ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT)
+
+COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank")
+LISTS = ("lora_targets", "modules_to_save", "freeze")
+
+
+def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a setup that `choices` give.
+
+    Raises:
+        TypeError: there is no such argument.
+        UsageError: a value has no meaning, or settings of adapters come without their rank.
+    """
+    for name in choices:
+        if name not in ARGUMENTS:
+            near = did_you_mean(name, ARGUMENTS, otherwise=f"Known: {', '.join(ARGUMENTS)}.")
+            raise TypeError(f"a setup has no {name!r}. {near}")
+    given = {name: _read(name, value) for name, value in choices.items() if value is not None}
+    fields = {FIELD_BY_ARGUMENT[name]: value for name, value in given.items() if name in FIELD_BY_ARGUMENT}
+    lora = {LORA_FIELD_BY_ARGUMENT[name]: value for name, value in given.items() if name in LORA_FIELD_BY_ARGUMENT}
+    settings = [name for name, value in given.items() if name in LORA_FIELD_BY_ARGUMENT and value is not False]
+    if "rank" in lora:
+        fields["lora"] = Lora(**lora)
+    elif settings:
+        raise UsageError(
+            f"{_flag(settings[0])} is about adapters, and there is no rank of any.", "Say for example --lora-rank 16."
+        )
+    return fields
+
+
+def _flag(argument: str) -> str:
+    return f"--{argument.lstrip('-').replace('_', '-')}"
+
+
+def _read(name: str, value: Any) -> Any:
+    if name in COUNTS:
+        return as_count(name, value)
+    if name in LISTS:
+        return as_names(name, value)
+    return value
+
+
+def as_count(name: str, value: Any) -> int:
+    """A whole number from 1 to 10**9, NumPy's among them; else a `UsageError` that names the argument."""
+    number = value if isinstance(value, bool) or not hasattr(value, "__index__") else value.__index__()
+    check_count(name, number)
+    return int(number)
+
+
+def as_names(name: str, value: Any) -> tuple[str, ...]:
+    """Names with commas between them, or a list of them.
+
+    Raises:
+        UsageError: it is neither, or empty.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
+        raise UsageError(f"{name} is {value!r}, not names.", f"Give names with commas, as in {_flag(name)} a,b.")
+    stripped = tuple(one.strip() for one in names)
+    if not stripped or not all(stripped):
+        raise UsageError(f"{name} has an empty name.", f"Give names with commas, as in {_flag(name)} a,b.")
+    return stripped
