@@ -224,6 +224,7 @@ def record(
         head=follow(architecture.head, hidden),
     )
     _check_targets(recording, recipe)
+    _check_trained(recording)
     return recording
 
 
@@ -234,10 +235,13 @@ def _same_answers(known: Tape, recipe: Recipe, prefix: str) -> bool:
     return all(getattr(recipe, question)(prefix + name) == said for (question, name), said in known.asked.items())
 
 
-def _check_targets(recording: Recording, recipe: Recipe) -> None:
-    """Raise `UsageError` where nothing of the model is what the recipe names."""
+def _check_trained(recording: Recording) -> None:
     if not any(row.trainable for piece in recording.pieces() for row in piece.tape.parameters):
         raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
+
+
+def _check_targets(recording: Recording, recipe: Recipe) -> None:
+    """Raise `UsageError` where nothing of the model is what the recipe names."""
     asked = [(q, name, said) for piece in recording.pieces() for (q, name), said in piece.tape.asked.items()]
     layers = sorted({name.rpartition(".")[2] for question, name, _ in asked if question.startswith("adapts")})
     lora = recipe.lora

@@ -321,7 +321,7 @@ SETUP_ROWS = (
     Row(("--dora",), TRAINED, "Adapters of magnitude and direction (DoRA)."),
     Row(("--modules-to-save",), TRAINED, "Modules of which a full copy is trained, too.", read_names, "NAMES"),
     Row(("--freeze",), TRAINED, "Parameters or modules that are not: model.embed_tokens,...", read_names, "PATTERNS"),
-    _named("--quantize", TRAINED, "Store the frozen linear weights in 4 bits.", QUANTIZATIONS, later=("int8",)),
+    _named("--quantize", TRAINED, "Store the frozen linear weights in few bits.", QUANTIZATIONS),
     Row(("--upcast",), TRAINED, "What is not quantised in fp32 (prepare_model_for_kbit_training)."),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,

@@ -84,7 +84,7 @@ class PieceLifetimes:
     def _reasons(self) -> dict[int, str]:
         reasons: dict[int, str] = {}
         for op in self.tape.ops:
-            for x in op.keeps:
+            for x in (*op.keeps, *op.pins):
                 reasons.setdefault(x.storage, f"kept by {op.name}: {op.reason}" if op.reason else f"kept by {op.name}")
         if self.piece.hidden is None:
             for name in self.lasting:
@@ -107,6 +107,7 @@ class PieceLifetimes:
         """For each storage, how many operators (and spans) hold it between forward and backward."""
         held: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
+            _hold(held, op.pins)
             if i not in self._span_of:
                 _hold(held, op.keeps)
         for span in self.spans:
@@ -293,6 +294,8 @@ class _Backward:
                 self._step(i, op, [(s, again, again_keys) for s in kept if s in again], recomputed=True)
             else:
                 self._step(i, op, [(s, held, keys) for s in kept])
+            for s in {x.storage for x in op.pins}:
+                self._let_go(s, held, keys)
             if i in starts:
                 for s in {x.storage for x in starts[i].inputs}:
                     self._let_go(s, held, keys)
@@ -338,6 +341,7 @@ class _Backward:
         while ops and not ops[-1].keeps:
             stay |= {x.storage for x in ops[-1].inputs}  # they wait for what is not computed again
             ops = ops[:-1]
+        stay |= {x.storage for op in ops for x in op.pins}  # by nodes of the second graph, which goes with its result
         made = {x.storage for op in ops for x in op.outputs if self.tape.storages[x.storage].role == "activation"}
         made -= {x.storage for x in span.inputs}
         held: dict[int, int] = {}

@@ -9,11 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.operators.adapters import Base, adapted
+from memplan.operators.elementwise import mul
+from memplan.operators.int8 import int8_linear
 from memplan.operators.products import project
 from memplan.operators.quantised import quantised_linear
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
+
+EMBEDDING = "embedding"
 
 
 def linear(
@@ -56,7 +60,8 @@ def conv1d(t: Tape, x: Tensor, out_features: int, name: str) -> Tensor:
 
 
 def _quantised(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> Tensor:
-    weight, offset, y = quantised_linear(t, x, out_features, bias=bias)
+    made = int8_linear if t.recipe.quantize == "int8" else quantised_linear
+    weight, offset, y = made(t, x, out_features, bias=bias)
     return with_adapter(t, Base(x, y, weight, offset, quantised=True))
 
 
@@ -68,14 +73,16 @@ def with_adapter(t: Tape, base: Base, *, makes_logits: bool = False) -> Tensor:
     return adapted(t, base, lora)
 
 
-def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, weight: str | None = None) -> Tensor:
-    """``nn.Embedding`` named `name`: keeps the ids; its gradient is dense, as large as the table."""
+def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, scaled_by: Tensor | None = None) -> Tensor:
+    """``nn.Embedding`` named `name`: keeps the ids; its gradient is dense, as large as the table.
+
+    `scaled_by`: a number on the device that the module multiplies its result with.  The result of the first one, which
+    is that of the tokens (``get_input_embeddings``), is made to require a gradient where the recipe says so.
+    """
+    is_first = not any(op.name == EMBEDDING for op in t.ops)
     with t.scope(name):
         table = t.parameter("weight", (num_rows, width), of_embedding=True)
-        x = t.op("embedding", (ids, table), (*ids.shape, width), dtype=table.dtype, keeps=(ids,))
-        return t.require_gradient(x) if t.recipe.input_gradients and _is_input(t, ids) else x
-
-
-def _is_input(t: Tape, ids: Tensor) -> bool:
-    """Whether these are the ids of the tokens (``get_input_embeddings``)."""
-    return t.storages[ids.storage].role == "input"
+        x = t.op(EMBEDDING, (ids, table), (*ids.shape, width), dtype=table.dtype, keeps=(ids,))
+        if scaled_by is not None:
+            x = mul(t, x, scaled_by)
+        return t.require_gradient(x) if t.recipe.input_gradients and is_first else x

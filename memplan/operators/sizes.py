@@ -28,6 +28,7 @@ BYTES_PER_ELEMENT = {
     "int32": 4,
     "bool": 1,
     "uint8": 1,
+    "int8": 1,
 }
 """Bytes of one element by dtype name."""
 

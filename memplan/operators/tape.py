@@ -135,6 +135,8 @@ class Op(NamedTuple):
     """Floating-point operations of the forward pass (one multiply-add is two)."""
     reason: str
     """Why it keeps what it keeps."""
+    pins: tuple[Tensor, ...] = ()
+    """What it holds on to behind autograd's back (as attributes of its node): checkpointing does not let it go."""
 
 
 class Span(NamedTuple):
@@ -310,7 +312,7 @@ class Tape:
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
-    def op(
+    def op(  # noqa: PLR0913 -- most are named at the call, and few are given
         self,
         name: str,
         inputs: Sequence[Tensor],
@@ -327,6 +329,7 @@ class Tape:
         cached: bool = False,
         extra_outputs: Sequence[tuple[str, Shape, str]] = (),
         keeps_extra: bool = True,
+        pins: Sequence[Tensor] = (),
     ) -> Tensor:
         """Record an operator with one result of `shape` (and `extra_outputs` that only its backward uses).
 
@@ -358,6 +361,7 @@ class Tape:
             backward_scratch=tuple(backward_scratch),
             flops=flops,
             reason=reason,
+            pins=tuple(pins) if requires_grad else (),
         )
         return out
 
@@ -374,6 +378,7 @@ class Tape:
         backward_scratch: tuple[Size, ...] = (),
         flops: Size | None = None,
         reason: str = "",
+        pins: tuple[Tensor, ...] = (),
     ) -> None:
         self.ops.append(
             Op(
@@ -388,6 +393,7 @@ class Tape:
                 backward_scratch,
                 flops if flops is not None else Size(0),
                 reason,
+                pins,
             )
         )
 

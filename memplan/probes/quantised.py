@@ -42,8 +42,10 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     parameters, autocast = PRECISIONS[setup.precision]
+    in_8_bits = setup.quantize == "int8"
     config = BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_4bit=not in_8_bits,
+        load_in_8bit=in_8_bits,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=setup.quantize == "nf4-double",
         bnb_4bit_compute_dtype=DTYPES[autocast or parameters],
@@ -51,9 +53,9 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     before = dict(module.named_modules())
     replace_with_bnb_linear(module, get_keys_to_not_convert(module), config)
     for name, layer in module.named_modules():
-        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
             _fill(layer, before[name])
-    module.is_loaded_in_4bit = True  # type: ignore[assignment]
+    setattr(module, "is_loaded_in_8bit" if in_8_bits else "is_loaded_in_4bit", True)
     return module
 
 
@@ -64,6 +66,11 @@ def _fill(layer: Any, plain: Any) -> None:
     weight = plain.weight.detach()
     if type(plain).__name__ == "Conv1D":
         weight = weight.t()
+    if plain.bias is not None:
+        layer.bias = torch.nn.Parameter(plain.bias.detach(), requires_grad=False)
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        layer.weight = _in_8_bits(weight)
+        return
     settings = {"compress_statistics": layer.weight.compress_statistics, "quant_type": layer.weight.quant_type}
     if weight.is_meta:
         packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
@@ -72,9 +79,17 @@ def _fill(layer: Any, plain: Any) -> None:
     else:
         layer.weight = bitsandbytes.nn.Params4bit(weight.cpu().contiguous(), **settings).to(weight.device)
     layer.weight.module = layer
-    if plain.bias is not None:
-        layer.bias = torch.nn.Parameter(plain.bias.detach(), requires_grad=False)
     layer.compute_type_is_set = True
+
+
+def _in_8_bits(weight: torch.Tensor) -> Any:
+    import bitsandbytes
+
+    if not weight.is_meta:
+        return bitsandbytes.nn.Int8Params(weight.cpu().contiguous(), requires_grad=False).to(weight.device)
+    packed = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+    scales = torch.empty(weight.shape[0], device="meta")
+    return bitsandbytes.nn.Int8Params(packed, requires_grad=False, CB=packed, SCB=scales)
 
 
 def _state(weight: torch.Tensor, *, double: bool) -> Any:
@@ -108,6 +123,8 @@ def _state(weight: torch.Tensor, *, double: bool) -> Any:
 
 def constants(parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of what a quantised weight holds beside its packed numbers."""
+    if getattr(parameter, "SCB", None) is not None:
+        yield "scales", parameter.SCB  # type: ignore[attr-defined]
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return
@@ -127,7 +144,10 @@ def num_elements(parameter: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def cuda_products() -> Iterator[None]:
-    """Products with 4-bit weights allocate on the meta device what ``_dequant_linear_fallback`` does on CUDA."""
+    """Products with weights of few bits allocate on the meta device what they do on CUDA.
+
+    4 bits: ``_dequant_linear_fallback``; 8 bits: without outliers, of which nothing is known without numbers.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -135,7 +155,12 @@ def cuda_products() -> Iterator[None]:
     except ImportError:
         yield
         return
-    with mock.patch.object(torch.ops.bitsandbytes.gemm_4bit, "default", _gemm_4bit):
+    own = torch.ops.bitsandbytes
+    with (
+        mock.patch.object(own.gemm_4bit, "default", _gemm_4bit),
+        mock.patch.object(own.int8_vectorwise_quant, "default", _int8_vectorwise_quant),
+        mock.patch.object(own, "int8_mixed_scaled_mm", _int8_mixed_scaled_mm),
+    ):
         yield
 
 
@@ -158,3 +183,21 @@ def _gemm_4bit(
         held.append(held[0] + absmax_offset)
     weight = torch.empty(tuple(shape), dtype=x.dtype, device=x.device)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _int8_vectorwise_quant(x: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, None]:
+    scales = torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+    rows = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    outliers = x.abs() >= threshold
+    del outliers
+    return rows, scales, None
+
+
+def _int8_mixed_scaled_mm(
+    x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, None]:
+    del others
+    shape = (*rows.shape[:-1], weight.shape[0])
+    sums = torch.empty(shape, dtype=torch.int32, device=x.device)
+    scaled = torch.empty_like(sums, dtype=torch.float16)
+    return scaled.to(x.dtype), None

@@ -52,7 +52,7 @@ class Choices(TypedDict, total=False):
     freeze: Names | None
     """Patterns of parameters or modules that are not trained."""
     quantize: str | None
-    """How the frozen weights of linear layers are stored: nf4 or nf4-double (as loaded)."""
+    """How the frozen weights of linear layers are stored: nf4, nf4-double or int8 (as loaded)."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
 

@@ -40,7 +40,7 @@ OPTIMIZERS = {
 
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full",)
-QUANTIZATIONS = ("nf4", "nf4-double")
+QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,8 @@ def _backward(op: Op) -> Work:
         factor: float = sum(1 for g in op.gradients if g.of.number in {x.number for x in op.inputs[:2]})
     else:
         factor = ATTENTION_BACKWARD if op.name == "attention kernel" else 1
-    moved = [op.outputs[0].bytes, *(x.bytes for x in op.keeps), *(g.of.bytes for g in op.gradients if not g.alias)]
+    kept = (x.bytes for x in (*op.keeps, *op.pins))
+    moved = [op.outputs[0].bytes, *kept, *(g.of.bytes for g in op.gradients if not g.alias)]
     return Work(Size(int(op.flops.factor * factor), op.flops.dims), op.outputs[0].dtype, _merged(moved))
 
 

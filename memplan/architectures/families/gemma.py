@@ -33,7 +33,7 @@ from memplan.architectures.families.llama import layer_types, masks, needs_mask_
 from memplan.architectures.families.siglip import vision_buffer, vision_parameters
 from memplan.errors import ConfigError
 from memplan.operators.attention import attention, rotary, softcapped
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, mul
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
 from memplan.specs.values import dataclass, replace
@@ -100,8 +100,8 @@ def stem(m: Gemma, unused: Callable[[Tape], None] | None, t: Tape) -> tuple[Tens
             image_tokens = t.op("eq", (ids,), HIDDEN, dtype="bool")
             ids = t.op("clone", (ids,), HIDDEN)
             t.keep_alive(image_tokens)
-        x = embedding(t, ids, m.vocab_size, m.hidden_size, "embed_tokens")
-        x = mul(t, x, t.external("embed_scale", (), x.dtype, role="buffer"))
+        by = t.external("embed_scale", (), t.recipe.dtype(t.numerics.parameters), role="buffer")
+        x = embedding(t, ids, m.vocab_size, m.hidden_size, "embed_tokens", scaled_by=by)
         shared = masks(t, x, full=True, window=m.window if m.sliding else None)
         position_ids = positions(t)
         with t.scope("rotary_emb"):

@@ -1,0 +1,220 @@
+"""LoRA, DoRA, frozen parts and 4-bit bases: the formula against peft and bitsandbytes themselves.
+
+The modules are theirs, run on the meta device with CUDA's choice of kernels.  Kept bytes, parameters, gradients and
+optimizer states have to agree byte for byte in every family; the peaks within 1 % where the model is llama-like, and
+within 2 % elsewhere (Python variables of a forward that hold a tensor longer than anything needs it).
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from memplan.architectures.registry import read_architecture
+from memplan.catalog.models import read_config
+from memplan.errors import UsageError
+from memplan.estimation.estimate import Estimator
+from memplan.specs.adapter import Lora
+from memplan.specs.training import Setup
+from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, EAGER_ONLY, kernel_to_force
+from tests.support.witnesses import compare
+
+if TYPE_CHECKING:
+    from tests.support.witnesses import Both
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3", "olmo2", "granite")
+OTHERS = tuple(sorted(set(CONFIG_BY_MODEL_TYPE) - set(LLAMA_LIKE) - {"gemma3"}))
+
+LORAS = {
+    "peft's defaults": Lora(rank=8),
+    "with dropout": Lora(rank=8, dropout=0.05),
+    "in the dtype of the base": Lora(rank=8, dropout=0.05, dtype="base"),
+    "on two layers": Lora(rank=8, targets=("q_proj", "v_proj")),
+    "with trained embeddings": Lora(rank=8, modules_to_save=("embed_tokens", "lm_head")),
+}
+DORAS = {"DoRA": Lora(rank=8, dora=True), "DoRA with dropout": Lora(rank=8, dropout=0.05, dtype="base", dora=True)}
+
+
+def agree(both: Both, most: float) -> None:
+    """Everything but the peak to the byte, the peak within a share of `most`."""
+    assert both.formula == both.trace
+    assert abs(both.peak_error) <= most
+
+
+def run(model_type: str, **choices: Any) -> Both:
+    """Both witnesses on a small instance of a family."""
+    config = CONFIG_BY_MODEL_TYPE[model_type]
+    setup = Setup(micro_batch_size=2, seq_len=128, attention="eager" if model_type in EAGER_ONLY else "sdpa", **choices)
+    in_fp32 = setup.precision == "fp32" or setup.upcast
+    return compare(config, setup, sdpa_kernel=kernel_to_force(config) if in_fp32 else None)
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-autocast"])
+def test_adapters_of_a_llama(lora: Lora, checkpointing: str, precision: str) -> None:
+    """GIVEN peft's adapters on a Llama WHEN a step runs THEN formula and trace keep the same bytes."""
+    agree(run("llama", lora=lora, activation_checkpointing=checkpointing, precision=precision), 0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "precision", "checkpointing", "lora"),
+    list(product(LLAMA_LIKE, ("bf16", "bf16-autocast", "bf16-mixed", "fp32"), ("none", "full"), list(LORAS)[:3])),
+)
+def test_adapters_of_llama_like_families(model_type: str, precision: str, checkpointing: str, lora: str) -> None:
+    """The same law for all of them, in all precisions, with accumulation."""
+    both = run(
+        model_type,
+        lora=LORAS[lora],
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        gradient_accumulation_steps=2,
+    )
+    agree(both, 0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "precision", "checkpointing", "lora"),
+    list(product(OTHERS, ("bf16", "bf16-mixed"), ("none", "full"), list(LORAS)[1:3])),
+)
+def test_adapters_of_other_families(model_type: str, precision: str, checkpointing: str, lora: str) -> None:
+    """Kept bytes are exact there, too."""
+    agree(run(model_type, lora=LORAS[lora], precision=precision, activation_checkpointing=checkpointing), 0.02)
+
+
+@pytest.mark.parametrize("lora", DORAS.values(), ids=DORAS)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("quantize", [None, "nf4-double"])
+def test_dora(lora: Lora, checkpointing: str, quantize: str | None) -> None:
+    """DoRA makes an identity matrix, the update and its norm on the way: temporaries that no other tool counts."""
+    if quantize is not None:
+        pytest.importorskip("bitsandbytes")
+    agree(run("llama", lora=lora, activation_checkpointing=checkpointing, quantize=quantize), 0.01)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-double"])
+def test_qlora_of_a_llama(quantize: str, checkpointing: str, upcast: bool) -> None:
+    """GIVEN a base in NF4 WHEN peft's adapters beside it are trained THEN formula and trace agree."""
+    pytest.importorskip("bitsandbytes")
+    lora = LORAS["in the dtype of the base" if upcast else "peft's defaults"]
+    agree(run("llama", lora=lora, activation_checkpointing=checkpointing, quantize=quantize, upcast=upcast), 0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "precision", "checkpointing", "upcast"),
+    list(product(LLAMA_LIKE, ("bf16", "bf16-autocast", "bf16-mixed"), ("none", "full"), (False, True))),
+)
+def test_qlora_of_llama_like_families(model_type: str, precision: str, checkpointing: str, upcast: bool) -> None:
+    """The same law for all of them."""
+    pytest.importorskip("bitsandbytes")
+    both = run(
+        model_type,
+        lora=LORAS["with dropout"],
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        quantize="nf4-double",
+        upcast=upcast,
+    )
+    agree(both, 0.01)
+
+
+@pytest.mark.parametrize("pattern", ["model.embed_tokens", "model.layers.[01]", "*norm*", "lm_head.weight"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_frozen_parts(pattern: str, checkpointing: str) -> None:
+    """GIVEN parts that are frozen THEN what they would have kept is not kept, and the rest is."""
+    agree(run("llama", freeze=(pattern,), activation_checkpointing=checkpointing), 0.01)
+
+
+def test_what_bitsandbytes_stores() -> None:
+    """GIVEN a weight in NF4 on the CPU THEN its tensors are those of the formula: shapes, dtypes, bytes."""
+    torch = pytest.importorskip("torch")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from memplan.operators.quantised import stored_4bit
+    from memplan.probes.quantised import constants
+
+    for double, (out_features, in_features) in product((False, True), ((896, 4864), (33, 7))):
+        layer = bitsandbytes.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4")
+        layer.weight.compress_statistics = double
+        layer = layer.to(torch.bfloat16).to("cpu")
+        held = [layer.weight, *(tensor for _, tensor in constants(layer.weight))]
+        found = sorted((tuple(x.shape), str(x.dtype).replace("torch.", "")) for x in held)
+        names = {"fp32": "float32", "uint8": "uint8"}
+        said = stored_4bit(out_features * in_features, double=double)
+        assert sorted((one.shape, names[one.dtype]) for one in said) == found
+
+
+# -- published figures -------------------------------------------------------------------------------------------------
+
+PER_TOKEN = [
+    ("llama-3-8b", Lora(rank=16, targets=("q_proj", "v_proj"), dtype="base"), 147_656),
+    ("llama-3-8b", Lora(rank=16, targets=("q_proj", "v_proj"), dtype="base", dropout=0.05), 172_232),
+    ("llama-3-8b", Lora(rank=16, dtype="base"), 184_680),
+    ("llama-3-8b", Lora(rank=16, dtype="base", dropout=0.05), 295_272),
+    ("llama-3-8b", Lora(rank=16), 295_496),
+    ("llama-3-8b", Lora(rank=16, dropout=0.05), 451_144),
+    ("qwen2.5-0.5b", Lora(rank=16, targets=("q_proj", "v_proj"), dtype="base"), 42_368),
+    ("qwen2.5-0.5b", Lora(rank=16, targets=("q_proj", "v_proj"), dtype="base", dropout=0.05), 47_744),
+    ("qwen2.5-0.5b", Lora(rank=16, dtype="base"), 54_048),
+    ("qwen2.5-0.5b", Lora(rank=16, dtype="base", dropout=0.05), 81_696),
+    ("qwen2.5-0.5b", Lora(rank=16), 81_920),
+    ("qwen2.5-0.5b", Lora(rank=16, dropout=0.05), 122_880),
+]
+"""Bytes that one layer keeps a token, by a trace of peft on the CPU (torch 2.13, transformers 5.23, peft 0.21).
+
+There dropout is written out and keeps a mask in the dtype of its input; CUDA's fused kernel, which the formula is of,
+keeps one byte an element (aten/src/ATen/native/Dropout.cpp, ``is_fused_kernel_acceptable``).
+"""
+
+WIDTHS = {"llama-3-8b": (4096, 14336), "qwen2.5-0.5b": (896, 4864)}
+"""Inputs of a layer's linear modules: six of the hidden width, one of the feed-forward's."""
+
+
+@pytest.mark.parametrize(("model", "lora", "on_cpu"), PER_TOKEN)
+def test_bytes_per_token_of_a_layer(model: str, lora: Lora, on_cpu: int) -> None:
+    """The masks of dropout apart, one byte an element in place of two or four, the figures agree to the byte."""
+    values, name = read_config(model)
+    tokens = 512
+    estimator = Estimator(read_architecture(values, name), name)
+    setup = Setup(seq_len=tokens, lora=lora)
+    sizes, program = estimator.sizes(setup), estimator.program(setup)
+    kept = program.peaks(sizes, 1).kept_activation_bytes_per_layer
+    hidden, wide = WIDTHS[model]
+    masked = (2 * hidden if len(lora.targets) == 2 else 6 * hidden + wide) if lora.dropout else 0
+    bytes_of_cpu_mask = 4 if lora.dtype == "fp32" else 2
+    assert kept == tokens * (on_cpu - masked * (bytes_of_cpu_mask - 1))
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"lora": Lora(rank=8, targets=("nowhere",))}, "no linear layer named nowhere"),
+        ({"freeze": ("*",)}, "Nothing is left to train"),
+    ],
+)
+def test_recipes_that_train_nothing(choices: dict[str, Any], said: str) -> None:
+    """They are usage errors of both witnesses."""
+    config = CONFIG_BY_MODEL_TYPE["llama"]
+    with pytest.raises(UsageError, match=said):
+        Estimator(read_architecture(config, "config"), "llama").memory(Setup(seq_len=64, **choices))
+
+
+def test_a_quantised_base_needs_adapters() -> None:
+    """Nobody trains packed weights."""
+    with pytest.raises(UsageError, match="cannot be trained itself"):
+        Setup(quantize="nf4")
+    with pytest.raises(UsageError, match="unquantised"):
+        Setup(upcast=True)

@@ -1,0 +1,67 @@
+"""Both witnesses on one configuration: what the formula says, and what memplan's own trace of the module says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memplan.architectures.registry import read_architecture
+from memplan.estimation.step import Recordings
+from memplan.memory.events import Sizes
+from memplan.operators.sizes import bind
+from memplan.probes.trace import trace_training
+
+if TYPE_CHECKING:
+    from memplan.specs.training import Setup
+
+
+class Bytes(NamedTuple):
+    """What both say."""
+
+    parameters: int
+    gradients: int
+    optimizer_states: int
+    kept: int
+    num_parameters: int
+    num_trained: int
+
+
+class Both(NamedTuple):
+    """Formula and trace."""
+
+    formula: Bytes
+    trace: Bytes
+    formula_peak: int
+    trace_peak: int
+
+    @property
+    def peak_error(self) -> float:
+        """The formula's peak less the trace's, as a share of it."""
+        return self.formula_peak / self.trace_peak - 1
+
+
+def compare(config: dict[str, Any], setup: Setup, *, sdpa_kernel: str | None = None) -> Both:
+    """Evaluate and trace one setup."""
+    program = Recordings(read_architecture(config, "config", dropout=setup.dropout)).program(setup)
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    peaks = program.peaks(sizes, setup.gradient_accumulation_steps)
+    trace = trace_training(config, setup, sdpa_kernel=sdpa_kernel)
+    return Both(
+        Bytes(
+            program.parameters.total(sizes),
+            program.gradients.total(sizes),
+            program.optimizer_states.total(sizes),
+            peaks.kept_activation_bytes,
+            program.states.num_parameters,
+            program.states.num_trained,
+        ),
+        Bytes(
+            trace.category_bytes("parameter"),
+            trace.category_bytes("gradient"),
+            trace.category_bytes("optimizer_state"),
+            trace.kept_activation_bytes,
+            trace.num_parameters,
+            trace.num_trainable_parameters,
+        ),
+        int(peaks.peak),
+        trace.peak_allocated_bytes,
+    )
