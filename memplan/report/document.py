@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from memplan.report.trainer import trainer_arguments
-from memplan.specs.records import lora_record
+from memplan.specs.adapter import lora_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.specs.recipe import ALL_LINEAR
@@ -57,3 +57,15 @@ def check_names(fault: str, names: Sequence[object], cure: str) -> None:
     """Raise `UsageError` unless all of `names` are names and there is one."""
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UsageError(fault, cure)
+
+
+def lora_record(lora: Lora) -> dict[str, Any]:
+    """Adapters as JSON."""
+    return {
+        "rank": lora.rank,
+        "targets": list(lora.targets),
+        "dropout": lora.dropout,
+        "dtype": lora.dtype,
+        "dora": lora.dora,
+        "modules_to_save": list(lora.modules_to_save),
+    }

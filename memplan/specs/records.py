@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError
-from memplan.specs.adapter import Lora
+from memplan.specs.adapter import Lora, lora_record
 from memplan.specs.measurement import OUTCOMES, Card, Measurement, PhaseBytes, StepRecord, Trial
 from memplan.specs.training import Setup
 
@@ -74,18 +74,6 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "upcast": setup.upcast,
-    }
-
-
-def lora_record(lora: Lora) -> dict[str, Any]:
-    """Adapters as JSON."""
-    return {
-        "rank": lora.rank,
-        "targets": list(lora.targets),
-        "dropout": lora.dropout,
-        "dtype": lora.dtype,
-        "dora": lora.dora,
-        "modules_to_save": list(lora.modules_to_save),
     }
 
 

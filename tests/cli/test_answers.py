@@ -201,4 +201,5 @@ def test_options_and_their_types_agree() -> None:
 def test_the_help_names_what_is_modelled(run, command: str) -> None:
     text = run(f"{command} --help").out
     assert "--target-batch" in text
-    assert "--lora-rank" not in text
+    assert "--lora-rank" in text
+    assert "--zero-stage" not in text

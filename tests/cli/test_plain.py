@@ -119,7 +119,7 @@ def test_bad_input_ends_alike_in_both_lanes(run, monkeypatch, command: str) -> N
         "--json=1",
         "-oplan.txt",
         "-qo plan.txt",
-        "--lora-rank 8",
+        "--zero-stage 2",
         "-- gpt2",
         "gpt2 bert",
         "-",

@@ -22,7 +22,7 @@ from memplan import measuring
 from memplan.catalog.measurements import read_measurements
 from memplan.probes import launch
 from memplan.probes.launch import Launcher, ProbeError
-from memplan.specs.adapter import Lora
+from memplan.specs.adapter import Lora, lora_record
 from memplan.specs.measurement import Trial
 from memplan.specs.training import Setup
 from memplan.specs.values import replace
@@ -193,7 +193,7 @@ def test_the_child_is_told_all_that_the_trial_is(scripted):
         "rank": 1,
         "world_size": 4,
     }
-    assert order["trial"]["setup"]["lora"] == {"rank": 4, "targets": ["all-linear"], "dropout": 0.0}
+    assert order["trial"]["setup"]["lora"] == lora_record(Lora(rank=4))
     assert (order["trial"]["limit_bytes"], found.rank) == (8, 1)
 
 
