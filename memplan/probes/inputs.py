@@ -145,7 +145,7 @@ def _mean_squared_error(output: Any) -> torch.Tensor:
 
 
 def unet_inputs(config: Any, dtype: torch.dtype) -> Inputs:
-    """A UNet's: latents of ``sample_size`` squared and a text of 77 tokens; pooled text and sizes where it asks (SDXL)."""
+    """A UNet: latents of ``sample_size`` squared, a text of 77 tokens; pooled text and sizes where it asks (SDXL)."""
 
     def inputs(micro_batch_size: int, _: int) -> dict[str, Any]:
         size = config.sample_size
