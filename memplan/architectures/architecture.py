@@ -148,6 +148,7 @@ def record(
     attention: str = "sdpa",
     exceeded: frozenset[int] = frozenset(),
     padded: bool = False,
+    loss: str = "full",
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -164,7 +165,7 @@ def record(
         )
 
     def tape() -> Tape:
-        return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded)
+        return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded, loss=loss)
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)

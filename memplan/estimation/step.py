@@ -81,11 +81,16 @@ class Recordings:
     def recording(self, setup: Setup) -> Recording:
         """The tapes under the dtypes and the attention of `setup`."""
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
-        key = (setup.precision, setup.attention, exceeded, setup.padding)
+        key = (setup.precision, setup.attention, exceeded, setup.padding, setup.loss)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
-                self.architecture, numerics, attention=setup.attention, exceeded=exceeded, padded=setup.padding
+                self.architecture,
+                numerics,
+                attention=setup.attention,
+                exceeded=exceeded,
+                padded=setup.padding,
+                loss=setup.loss,
             )
         return self._recordings[key]
 

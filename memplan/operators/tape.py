@@ -94,6 +94,21 @@ class Gradient(NamedTuple):
     """Bytes alive beside it while it is computed."""
     computed_at: Size | None = None
     """Its bytes as computed, where it is then cast or summed to the form of the input."""
+    kept: Tensor | None = None
+    """The tensor that the operator made in its forward pass and kept to hand out now, where it did."""
+
+
+class Loop(NamedTuple):
+    """The inside of an operator that goes through its input chunk by chunk."""
+
+    backward_flops: Size
+    """Floating-point operations of its backward."""
+    moments: tuple[tuple[Size, ...], ...] = ()
+    """Its high points in turn: what is alive at each beside its inputs, before its outputs are there."""
+    backward_moments: tuple[tuple[Size, ...], ...] = ()
+    """The same in its backward, before its gradients are there."""
+    made_ahead: tuple[Tensor, ...] = ()
+    """Inputs whose gradients the forward pass makes and keeps."""
 
 
 class Op(NamedTuple):
@@ -115,6 +130,8 @@ class Op(NamedTuple):
     """Floating-point operations of the forward pass (one multiply-add is two)."""
     reason: str
     """Why it keeps what it keeps."""
+    loop: Loop | None = None
+    """What an operator that goes chunk by chunk does inside."""
 
 
 class Span(NamedTuple):
@@ -137,10 +154,13 @@ class Tape:
         attention: str = "sdpa",
         exceeded: frozenset[int] = frozenset(),
         padded: bool = False,
+        loss: str = "full",
     ) -> None:
         self.numerics = numerics
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
+        self.loss = loss
+        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
         self.padded = padded
@@ -238,7 +258,7 @@ class Tape:
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
-    def op(
+    def op(  # noqa: PLR0913 - one keyword for each thing that an operator may do
         self,
         name: str,
         inputs: Sequence[Tensor],
@@ -255,6 +275,7 @@ class Tape:
         cached: bool = False,
         extra_outputs: Sequence[tuple[str, Shape, str]] = (),
         keeps_extra: bool = True,
+        loop: Loop | None = None,
     ) -> Tensor:
         """Record an operator with one result of `shape` (and `extra_outputs` that only its backward uses).
 
@@ -268,13 +289,19 @@ class Tape:
             self._new(extra_shape, extra_dtype, role="activation", name=f"{name} {label}", requires_grad=False)
             for label, extra_shape, extra_dtype in extra_outputs
         ]
+        ahead = {
+            x.number: self._new(x.shape, x.dtype, role="activation", name=f"{name} gradient", requires_grad=False)
+            for x in (loop.made_ahead if loop else ())
+            if x.requires_grad
+        }
+        extras += ahead.values()
         kept = list(keeps)
         if keeps_output:
             kept.append(out)
         if keeps_extra:
             kept.extend(extras)
         if gradients is None:
-            gradients = [Gradient(x) for x in inputs]
+            gradients = [Gradient(x, kept=ahead.get(x.number)) for x in inputs]
         self._record(
             name,
             tuple(inputs),
@@ -286,6 +313,7 @@ class Tape:
             backward_scratch=tuple(backward_scratch),
             flops=flops,
             reason=reason,
+            loop=loop,
         )
         return out
 
@@ -302,6 +330,7 @@ class Tape:
         backward_scratch: tuple[Size, ...] = (),
         flops: Size | None = None,
         reason: str = "",
+        loop: Loop | None = None,
     ) -> None:
         self.ops.append(
             Op(
@@ -316,6 +345,7 @@ class Tape:
                 backward_scratch,
                 flops if flops is not None else Size(0),
                 reason,
+                loop,
             )
         )
 

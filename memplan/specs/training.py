@@ -34,7 +34,7 @@ OPTIMIZERS = {
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
 
 ATTENTIONS = ("eager", "sdpa", "flash")
-LOSSES = ("full",)
+LOSSES = ("full", "chunked", "tiled", "fused", "cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,14 @@ class Setup:
     attention: str = "sdpa"
     """``eager``, ``sdpa`` or ``flash``."""
     loss: str = "full"
-    """``full``: all logits at once, as transformers computes it."""
+    """How the loss of a language model is computed, one of `LOSSES`:
+
+    ``full``      all logits at once (transformers; the default of Trainer and of SFTTrainer up to TRL 1.6)
+    ``chunked``   256 tokens at a time, computed again in the backward pass (default of TRL 1.7 to 1.14, chunked_nll)
+    ``tiled``     4096 tokens by 32768 words at a time (TRL from 1.15 on)
+    ``fused``     logits of a chunk turned into gradients in the forward pass (Liger Kernel)
+    ``cut``       no logits in memory at all (cut cross-entropy)
+    """
     dropout: float | None = None
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False

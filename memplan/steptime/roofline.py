@@ -91,7 +91,8 @@ def _backward(op: Op) -> Work:
     else:
         factor = ATTENTION_BACKWARD if op.name == "attention kernel" else 1
     moved = [op.outputs[0].bytes, *(x.bytes for x in op.keeps), *(g.of.bytes for g in op.gradients if not g.alias)]
-    return Work(Size(int(op.flops.factor * factor), op.flops.dims), op.outputs[0].dtype, _merged(moved))
+    flops = op.loop.backward_flops if op.loop else Size(int(op.flops.factor * factor), op.flops.dims)
+    return Work(flops, op.outputs[0].dtype, _merged(moved))
 
 
 def _merged(sizes: Iterable[Size]) -> tuple[Size, ...]:
