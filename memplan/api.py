@@ -284,7 +284,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         optimizer: Key of `memplan.specs.training.OPTIMIZERS` (adamw).
         checkpointing: none, selective, full or every-N (none).
         attention: eager, sdpa or flash (sdpa).
-        loss: full.
+        loss: full, chunked, tiled, fused or cut (full): see `memplan.specs.training.Setup`.
         dropout: Overrides every dropout probability of the config.
         padding: Micro-batches hold padding, so that an attention mask is passed.
         reserve: Bytes that something else on the card needs, as ``1GiB`` or as a number.

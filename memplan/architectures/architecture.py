@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
@@ -156,8 +157,9 @@ def record(
     hold padding, and a mask says where.
 
     Raises:
-        UsageError: the model has no such attention.
+        UsageError: the model has no such attention, or no such loss.
     """
+    check_loss(loss, architecture.model_type, architecture.task)
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",

@@ -10,13 +10,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
-from memplan.operators.fused_losses import LOSS_BY_NAME
+from memplan.errors import UsageError
+from memplan.operators.attention import softcapped
+from memplan.operators.elementwise import scale
+from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
 from memplan.operators.losses import causal_lm_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from memplan.operators.tape import Tape, Tensor
+
+
+BENT_BY_NAME = {"scaled": scale, "softcapped": softcapped}
+"""What a model does to its logits: multiply them by a number (Cohere, Granite), or bend them by tanh (Gemma 2)."""
+
+LIGER_MODEL_TYPES = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
+)
+"""Whose fused loss Liger Kernel 0.8.5 has (transformers/monkey_patch.py); it leaves others as they are."""
+
+
+def check_loss(loss: str, model_type: str, task: str) -> None:
+    """Raise `UsageError` where the loss of such a model is not computed in this way."""
+    if loss != "full" and task != "causal-lm":
+        raise UsageError(
+            f"--loss {loss} is a loss of causal language models; {model_type} is trained on another task ({task}).",
+            "Use --loss full.",
+        )
+    if loss == "fused" and model_type not in LIGER_MODEL_TYPES:
+        raise UsageError(
+            f"Liger Kernel has no fused loss for {model_type}: Trainer would go on with all logits.",
+            "Use --loss full, chunked or tiled.",
+        )
 
 
 def causal_head(
@@ -27,7 +51,7 @@ def causal_head(
     tied_to: str | None,
     name: str = "lm_head",
     bias: bool = False,
-    bend: Callable[[Tape, Tensor], Tensor] | None = None,
+    logits: str = "",
     holds_hidden: bool = True,
 ) -> Tensor:
     """The loss of a causal language model.
@@ -39,24 +63,25 @@ def causal_head(
         tied_to: Full name of the embedding's weight that the output layer shares, None where it has its own.
         name: The output layer's.
         bias: Whether it has one.
-        bend: What happens to the logits before the loss: scaled, or bent by tanh.
+        logits: What happens to them before the loss: a key of `BENT_BY_NAME`, empty for nothing.
         holds_hidden: Whether the model's output holds the last hidden states until the loss is there.
     """
     if t.loss == "full":
-        logits = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
-        if bend is not None:
+        made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
+        if logits:
             with t.scope(name):
-                logits = bend(t, logits)
+                made = BENT_BY_NAME[logits](t, made)
         labels, num_items = _targets(t)
         with t.scope("loss"):
-            loss = causal_lm_loss(t, logits, labels, num_items)
+            loss = causal_lm_loss(t, made, labels, num_items)
             if holds_hidden:
                 t.keep_alive(hidden)
         return loss
     weight, offset = output_parameters(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
     labels, num_items = _targets(t)
     with t.scope("loss"):
-        return LOSS_BY_NAME[t.loss](t, hidden, weight, offset, labels, num_items)
+        head = OutputLayer(weight, offset, logits == "softcapped")
+        return LOSS_BY_NAME[t.loss](t, hidden, head, labels, num_items)
 
 
 def _targets(t: Tape) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ FORMATS = ("text", "json", "csv", "markdown")
 CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 
 LATER_OPTIMIZERS = ("paged-adamw-8bit", "adafactor", "lion", "lion-8bit")
-LATER_LOSSES = ("chunked", "fused")
 NOT_MODELLED = (
     "--lora-rank",
     "--lora-targets",
@@ -309,7 +308,7 @@ SETUP_ROWS = (
         CHECKPOINTINGS,
     ),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
-    _named("--loss", TRAINING, "All logits at once.", LOSSES, later=LATER_LOSSES),
+    _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,

@@ -11,7 +11,7 @@ sorting and indexing need for a moment (a few numbers a token), more than a few 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.errors import UsageError
 from memplan.operators.layout import copy, take
@@ -32,6 +32,15 @@ TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Of a tile in TRL 1.16 (kernels/chunked_logprob.py, ``_CHUNKED_LOGPROB_CHUNK_SIZE`` in trainer/utils.py)."""
 
 
+class OutputLayer(NamedTuple):
+    """What turns hidden states into logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcapped: bool
+    """Whether logits are bent by tanh."""
+
+
 def product_flops(tokens: Shape, weight: Tensor) -> Size:
     """FLOPs of one product of `tokens` hidden states with the weight of the output layer."""
     return count((*tokens, *weight.shape)).times(2)
@@ -41,9 +50,7 @@ def _num_gradients(*inputs: Tensor) -> int:
     return sum(x.requires_grad for x in inputs)
 
 
-def chunked_loss(
-    t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_items: Tensor
-) -> Tensor:
+def chunked_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_items: Tensor) -> Tensor:
     """256 tokens at a time, each chunk computed again in the backward pass: what is kept are the hidden states alone.
 
     ``_chunked_cross_entropy_loss`` of TRL 1.14 (trainer/sft_trainer.py).  A chunk holds its logits, log-probabilities,
@@ -55,9 +62,9 @@ def chunked_loss(
     flat = copy(t, before, ("[b>1]", *PREDICTING, width))  # a view of a single sequence
     valid = t.op("ne", (labels,), ("n",), dtype="bool")
     order = t.op("argsort", (valid,), ("n",), dtype="int64")
-    gathered = gather(t, flat if hidden.requires_grad else before, order, ("n", width))
+    gathered = gather(t, flat, order, ("n", width))
     targets = gather(t, labels, order, ("n",))
-    loss = _chunks(t, gathered, weight, bias, targets)
+    loss = _chunks(t, gathered, head, targets)
     loss = divide(t, loss, num_items)
     t.keep_alive(hidden, valid, order)
     return loss
@@ -68,8 +75,9 @@ def gather(t: Tape, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
     return t.op("index", (x, index), shape, keeps=(index,), reason="gradients go back to where the rows came from")
 
 
-def _chunks(t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tensor:
     chunk = at_most("n", CHUNK_TOKENS)
+    weight, bias, _ = head
     words, width = weight.shape
     low = t.numerics.autocast
     computed = low or hidden.dtype
@@ -88,7 +96,7 @@ def _chunks(t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, target
         loop=Loop(
             product_flops(("n",), weight).times(1 + _num_gradients(hidden, weight)),
             forward,
-            _chunks_backward(hidden, weight, chunk, computed, product_inputs),
+            _chunks_backward(hidden, head, chunk, computed, product_inputs),
         ),
         flops=product_flops(("n",), weight),
         reason="every chunk of it is computed again",
@@ -96,13 +104,14 @@ def _chunks(t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, target
 
 
 def _chunks_backward(
-    hidden: Tensor, weight: Tensor, chunk: Dim, computed: str, product_inputs: tuple[Size, ...]
+    hidden: Tensor, head: OutputLayer, chunk: Dim, computed: str, product_inputs: tuple[Size, ...]
 ) -> tuple[tuple[Size, ...], ...]:
     """The high points of a chunk's backward, with the sums of the chunks before it.
 
     Gradients of the weight are transposed views: the first two give a new tensor, to which others are added in place;
-    those of the hidden states are all added in place (input_buffer.cpp).
+    those of the hidden states are all added in place (input_buffer.cpp).  Logits that are bent keep the tanh.
     """
+    weight = head.weight
     words, width = weight.shape
     several = more_than("n", CHUNK_TOKENS)
     logits = num_bytes((chunk, words), "fp32")
@@ -112,7 +121,7 @@ def _chunks_backward(
     part = [num_bytes((chunk, width), hidden.dtype)] if hidden.requires_grad else []
     low_weight = [num_bytes(weight.shape, computed)] if weight.requires_grad else []
     found = [
-        (*sums, *product_inputs, *(logits,) * 4),
+        (*sums, *product_inputs, *(logits,) * (5 if head.softcapped else 4)),
         (*sums, *product_inputs, num_bytes((chunk, words), computed), *low_part, *low_weight),
     ]
     if weight.requires_grad and weight.dtype != computed:
@@ -124,16 +133,15 @@ def _chunks_backward(
     return tuple(found)
 
 
-def fused_loss(
-    t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_items: Tensor
-) -> Tensor:
+def fused_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_items: Tensor) -> Tensor:
     """Liger's fused loss: gradients of hidden states and weight are computed in the forward pass and kept.
 
     ``LigerFusedLinearCrossEntropyFunction`` of liger-kernel 0.8.5 (ops/fused_linear_cross_entropy.py) with its default
     ``accum_dtype=None``, on compute capability 8.0 or more.  The logits of a chunk take about as many bytes as all
     hidden states: C is b s / ceil(V / H), rounded up to a power of two.  A frozen weight has no gradient.
     """
-    if bias is not None:
+    weight = head.weight
+    if head.bias is not None:
         raise UsageError("Liger's fused loss is not modelled for an output layer with a bias.", "Use --loss full.")
     padded = t.op("pad", (labels,), ("b", "s+1"), dtype="int64")
     targets = copy(t, padded, ("[b>1]", "b", "s"))  # a view of a single sequence
@@ -171,9 +179,7 @@ def _fused_scratch(t: Tape, hidden: Tensor, weight: Tensor, chunk: Dim, *, sever
     return (*always, *(num_bytes(weight.shape, computed),) * copies, num_bytes((chunk, width), computed))
 
 
-def tiled_loss(
-    t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_items: Tensor
-) -> Tensor:
+def tiled_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_items: Tensor) -> Tensor:
     """TRL's fused output layer: a tile of 4096 tokens by 32768 words at a time, computed again in the backward pass.
 
     ``add_fused_lm_head`` and ``ChunkedLogProbFunction`` of TRL 1.16 (trainer/utils.py, kernels/chunked_logprob.py), as
@@ -184,7 +190,7 @@ def tiled_loss(
     mask = t.op("ne", (labels,), PREDICTING, dtype="bool")
     gathered = gather(t, take(t, hidden, (*PREDICTING, width)), mask, ("n", width))
     targets = gather(t, labels, mask, ("n",))
-    log_probs = _tiles(t, gathered, weight, bias, targets)
+    log_probs = _tiles(t, gathered, head, targets)
     entropy = t.op("masked_scatter", (mask,), PREDICTING, dtype="fp32")
     scattered = t.op(
         "masked_scatter", (log_probs, mask), PREDICTING, keeps=(mask,), reason="gradients are taken from where it put"
@@ -197,8 +203,9 @@ def tiled_loss(
     return loss
 
 
-def _tiles(t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def _tiles(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tensor:
     rows = at_most("n", TILE_TOKENS)
+    weight, bias, _ = head
     words, width = weight.shape
     assert isinstance(words, int)
     low = t.numerics.autocast
@@ -231,14 +238,15 @@ def _tiles(t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets
     )
 
 
-def cut_loss(t: Tape, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_items: Tensor) -> Tensor:
+def cut_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_items: Tensor) -> Tensor:
     """Cut cross-entropy: logits live in the registers of a kernel; kept are hidden states and two numbers a token.
 
     ``LinearCrossEntropyFunction`` of cut-cross-entropy 25.1.1 (cce.py, cce_backward.py) with ``shift=True``, whose
     kernels take hidden states in half precision alone.
     """
-    if bias is not None or hidden.dtype == "fp32":
-        what = "an output layer with a bias" if bias is not None else "hidden states in fp32"
+    weight = head.weight
+    if head.bias is not None or hidden.dtype == "fp32":
+        what = "an output layer with a bias" if head.bias is not None else "hidden states in fp32"
         raise UsageError(f"Cut cross-entropy 25.1.1 does not take {what}.", "Use --loss full or chunked.")
     words, width = weight.shape
     assert isinstance(words, int)

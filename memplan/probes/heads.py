@@ -16,12 +16,14 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
-from memplan.probes.losses import LOSS_BY_NAME, Head
+from memplan.probes.faults import require
+from memplan.probes.losses import LOSS_BY_NAME, Head, chunked
 
 if TYPE_CHECKING:
     from torch import nn
 
     from memplan.probes.autocast import CudaAutocast
+    from memplan.probes.losses import Loss
 
 
 def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None) -> None:
@@ -30,17 +32,38 @@ def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None) -> Non
     Raises:
         UsageError: the module is no causal language model of transformers.
     """
+    if loss != "full":
+        _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast)
+
+
+def use_library_loss(module: nn.Module, loss: str) -> None:
+    """The same with real numbers, on a GPU: the libraries' own functions.
+
+    Raises:
+        MissingLibraryError: the library is not installed.
+        UsageError: the module is no causal language model of transformers, or the loss is not measured.
+    """
     if loss == "full":
         return
+    if loss not in LIBRARY_LOSS_BY_NAME:
+        known = ", ".join(LIBRARY_LOSS_BY_NAME)
+        raise UsageError(f"--loss {loss} is not measured.", f"Use --loss full, {known}, or memplan trace.")
+    _replace_loss(_causal_model(module, loss), LIBRARY_LOSS_BY_NAME[loss], None)
+
+
+def _causal_model(module: nn.Module, loss: str) -> Any:
     model: Any = module
     if hasattr(model, "peft_config"):
         model = model.get_base_model()
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         raise UsageError(
             f"--loss {loss} takes the place of a causal language model's loss; this is a {type(model).__name__}.",
             "Use --loss full: what the module computes itself.",
         )
-    compute = LOSS_BY_NAME[loss]
+    return model
+
+
+def _replace_loss(model: Any, compute: Loss, autocast: CudaAutocast | None) -> None:
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scaled = _is_scaled(config)
@@ -59,3 +82,26 @@ def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None) -> Non
 def _is_scaled(config: Any) -> bool:
     """Whether the logits are multiplied by a number (Cohere, Granite)."""
     return any(getattr(config, name, None) is not None for name in ("logit_scale", "logits_scaling"))
+
+
+def _liger(hidden: Any, head: Head, labels: Any, num_items: Any) -> dict[str, Any]:
+    require("liger_kernel")
+    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
+
+    width = hidden.size(-1)
+    loss = LigerForCausalLMLoss(hidden, head.weight, labels, width, num_items, final_logit_softcapping=head.softcap)
+    return {"loss": loss}
+
+
+def _cut(hidden: Any, head: Head, labels: Any, num_items: Any) -> dict[str, Any]:
+    require("cut_cross_entropy")
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden = hidden.to(head.weight.dtype)
+    reduction = "mean" if num_items is None else "sum"
+    loss = linear_cross_entropy(hidden, head.weight, labels, softcap=head.softcap, reduction=reduction, shift=True)
+    return {"loss": loss if num_items is None else loss / num_items}
+
+
+LIBRARY_LOSS_BY_NAME: dict[str, Loss] = {"chunked": chunked, "fused": _liger, "cut": _cut}
+"""Losses that a probe runs; TRL's of now is left out, as it comes with its trainer."""

@@ -57,6 +57,7 @@ def chunked(hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, num_i
     labels = labels[..., 1:].reshape(-1)
     valid = labels != IGNORED
     num_valid = valid.sum()
+    num_padded = (num_valid / CHUNK_TOKENS).ceil().clamp(min=1).to(torch.int64) * CHUNK_TOKENS
     correct, entropy = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
     order = valid.to(torch.int8).argsort(descending=True, stable=True)
     hidden, labels = hidden[order], labels[order]
@@ -67,8 +68,8 @@ def chunked(hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, num_i
             _chunk, hidden[part], head, head.weight, labels[part], use_reentrant=False, **_again(head.autocast)
         )
         loss, correct, entropy = loss + sums[0], correct + sums[1], entropy + sums[2]
-        del sums
     loss = loss / num_items
+    del num_padded
     return {"loss": loss, "correct": correct, "entropy": entropy, "num_valid": num_valid}
 
 

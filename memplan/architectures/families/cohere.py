@@ -16,7 +16,7 @@ from memplan.architectures.blocks import gated_mlp, heads, merged
 from memplan.architectures.families import llama
 from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention, rotary
-from memplan.operators.elementwise import add, scale
+from memplan.operators.elementwise import add
 from memplan.operators.matrix import linear
 from memplan.operators.normalisation import written_out_layer_norm
 from memplan.specs.values import dataclass
@@ -71,7 +71,7 @@ def head(m: Cohere, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, scaled logits, loss."""
     with t.scope("model"):
         x = written_out_layer_norm(t, x, "norm")
-    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None, bend=scale)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None, logits="scaled")
 
 
 def cohere(config: Config) -> Architecture:

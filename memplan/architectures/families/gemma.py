@@ -31,7 +31,7 @@ from memplan.architectures.families.llama import layer_types, masks, needs_mask_
 from memplan.architectures.families.siglip import vision_buffer, vision_parameters
 from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
-from memplan.operators.attention import attention, rotary, softcapped
+from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, mul
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
@@ -154,8 +154,8 @@ def head(m: Gemma, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits (bent in Gemma 2), loss."""
     with t.scope(m.prefix):
         x = norm(t, x, "norm")
-    bend = softcapped if m.logits_softcap else None
-    return causal_head(t, x, m.vocab_size, tied_to=f"{m.prefix}.embed_tokens.weight" if m.tied else None, bend=bend)
+    logits = "softcapped" if m.logits_softcap else ""
+    return causal_head(t, x, m.vocab_size, tied_to=f"{m.prefix}.embed_tokens.weight" if m.tied else None, logits=logits)
 
 
 def build(

@@ -40,7 +40,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, divided logits, loss."""
     with t.scope("model"):
         x = rms_norm(t, x, "norm")
-    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None, bend=scale)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None, logits="scaled")
 
 
 def granite(config: Config) -> Architecture:
