@@ -5,6 +5,9 @@ listed one after the other, each with all that is alive in it beside the operato
 
     C   tokens of a chunk     n   tokens that predict a next one, b (s - 1)     V   words     H   width
 
+Beside the products, the time is that of the passes over the logits, counted in bytes a logit (`Loop.moved`): a chunk
+of TRL's first loss is read and written by ten operators, a tile of its second by one kernel a pass.
+
 The sources are named at each; the trace runs the same steps (`memplan.probes.losses`).  Left out: what the kernels of
 sorting and indexing need for a moment (a few numbers a token), more than a few numbers a word beside the logits.
 """
@@ -16,11 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan.errors import UsageError
 from memplan.operators.layout import copy, take
 from memplan.operators.losses import divide
-from memplan.operators.sizes import at_most, count, more_than, num_bytes, power_of_two
+from memplan.operators.sizes import BYTES_PER_ELEMENT, Size, at_most, count, more_than, num_bytes, power_of_two
 from memplan.operators.tape import Loop
 
 if TYPE_CHECKING:
-    from memplan.operators.sizes import Dim, Shape, Size
+    from memplan.operators.sizes import Dim, Shape
     from memplan.operators.tape import Tape, Tensor
 
 PREDICTING = ("b", "s-1")
@@ -87,6 +90,9 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
     product_inputs = (num_bytes(weight.shape, low), num_bytes((chunk, width), low)) if low else ()
     forward = ((*product_inputs, low_logits), product, (logits,) * 4)
     inputs = [hidden, weight, targets] if bias is None else [hidden, weight, targets, bias]
+    one_pass, element = count(("n", words)), BYTES_PER_ELEMENT[computed]
+    trained = [x for x in (hidden, weight) if x.requires_grad]
+    sums = [Size(3 * x.bytes.factor // CHUNK_TOKENS, ("n", *x.bytes.dims)) for x in trained]  # of every chunk
     return t.op(
         "chunks of cross-entropy",
         inputs,
@@ -95,8 +101,11 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
         keeps=(hidden, weight, targets),
         loop=Loop(
             product_flops(("n",), weight).times(1 + _num_gradients(hidden, weight)),
+            computed,
             forward,
             _chunks_backward(hidden, head, chunk, computed, product_inputs),
+            moved=(one_pass.times(element + 40),),
+            backward_moved=(one_pass.times(2 * element + 60), *sums),
         ),
         flops=product_flops(("n",), weight),
         reason="every chunk of it is computed again",
@@ -150,12 +159,14 @@ def fused_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_i
     assert isinstance(width, int)
     share = -(-words // width)
     chunk = power_of_two("b*s", share) if share > 1 else "b*s"
+    computed = t.numerics.autocast or hidden.dtype
+    passes = num_bytes(("b*s", words), computed).times(3)  # read, read again, overwritten by the gradient
     loss = t.op(
         "fused linear cross-entropy",
         (hidden, weight, targets),
         (),
         dtype="fp32",
-        loop=Loop(count(()).times(0), made_ahead=(hidden, weight)),
+        loop=Loop(count(()).times(0), computed, made_ahead=(hidden, weight), moved=(passes,)),
         scratch=_fused_scratch(t, hidden, weight, chunk, several=share > 1),
         flops=product_flops(("b*s",), weight).times(2 + _num_gradients(weight)),
         reason="the gradients are there when the forward pass ends",
@@ -231,7 +242,10 @@ def _tiles(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tenso
         scratch=(*(numbers,) * 7, tile, *copies, *part),
         loop=Loop(
             product_flops(("n",), weight).times(1 + _num_gradients(hidden, weight)),
+            computed,
             backward_moments=((*sums, tile, *both, *part), (*sums, tile, *last, *part, *cast)),
+            moved=(num_bytes(("n", words), computed),),
+            backward_moved=(num_bytes(("n", words), computed).times(2),),
         ),
         flops=product_flops(("n",), weight),
         reason="every tile of it is computed again",
@@ -263,7 +277,7 @@ def cut_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_ite
         extra_outputs=(("log-sum-exp", ("n",), "fp32"), ("average logits", (words,), "fp32")),
         scratch=(num_bytes(("n",), "fp32"),),
         backward_scratch=(*locks, num_bytes((words,), "int32")),
-        loop=Loop(product_flops(("n",), weight).times(1 + _num_gradients(hidden, weight))),
+        loop=Loop(product_flops(("n",), weight).times(1 + _num_gradients(hidden, weight)), hidden.dtype),
         flops=product_flops(("n",), weight),
         reason="logits are computed again",
     )

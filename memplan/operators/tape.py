@@ -103,12 +103,18 @@ class Loop(NamedTuple):
 
     backward_flops: Size
     """Floating-point operations of its backward."""
+    dtype: str
+    """In which its products are computed."""
     moments: tuple[tuple[Size, ...], ...] = ()
     """Its high points in turn: what is alive at each beside its inputs, before its outputs are there."""
     backward_moments: tuple[tuple[Size, ...], ...] = ()
     """The same in its backward, before its gradients are there."""
     made_ahead: tuple[Tensor, ...] = ()
     """Inputs whose gradients the forward pass makes and keeps."""
+    moved: tuple[Size, ...] = ()
+    """Bytes that its kernels beside the products read and write."""
+    backward_moved: tuple[Size, ...] = ()
+    """The same in its backward."""
 
 
 class Op(NamedTuple):
