@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
 
 
+ALL_LOGITS = ("full", "full-kept")
+"""Losses of all logits at once."""
+
 BENT_BY_NAME = {"scaled": scale, "softcapped": softcapped}
 """What a model does to its logits: multiply them by a number (Cohere, Granite), or bend them by tanh (Gemma 2)."""
 
@@ -66,7 +69,7 @@ def causal_head(
         logits: What happens to them before the loss: a key of `BENT_BY_NAME`, empty for nothing.
         holds_hidden: Whether the model's output holds the last hidden states until the loss is there.
     """
-    if t.loss == "full":
+    if t.loss in ALL_LOGITS:
         made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
         if logits:
             with t.scope(name):
@@ -76,6 +79,8 @@ def causal_head(
             loss = causal_lm_loss(t, made, labels, num_items)
             if holds_hidden:
                 t.keep_alive(hidden)
+            if t.loss == "full-kept":
+                t.outlive.append(made)
         return loss
     weight, offset = output_parameters(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
     labels, num_items = _targets(t)

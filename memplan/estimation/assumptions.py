@@ -225,7 +225,7 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     if case.setup.loss != "full":
         value, why = LOSS_WORDS[case.setup.loss]
         effect = case.effect(replace(case.setup, loss="full"))
-        yield Assumption("loss", value, "all logits at once, as transformers computes it", effect, why)
+        yield Assumption("loss", value, "all logits at once, as Trainer computes them", effect, why)
         return
     vocab = case.estimator.architecture.vocab_size
     wide = [row for row in case.rows if row.shape and row.shape[-1] == vocab and row.kind in _PASSING]
@@ -249,6 +249,7 @@ OTHER_LOSS = "tiled"
 """What all logits at once are compared with."""
 
 LOSS_WORDS = {
+    "full-kept": ("all logits at once, kept until the backward pass is over", "a loop that holds the model's output"),
     "chunked": ("256 tokens at a time, computed twice", "chunked_nll of TRL 1.7 to 1.14"),
     "tiled": ("4096 tokens by 32768 words at a time, computed twice", "SFTTrainer of TRL from 1.15 on"),
     "fused": ("chunk by chunk, gradients made in the forward pass", "Liger Kernel's; its other kernels are left out"),

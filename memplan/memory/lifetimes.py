@@ -94,6 +94,8 @@ class PieceLifetimes:
                 reasons.setdefault(self.piece.shared[name].storage, "the backward pass of the layers needs it")
         if self.ends_in_loss:
             reasons[self.piece.output.storage] = "the loss itself"
+        for x in self.tape.outlive:
+            reasons[x.storage] = "the training loop keeps the model's output"
         for span in self.spans:
             for x in span.inputs:
                 reasons[x.storage] = f"kept to compute the {span.name} again"
@@ -114,6 +116,7 @@ class PieceLifetimes:
                 _hold(held, op.keeps)
         for span in self.spans:
             _hold(held, span.inputs)
+        _hold(held, self.tape.outlive)
         return held
 
     def kept_shared(self) -> set[str]:
@@ -220,13 +223,14 @@ class PieceLifetimes:
 
     @cached_property
     def loss_released(self) -> Segment:
-        """The end of the backward pass: the loss and its gradient, which its caller holds so long, go."""
+        """The end of the backward pass: the loss, its gradient and what else its caller holds so long go."""
         out = self.piece.output
         loss = self.tape.storages[out.storage]
         row = ROOT_ROW._replace(dtype=out.dtype)
+        outliving = [self.tape.storages[s] for s in sorted({x.storage for x in self.tape.outlive})]
         events = (
             Event(("gradient of loss",), out.bytes, -1, row),
-            Event(("", out.storage), loss.size, -1, self.row(loss)),
+            *(Event(("", storage.number), storage.size, -1, self.row(storage)) for storage in (loss, *outliving)),
         )
         return Segment("loss released", events)
 

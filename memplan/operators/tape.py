@@ -179,6 +179,8 @@ class Tape:
         self._parameter_of: dict[str, Tensor] = {}
         self.ops: list[Op] = []
         self.spans: list[Span] = []
+        self.outlive: list[Tensor] = []
+        """What the caller of the model holds until the backward pass is over."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import types
 from typing import TYPE_CHECKING, Any
 
+from memplan.architectures.heads import ALL_LOGITS
 from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.losses import LOSS_BY_NAME, Head, chunked
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None) -> None:
-    """Let the model compute its loss in another way than its own, in place; nothing to do for ``full``.
+    """Let the model compute its loss in another way than its own, in place; nothing to do for all logits at once.
 
     Raises:
         UsageError: the module is no causal language model of transformers.
     """
-    if loss != "full":
+    if loss not in ALL_LOGITS:
         _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast)
 
 
@@ -43,7 +44,7 @@ def use_library_loss(module: nn.Module, loss: str) -> None:
         MissingLibraryError: the library is not installed.
         UsageError: the module is no causal language model of transformers, or the loss is not measured.
     """
-    if loss == "full":
+    if loss in ALL_LOGITS:
         return
     if loss not in LIBRARY_LOSS_BY_NAME:
         known = ", ".join(LIBRARY_LOSS_BY_NAME)

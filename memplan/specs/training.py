@@ -34,7 +34,7 @@ OPTIMIZERS = {
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
 
 ATTENTIONS = ("eager", "sdpa", "flash")
-LOSSES = ("full", "chunked", "tiled", "fused", "cut")
+LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Setup:
     """How the loss of a language model is computed, one of `LOSSES`:
 
     ``full``      all logits at once (transformers; the default of Trainer and of SFTTrainer up to TRL 1.6)
+    ``full-kept`` the same in a plain loop that keeps the model's output until the backward pass is over
     ``chunked``   256 tokens at a time, computed again in the backward pass (default of TRL 1.7 to 1.14, chunked_nll)
     ``tiled``     4096 tokens by 32768 words at a time (TRL from 1.15 on)
     ``fused``     logits of a chunk turned into gradients in the forward pass (Liger Kernel)

@@ -76,7 +76,7 @@ def test_no_way_out_is_no_list_of_options(run) -> None:
 
 def test_what_the_loss_would_be_otherwise(run) -> None:
     assert "--loss tiled, TRL's from 1.15 on" in words(run("estimate gpt2").out)
-    assert "all logits at once, as transformers computes it" in words(run("estimate llama-3-8b --loss fused").out)
+    assert "all logits at once, as Trainer computes them" in words(run("estimate llama-3-8b --loss fused").out)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

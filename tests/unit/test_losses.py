@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memplan.architectures.architecture import Piece, record
+from memplan.architectures.heads import ALL_LOGITS
 from memplan.architectures.registry import read_architecture
 from memplan.errors import UsageError
 from memplan.memory.events import Extent, Sizes
@@ -207,7 +208,7 @@ def test_gradients_made_ahead_are_counted_once() -> None:
 
 
 def test_losses_are_those_that_are_recorded() -> None:
-    assert {"full", *LOSS_BY_NAME} == set(LOSSES)
+    assert {*ALL_LOGITS, *LOSS_BY_NAME} == set(LOSSES)
 
 
 @pytest.mark.parametrize(
