@@ -263,6 +263,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
     checkpointing: str | None = None,
     attention: str | None = None,
     loss: str | None = None,
+    supervised: float | None = None,
     dropout: float | None = None,
     padding: bool = False,
     reserve: str | int | None = None,
@@ -285,6 +286,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
         checkpointing: none, selective, full or every-N (none).
         attention: eager, sdpa or flash (sdpa).
         loss: full, chunked, tiled, fused or cut (full): see `memplan.specs.training.Setup`.
+        supervised: Share of the tokens that have a label (1).
         dropout: Overrides every dropout probability of the config.
         padding: Micro-batches hold padding, so that an attention mask is passed.
         reserve: Bytes that something else on the card needs, as ``1GiB`` or as a number.
@@ -312,6 +314,7 @@ def estimate(  # noqa: PLR0913 -- all but the model are named at the call
             "activation_checkpointing": checkpointing,
             "attention": attention,
             "loss": loss,
+            "supervised": supervised,
             "dropout": dropout,
             "padding": padding,
         },
@@ -340,6 +343,7 @@ def estimate_grid(
     checkpointing: str | None = None,
     attention: str | None = None,
     loss: str | None = None,
+    supervised: float | None = None,
     dropout: float | None = None,
     padding: bool = False,
 ) -> Grid:
@@ -363,6 +367,7 @@ def estimate_grid(
         "activation_checkpointing": checkpointing,
         "attention": attention,
         "loss": loss,
+        "supervised": supervised,
         "dropout": dropout,
         "padding": padding,
     }
@@ -388,6 +393,7 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
     checkpointing: str | None = None,
     attention: str | None = None,
     loss: str | None = None,
+    supervised: float | None = None,
     dropout: float | None = None,
     padding: bool = False,
     reserve: str | int | None = None,
@@ -422,6 +428,7 @@ def suggest(  # noqa: PLR0913 -- all but the model are named at the call
             "activation_checkpointing": checkpointing,
             "attention": attention,
             "loss": loss,
+            "supervised": supervised,
             "dropout": dropout,
             "padding": padding,
         },
@@ -461,6 +468,7 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
     checkpointing: str | None = None,
     attention: str | None = None,
     loss: str | None = None,
+    supervised: float | None = None,
     dropout: float | None = None,
     padding: bool = False,
     reserve: str | None = None,
@@ -500,6 +508,7 @@ def trace(  # noqa: PLR0913 -- all but the model are named at the call
             "activation_checkpointing": checkpointing,
             "attention": attention,
             "loss": loss,
+            "supervised": supervised,
             "dropout": dropout,
             "padding": padding,
         },

@@ -55,6 +55,7 @@ class Options(NamedTuple):
     optimizer: str | None = None
     attention: str | None = None
     loss: str | None = None
+    supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
     reserve: str | None = None
@@ -79,6 +80,7 @@ class Options(NamedTuple):
             "optimizer",
             "attention",
             "loss",
+            "supervised",
             "dropout",
             "padding",
             "reserve",
@@ -154,6 +156,17 @@ def below(limit: int, *, above_zero: bool = False) -> Reader:
         raise UsageError(f"{flag} is {quoted(text)}.", f"It has to be a number {start} and below {limit}.")
 
     return read_fraction
+
+
+def read_share(text: str, flag: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        number = float(text.strip())
+    except ValueError:
+        number = float("nan")
+    if 0 < number <= 1:
+        return number
+    raise UsageError(f"{flag} is {quoted(text)}.", "It has to be a number above 0 and up to 1.")
 
 
 def one_of(names: Iterable[str], *, later: Iterable[str] = ()) -> Reader:
@@ -309,6 +322,7 @@ SETUP_ROWS = (
     ),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
+    Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,

@@ -3,7 +3,7 @@
 Each is one operator on the tape, which works through chunks of tokens.  What it keeps is exact; its high points are
 listed one after the other, each with all that is alive in it beside the operator's inputs (see `Op.moments`).
 
-    C   tokens of a chunk     n   tokens that predict a next one, b (s - 1)     V   words     H   width
+    C   tokens of a chunk     n   tokens whose next one has a label     V   words     H   width
 
 Beside the products, the time is that of the passes over the logits, counted in bytes a logit (`Loop.moved`): a chunk
 of TRL's first loss is read and written by ten operators, a tile of its second by one kernel a pass.
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PREDICTING = ("b", "s-1")
 """The tokens that have a next one, by sequence."""
+PAIRS = "b*(s-1)"
+"""The same, in a row."""
 
 CHUNK_TOKENS = 256
 """Tokens of a chunk in TRL 1.7 to 1.14 (``_CHUNKED_LM_HEAD_CHUNK_SIZE`` in trainer/sft_trainer.py)."""
@@ -58,15 +60,16 @@ def chunked_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num
 
     ``_chunked_cross_entropy_loss`` of TRL 1.14 (trainer/sft_trainer.py).  A chunk holds its logits, log-probabilities,
     probabilities and their product in fp32, because entropy is reported.  Gradients of the weight are as large as the
-    weight for every chunk, and are added up.
+    weight for every chunk, and are added up.  Ignored labels save time, not memory: tokens without one are sorted to
+    the end, and their chunks are left out.
     """
     width = hidden.shape[-1]
     before = take(t, hidden, (*PREDICTING, width))
     flat = copy(t, before, ("[b>1]", *PREDICTING, width))  # a view of a single sequence
-    valid = t.op("ne", (labels,), ("n",), dtype="bool")
-    order = t.op("argsort", (valid,), ("n",), dtype="int64")
-    gathered = gather(t, flat, order, ("n", width))
-    targets = gather(t, labels, order, ("n",))
+    valid = t.op("ne", (labels,), (PAIRS,), dtype="bool")
+    order = t.op("argsort", (valid,), (PAIRS,), dtype="int64")
+    gathered = gather(t, flat, order, (PAIRS, width))
+    targets = gather(t, labels, order, (PAIRS,))
     loss = _chunks(t, gathered, head, targets)
     loss = divide(t, loss, num_items)
     t.keep_alive(hidden, valid, order)
@@ -79,7 +82,7 @@ def gather(t: Tape, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
 
 
 def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tensor:
-    chunk = at_most("n", CHUNK_TOKENS)
+    chunk = at_most(PAIRS, CHUNK_TOKENS)
     weight, bias, _ = head
     words, width = weight.shape
     low = t.numerics.autocast

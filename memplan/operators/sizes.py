@@ -82,6 +82,9 @@ def allocated(num: Any) -> Any:
     return -(-num // ALLOCATION_STEP_BYTES) * ALLOCATION_STEP_BYTES
 
 
+MILLION = 10**6
+
+
 def at_most(dim: str, most: int) -> str:
     """The dimension that is `dim` but never more than `most`."""
     return f"min({dim}, {most})"
@@ -128,21 +131,24 @@ def _next_power_of_two(number: Any) -> Any:
     return number + 1
 
 
-def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
+def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[str, Any]:
     """The dimensions that descriptions may name, for one configuration or for arrays of them.
 
-    ``b*s`` are all tokens; ``n`` those that predict a next one, one less in each sequence.
+    ``b*s`` are all tokens; ``b*(s-1)`` those that have a next one; ``n`` those whose next one has a label, of which
+    `supervised` is the share (counted in millionths).
 
     ``s+[b=1]`` is one longer for a micro-batch of one, where PyTorch's ``contiguous()`` of a slice copies nothing and
     keeps the whole; ``[b=1]`` is 1 there and else 0.  ``s to 16``, ``s to 32`` and ``s to 128`` are rounded up to
     such a multiple; ``s[not 16s]`` is nothing where the length already is one.
     """
     to_16 = -(-seq_len // 16) * 16
+    pairs = micro_batch_size * (seq_len - 1)
     dimensions = {
         "b": micro_batch_size,
         "s": seq_len,
         "b*s": micro_batch_size * seq_len,
-        "n": micro_batch_size * (seq_len - 1),
+        "b*(s-1)": pairs,
+        "n": -(-pairs * round(supervised * MILLION) // MILLION),
         "s-1": seq_len - 1,
         "s+1": seq_len + 1,
         "s+[b=1]": seq_len + (micro_batch_size == 1),

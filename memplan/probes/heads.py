@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from memplan.probes.losses import Loss
 
 
-def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None) -> None:
+def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None, supervised: float = 1.0) -> None:
     """Let the model compute its loss in another way than its own, in place; nothing to do for all logits at once.
 
     Raises:
         UsageError: the module is no causal language model of transformers.
     """
     if loss not in ALL_LOGITS:
-        _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast)
+        _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast, supervised)
 
 
 def use_library_loss(module: nn.Module, loss: str) -> None:
@@ -64,7 +64,7 @@ def _causal_model(module: nn.Module, loss: str) -> Any:
     return model
 
 
-def _replace_loss(model: Any, compute: Loss, autocast: CudaAutocast | None) -> None:
+def _replace_loss(model: Any, compute: Loss, autocast: CudaAutocast | None, supervised: float = 1.0) -> None:
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scaled = _is_scaled(config)
@@ -74,7 +74,7 @@ def _replace_loss(model: Any, compute: Loss, autocast: CudaAutocast | None) -> N
     ) -> dict[str, Any]:
         outputs = self.base_model(input_ids=input_ids, **kwargs)
         layer = self.get_output_embeddings()
-        head = Head(layer.weight, layer.bias, softcap, scaled, autocast)
+        head = Head(layer.weight, layer.bias, softcap, scaled, autocast, supervised)
         return compute(outputs[0], head, labels, num_items_in_batch)
 
     model.forward = types.MethodType(forward, model)

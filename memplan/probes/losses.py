@@ -4,7 +4,7 @@ On the meta device Triton has nothing to run: where a library calls a kernel tha
 here.  What is left are the tensors that the library's Python makes around its kernels, in its order and under its
 variables.  Compiled functions of a few numbers a token count as one kernel.
 
-Every token predicts the next one: there are no ignored labels.
+How many labels are ignored is a share that is given (`Head.supervised`), as there are no labels to look at.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 from torch.utils.checkpoint import checkpoint
 
 from memplan.errors import UsageError
+from memplan.operators.sizes import MILLION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,12 @@ class Head(NamedTuple):
     scaled: bool
     """Whether the logits are multiplied by a number."""
     autocast: CudaAutocast | None
+    supervised: float = 1.0
+    """Share of the tokens that have a label: the meta device has none to look at."""
+
+    def num_supervised(self, tokens: int) -> int:
+        """Of so many tokens, those that have a label."""
+        return -(-tokens * round(self.supervised * MILLION) // MILLION)
 
     @property
     def lower(self) -> torch.dtype | None:
@@ -62,7 +69,7 @@ def chunked(hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, num_i
     order = valid.to(torch.int8).argsort(descending=True, stable=True)
     hidden, labels = hidden[order], labels[order]
     loss = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, hidden.size(0), CHUNK_TOKENS):
+    for start in range(0, max(head.num_supervised(hidden.size(0)), 1), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         sums = checkpoint(
             _chunk, hidden[part], head, head.weight, labels[part], use_reentrant=False, **_again(head.autocast)
@@ -165,7 +172,7 @@ def tiled(hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, num_ite
     hidden_states, labels = hidden_states[:, :-1], labels[:, 1:]
     mask = labels != IGNORED
     numbers = _Tiled.apply(  # type: ignore[no-untyped-call]
-        _masked(hidden_states, mask), head.weight, head.bias, _masked(labels, mask), head.lower
+        _masked(hidden_states, mask, head), head.weight, head.bias, _masked(labels, mask, head), head.lower
     )
     log_probs, entropy, best = _scattered(numbers, mask)
     loss = -log_probs
@@ -177,21 +184,21 @@ def _scattered(numbers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> tuple[t
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in numbers)
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``x[mask]`` where no label is ignored; how many are is a number that the meta device does not have."""
-    return _Masked.apply(x, mask)  # type: ignore[no-untyped-call,no-any-return]
+def _masked(x: torch.Tensor, mask: torch.Tensor, head: Head) -> torch.Tensor:
+    """``x[mask]``."""
+    return _Masked.apply(x, mask, head.num_supervised(mask.numel()))  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Masked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, num: int) -> torch.Tensor:
         ctx.save_for_backward(mask)
         ctx.shape = x.shape
-        return x.new_empty((mask.numel(), *x.shape[mask.dim() :]))
+        return x.new_empty((num, *x.shape[mask.dim() :]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].new_zeros(ctx.shape), None
+        return grads[0].new_zeros(ctx.shape), None, None
 
 
 class _Tiled(torch.autograd.Function):
@@ -250,8 +257,8 @@ def cut(hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, num_items
     hidden = hidden_states.to(head.weight.dtype)
     if hidden.dtype == torch.float32:
         raise UsageError("Cut cross-entropy takes hidden states in half precision alone.", "Use --precision bf16.")
-    targets = labels[..., 1:]
-    pairs = torch.empty((targets.numel(), 2), dtype=torch.int64, device=hidden.device)  # (targets != -100).nonzero()
+    num = head.num_supervised(labels[..., 1:].numel())
+    pairs = torch.empty((num, 2), dtype=torch.int64, device=hidden.device)  # (targets != -100).nonzero()
     pairs = pairs.to(torch.int32)
     valids = pairs.sum(1)
     del pairs

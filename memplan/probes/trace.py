@@ -123,7 +123,7 @@ def _run(
     _refuse_recurrent(module)
     _load(module, recorder)
     enable_checkpointing(module, setup.activation_checkpointing, autocast)
-    use_loss(module, setup.loss, autocast)
+    use_loss(module, setup.loss, autocast, setup.supervised)
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
     run = TrainingRun(built, optimizer, recorder, region, loop)

@@ -67,6 +67,8 @@ class Setup:
     ``fused``     logits of a chunk turned into gradients in the forward pass (Liger Kernel)
     ``cut``       no logits in memory at all (cut cross-entropy)
     """
+    supervised: float = 1.0
+    """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
@@ -83,6 +85,7 @@ class Setup:
         check_choice("loss", self.loss, LOSSES)
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
+        check_share("supervised", self.supervised)
 
     @property
     def global_batch_size(self) -> int:
@@ -136,6 +139,12 @@ def check_checkpointing(value: object) -> None:
             f"activation_checkpointing {_shown(value)} is not known.",
             "Known: none, selective, full, every-2, every-3, ...",
         )
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is a share above 0 and up to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise UsageError(f"{name} is {_shown(value)}.", "Give a share above 0 and up to 1.")
 
 
 def check_dropout(value: object) -> None:

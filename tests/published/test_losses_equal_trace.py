@@ -77,7 +77,7 @@ def hump(trace: Trace, until: str) -> int:
 def both(config: dict[str, Any], setup: Setup) -> tuple[Peaks, Trace]:
     """Formula and trace."""
     program = Recordings(read_architecture(config, "config")).program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len, setup.supervised))
     return program.peaks(sizes, setup.gradient_accumulation_steps), trace_training(config, setup)
 
 
@@ -109,6 +109,16 @@ def test_the_formula_is_the_trace(
 def test_one_case_of_each_loss(loss: str) -> None:
     """What the slow test does for all cases."""
     test_the_formula_is_the_trace(loss, "bf16", SHAPES[0], SIZES[0], False, 1)
+
+
+@pytest.mark.parametrize("loss", OTHERS)
+def test_ignored_labels(loss: str) -> None:
+    """A fifth of the tokens has a label: fewer rows, or fewer chunks."""
+    config = LLAMA | {"vocab_size": 9000, "hidden_size": 64}
+    setup = Setup(micro_batch_size=2, seq_len=3000, attention="flash", loss=loss, supervised=0.2)
+    formula, trace = both(config, setup)
+    assert formula.kept_activation_bytes == trace.kept_activation_bytes
+    assert formula.peak == pytest.approx(trace.peak_allocated_bytes, rel=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -198,9 +198,10 @@ def test_tiled_is_what_trl_does(dtype: str, frozen: bool) -> None:
     def compute(hidden: Any, weight: Any, labels: Any, num_items: Any) -> Any:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
         mask = labels != -100
+        head, settings = Head(weight, None, None, False, None), (1.0, 32768, None, 1.0)
         outputs = ("log_probs", "entropy", "is_top1")
         per_token = apply(
-            losses._masked(hidden, mask), weight, None, losses._masked(labels, mask), 1.0, 32768, None, 1.0, outputs
+            losses._masked(hidden, mask, head), weight, None, losses._masked(labels, mask, head), *settings, outputs
         )
         per_token = (None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token)
         log_probs, entropy, _, _, best = per_token

@@ -98,6 +98,24 @@ def test_a_dimension_that_nobody_knows_is_an_error() -> None:
             bind(1, 1)[name]
 
 
+def test_labels_that_are_ignored() -> None:
+    """N is the share of b (s - 1), rounded up; exact for a share in decimals (0.07 x 100 is 7, not 8)."""
+    assert bind(1, 101, 0.07)["n"] == 7
+    assert bind(2, 52, 0.5)["n"] == 51
+    assert bind(1, 4, 0.5)["n"] == 2
+    assert bind(np.array([1, 2]), 101, 0.07)["n"].tolist() == [7, 14]
+
+
+def test_ignored_labels_save_what_a_loss_leaves_out() -> None:
+    """TRL's second loss keeps rows of labelled tokens alone; its first keeps all, and computes fewer chunks."""
+    for loss, changes in (("tiled", True), ("chunked", False), ("fused", False)):
+        forward = PieceLifetimes(head(loss)).forward
+        all_of_them, half = (Sizes(bind(BATCH, LENGTH, share)).extent(forward).net for share in (1.0, 0.5))
+        assert (half < all_of_them) == changes
+    flops = [work(head("chunked")).flops.value(bind(BATCH, LENGTH, share)) for share in (1.0, 0.5)]
+    assert flops[0] == 2 * flops[1]
+
+
 # -- Liger -------------------------------------------------------------------------------------------------------------
 
 
