@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
@@ -162,6 +163,7 @@ def record(
     exceeded: frozenset[int] = frozenset(),
     padded: bool = False,
     recipe: Recipe = EVERYTHING,
+    loss: str = "full",
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -172,8 +174,9 @@ def record(
     hold padding, and a mask says where; `recipe`: what is trained.
 
     Raises:
-        UsageError: the model has no such attention, or nothing that the recipe names.
+        UsageError: the model has no such attention or loss, or nothing that the recipe names.
     """
+    check_loss(loss, architecture.model_type, architecture.task)
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",
@@ -181,7 +184,15 @@ def record(
         )
 
     def tape(prefix: str = "") -> Tape:
-        return Tape(numerics, attention=attention, exceeded=exceeded, padded=padded, recipe=recipe, prefix=prefix)
+        return Tape(
+            numerics,
+            attention=attention,
+            exceeded=exceeded,
+            padded=padded,
+            loss=loss,
+            recipe=recipe,
+            prefix=prefix,
+        )
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)

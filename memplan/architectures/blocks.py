@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import ConfigError
-from memplan.operators import losses
 from memplan.operators.adapters import Base
 from memplan.operators.attention import rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
@@ -152,28 +151,24 @@ def lm_head(
     t: Tape, hidden: Tensor, vocab_size: int, *, tied_to: str | None, name: str = "lm_head", bias: bool = False
 ) -> Tensor:
     """Logits; `tied_to` is the full name of the embedding whose weight it shares."""
-    width = hidden.shape[-1]
-    assert isinstance(width, int)
     if tied_to is None:
         return linear(t, hidden, vocab_size, name, bias=bias, makes_logits=True)
-    weight = t.parameter(tied_to, (vocab_size, width), absolute=True)
+    weight, offset = output_parameters(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
     with t.scope(name):
-        if t.ask("copies", t.module):  # the copy has a weight of its own
-            weight = t.parameter(f"{MODULES_TO_SAVE}.weight", (vocab_size, width), of_adapter=True)
-        offset = t.parameter("bias", (vocab_size,)) if bias else None
         logits = project(t, hidden, weight, offset, vocab_size)
         return with_adapter(t, Base(hidden, logits, weight, offset), makes_logits=True)
 
 
-def causal_loss(t: Tape, logits: Tensor, *, held: Tensor | None = None) -> Tensor:
-    """Hugging Face's causal-LM loss on the labels of the micro-batch.
-
-    `held`: the last hidden states, which the model's output holds until the loss is there.
-    """
-    labels = t.external("labels", HIDDEN, "int64", role="input")
-    num_items = t.external("num_items_in_batch", (), "int64", role="input")
-    with t.scope("loss"):
-        loss = losses.causal_lm_loss(t, logits, labels, num_items)
-        if held is not None:
-            t.keep_alive(held)
-    return loss
+def output_parameters(
+    t: Tape, hidden: Tensor, vocab_size: int, *, tied_to: str | None, name: str, bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output layer, for a loss that uses them without calling the layer."""
+    width = hidden.shape[-1]
+    assert isinstance(width, int)
+    shape = (vocab_size, width)
+    tied = None if tied_to is None else t.parameter(tied_to, shape, absolute=True)
+    with t.scope(name):
+        weight = t.parameter("weight", shape) if tied is None else tied
+        if tied is not None and t.ask("copies", t.module):  # the copy has a weight of its own
+            weight = t.parameter(f"{MODULES_TO_SAVE}.weight", shape, of_adapter=True)
+        return weight, t.parameter("bias", (vocab_size,)) if bias else None

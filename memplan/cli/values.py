@@ -34,7 +34,6 @@ FORMATS = ("text", "json", "csv", "markdown")
 CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 
 LATER_OPTIMIZERS = ("paged-adamw-8bit", "adafactor", "lion", "lion-8bit")
-LATER_LOSSES = ("chunked", "fused")
 NOT_MODELLED = (
     "--zero-stage",
     "--offload",
@@ -61,6 +60,7 @@ class Options(NamedTuple):
     optimizer: str | None = None
     attention: str | None = None
     loss: str | None = None
+    supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
     lora_rank: int | None = None
@@ -157,6 +157,17 @@ def below(limit: int, *, above_zero: bool = False) -> Reader:
         raise UsageError(f"{flag} is {quoted(text)}.", f"It has to be a number {start} and below {limit}.")
 
     return read_fraction
+
+
+def read_share(text: str, flag: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        number = float(text.strip())
+    except ValueError:
+        number = float("nan")
+    if 0 < number <= 1:
+        return number
+    raise UsageError(f"{flag} is {quoted(text)}.", "It has to be a number above 0 and up to 1.")
 
 
 def one_of(names: Iterable[str], *, later: Iterable[str] = ()) -> Reader:
@@ -312,7 +323,8 @@ SETUP_ROWS = (
         CHECKPOINTINGS,
     ),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
-    _named("--loss", TRAINING, "All logits at once.", LOSSES, later=LATER_LOSSES),
+    _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
+    Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),
     Row(("--lora-targets",), TRAINED, "Linear layers that get one, with commas (all-linear).", read_names, "NAMES"),

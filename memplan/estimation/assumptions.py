@@ -222,6 +222,11 @@ def _padding(case: _Case) -> Iterator[Assumption]:
 
 
 def _logits(case: _Case) -> Iterator[Assumption]:
+    if case.setup.loss != "full":
+        value, why = LOSS_WORDS[case.setup.loss]
+        effect = case.effect(replace(case.setup, loss="full"))
+        yield Assumption("loss", value, "all logits at once, as Trainer computes them", effect, why)
+        return
     vocab = case.estimator.architecture.vocab_size
     wide = [row for row in case.rows if row.shape and row.shape[-1] == vocab and row.kind in _PASSING]
     if not wide:
@@ -230,14 +235,27 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     largest = max(row.num_bytes // row.num for row in wide)
     at_loss = case.peaks.by_instant[LOSS] == case.peaks.peak
     value = f"all logits at once: {format_bytes(alive)} at the peak" if at_loss else "all logits at once"
+    known = case.estimator.architecture.task == "causal-lm"
     yield Assumption(
         "loss",
         f"{value}, {format_bytes(largest)} the largest of them",
-        "a chunked loss, not modelled yet",
-        case.effect_at(LOSS, -alive) if at_loss else 0,
-        "so transformers computes it; Liger and others go chunk by chunk",
+        f"--loss {OTHER_LOSS}, TRL's from 1.15 on" if known else "",
+        case.effect(replace(case.setup, loss=OTHER_LOSS)) if known else None,
+        "so transformers computes it; TRL, Liger and others go chunk by chunk",
     )
 
+
+OTHER_LOSS = "tiled"
+"""What all logits at once are compared with."""
+
+LOSS_WORDS = {
+    "full-kept": ("all logits at once, kept until the backward pass is over", "a loop that holds the model's output"),
+    "chunked": ("256 tokens at a time, computed twice", "chunked_nll of TRL 1.7 to 1.14"),
+    "tiled": ("4096 tokens by 32768 words at a time, computed twice", "SFTTrainer of TRL from 1.15 on"),
+    "fused": ("chunk by chunk, gradients made in the forward pass", "Liger Kernel's; its other kernels are left out"),
+    "cut": ("no logits in memory", "cut cross-entropy: kernels keep logits in registers"),
+}
+"""What each loss is, and whose."""
 
 _PASSING = ("activation", "loss", "temporary")
 

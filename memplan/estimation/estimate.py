@@ -167,7 +167,7 @@ class Estimator:
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture)
         self._timed: dict[int, TimedModel] = {}
-        self._sizes: dict[tuple[int, int], Sizes] = {}
+        self._sizes: dict[tuple[int, int, float], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
@@ -212,7 +212,7 @@ class Estimator:
 
     def sizes(self, setup: Setup) -> Sizes:
         """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
-        key = (setup.micro_batch_size, setup.seq_len)
+        key = (setup.micro_batch_size, setup.seq_len, setup.supervised)
         if key not in self._sizes:
             self._sizes[key] = Sizes(bind(*key))
         return self._sizes[key]
@@ -286,7 +286,7 @@ class Estimator:
     def _step_of(self, setup: Setup) -> dict[str, Any]:
         program = self.program(setup)
         return {
-            "env": bind(setup.micro_batch_size, setup.seq_len),
+            "env": bind(setup.micro_batch_size, setup.seq_len, setup.supervised),
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],

@@ -91,7 +91,7 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
     for points in _blocks(lengths, sorted(estimator.architecture.windows)):
         b, s = batches[points], lengths[points]
         program = estimator.program(replace(setup, seq_len=int(s[0])))
-        found = program.peaks(Sizes(bind(b, s)), setup.gradient_accumulation_steps)
+        found = program.peaks(Sizes(bind(b, s, setup.supervised)), setup.gradient_accumulation_steps)
         kept[points], peak[points] = found.kept_activation_bytes, found.peak
     reserved = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
     return Grid(

@@ -82,7 +82,7 @@ class Recordings:
         """The tapes under the dtypes and the attention of `setup`."""
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         recipe = setup.recipe
-        key = (setup.precision, setup.attention, exceeded, setup.padding, recipe)
+        key = (setup.precision, setup.attention, exceeded, setup.padding, setup.loss, recipe)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -92,6 +92,7 @@ class Recordings:
                 exceeded=exceeded,
                 padded=setup.padding,
                 recipe=recipe,
+                loss=setup.loss,
             )
         return self._recordings[key]
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from memplan.operators.sizes import Shape, Size
     from memplan.operators.tape import Gradient, Op, Storage, Tensor
 
+    _Kept = tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]
+    """A storage, how many hold what was kept, and under which keys."""
+
 
 def hidden_row(shape: Shape, dtype: str) -> Row:
     """The hidden states between two pieces, under one name for the piece that makes and the piece that frees them."""
@@ -91,6 +94,8 @@ class PieceLifetimes:
                 reasons.setdefault(self.piece.shared[name].storage, "the backward pass of the layers needs it")
         if self.ends_in_loss:
             reasons[self.piece.output.storage] = "the loss itself"
+        for x in self.tape.outlive:
+            reasons[x.storage] = "the training loop keeps the model's output"
         for span in self.spans:
             for x in span.inputs:
                 reasons[x.storage] = f"kept to compute the {span.name} again"
@@ -112,6 +117,7 @@ class PieceLifetimes:
                 _hold(held, op.keeps)
         for span in self.spans:
             _hold(held, span.inputs)
+        _hold(held, self.tape.outlive)
         return held
 
     def kept_shared(self) -> set[str]:
@@ -150,6 +156,12 @@ class PieceLifetimes:
             row = Row(op.module, f"scratch of {op.name}{where}", "temporary", None, "", "")
             yield Event(("scratch", where, n), size, sign, row)
 
+    def _moments(self, op: Op, where: str, moments: Sequence[Sequence[Size]]) -> Iterable[Event]:
+        """The high points of a loop, one after the other."""
+        for moment in moments:
+            yield from self._scratch(op, where, moment, +1)
+            yield from self._scratch(op, where, moment, -1)
+
     def _run(
         self, ops: Sequence[Op], kept: Mapping[int, int], *, tag: str, stay: frozenset[int], skip_last_outputs: bool
     ) -> list[Event]:
@@ -167,6 +179,7 @@ class PieceLifetimes:
         for i, op in enumerate(ops):
             stop_here = skip_last_outputs and i == len(ops) - 1
             if not stop_here:
+                events += self._moments(op, "", op.loop.moments if op.loop else ())
                 events += self._scratch(op, "", op.scratch, +1)
                 for x in op.outputs:
                     storage = storages[x.storage]
@@ -211,13 +224,14 @@ class PieceLifetimes:
 
     @cached_property
     def loss_released(self) -> Segment:
-        """The end of the backward pass: the loss and its gradient, which its caller holds so long, go."""
+        """The end of the backward pass: the loss, its gradient and what else its caller holds so long go."""
         out = self.piece.output
         loss = self.tape.storages[out.storage]
         row = ROOT_ROW._replace(dtype=out.dtype)
+        outliving = [self.tape.storages[s] for s in sorted({x.storage for x in self.tape.outlive})]
         events = (
             Event(("gradient of loss",), out.bytes, -1, row),
-            Event(("", out.storage), loss.size, -1, self.row(loss)),
+            *(Event(("", storage.number), storage.size, -1, self.row(storage)) for storage in (loss, *outliving)),
         )
         return Segment("loss released", events)
 
@@ -364,7 +378,7 @@ class _Backward:
         self,
         i: int,
         op: Op,
-        kept: list[tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]],
+        kept: list[_Kept],
         *,
         recomputed: bool = False,
     ) -> None:
@@ -377,11 +391,16 @@ class _Backward:
         incoming = [self.pending.pop(x.number) for x in op.outputs if x.number in self.pending]
         results: list[tuple[Gradient, int]] = []
         if incoming:
+            loop = op.loop.backward_moments if op.loop else ()
+            self.events += self.lifetimes._moments(op, " backward", loop)
             self.events += self.lifetimes._scratch(op, " backward", op.backward_scratch, +1)
             for g in op.gradients:
                 if g.alias:
                     number = incoming[0]
                     self.holders[number] += 1
+                elif g.kept is not None:
+                    kept = self._hand_out(g.kept.storage, kept)
+                    number = self._allocate(g.of.bytes, self._gradient_row(op, g.of))
                 elif g.computed_at is not None:
                     row = Row(op.module, f"gradient from {op.name} before it is reduced", "temporary", None, "")
                     number = self._allocate(g.computed_at, row)
@@ -402,6 +421,13 @@ class _Backward:
         for g, number in results:
             self._accumulate(i, g.of, number)
 
+    def _hand_out(self, s: int, kept: list[_Kept]) -> list[_Kept]:
+        """What the forward pass kept becomes a gradient: it is let go in the instant in which that is there."""
+        for storage, held, keys in kept:
+            if storage == s:
+                self._let_go(storage, held, keys)
+        return [one for one in kept if one[0] != s]
+
     def _reduced(self, op: Op, g: Gradient, number: int) -> int:
         """The gradient in the form of its input."""
         if g.computed_at is None:
@@ -410,7 +436,7 @@ class _Backward:
         self._release(number)
         return final
 
-    def _let_all_go(self, kept: list[tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]]) -> None:
+    def _let_all_go(self, kept: list[_Kept]) -> None:
         for s, held, keys in kept:
             self._let_go(s, held, keys)
 

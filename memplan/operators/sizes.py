@@ -4,6 +4,10 @@ A shape is a tuple of dimensions; a dimension is a number or the name of one tha
 micro-batch, ``"s"`` the sequence length, ``"s+1"`` one more.  A `Size` is a number times such names, so that one
 description of a model answers one configuration (exact Python ints) or a grid of them (NumPy arrays).
 
+Losses that go chunk by chunk need dimensions worked out from others; their names say how: ``"min(n, 256)"`` is `n` but
+at most 256 (`at_most`), ``"pow2(b*s / 16)"`` a sixteenth of ``b*s``, rounded up to a whole number and then to a power
+of two (`power_of_two`).
+
 CUDA's caching allocator hands out blocks in steps of 512 bytes (kMinBlockSize in c10/core/AllocatorConfig.h), and
 ``torch.cuda.memory_allocated`` counts the rounded blocks: `allocated` does the same.
 """
@@ -79,17 +83,74 @@ def allocated(num: Any) -> Any:
     return -(-num // ALLOCATION_STEP_BYTES) * ALLOCATION_STEP_BYTES
 
 
-def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
+MILLION = 10**6
+
+
+def at_most(dim: str, most: int) -> str:
+    """The dimension that is `dim` but never more than `most`."""
+    return f"min({dim}, {most})"
+
+
+def power_of_two(dim: str, share: int) -> str:
+    """The dimension ``next_power_of_2(ceil(dim / share))``, but never more than `dim` itself."""
+    return f"pow2({dim} / {share})"
+
+
+def more_than(dim: str, number: int) -> str:
+    """The dimension that is 1 where `dim` is more than `number`, else 0."""
+    return f"more({dim}, {number})"
+
+
+class Dimensions(dict[str, Any]):
+    """Dimensions by name; those whose name says how they are worked out from another are worked out when asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        function, _, rest = name.partition("(")
+        dim, separator, number = rest.removesuffix(")").rpartition(DERIVED.get(function, ", "))
+        if function not in DERIVED or not separator:
+            raise KeyError(name)
+        value = self[name] = _derived(function, self[dim], int(number))
+        return value
+
+
+def _derived(function: str, dim: Any, number: int) -> Any:
+    if function == "more":
+        return (dim > number) * 1
+    limit = number if function == "min" else _next_power_of_two(-(-dim // number))
+    return dim - (dim - limit) * (dim > limit)  # the smaller of both, of ints and of arrays
+
+
+DERIVED = {"min": ", ", "more": ", ", "pow2": " / "}
+"""Functions in the names of dimensions, and what stands between dimension and number."""
+
+
+def _next_power_of_two(number: Any) -> Any:
+    """The smallest power of two that is not below `number` (from 1 on)."""
+    number = number - 1
+    for shift in (1, 2, 4, 8, 16, 32):
+        number = number | (number >> shift)
+    return number + 1
+
+
+def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[str, Any]:
     """The dimensions that descriptions may name, for one configuration or for arrays of them.
+
+    ``b*s`` are all tokens; ``b*(s-1)`` those that have a next one; ``n`` those whose next one has a label, of which
+    `supervised` is the share (counted in millionths).
 
     ``s+[b=1]`` is one longer for a micro-batch of one, where PyTorch's ``contiguous()`` of a slice copies nothing and
     keeps the whole; ``[b=1]`` is 1 there and else 0.  ``s to 16``, ``s to 32`` and ``s to 128`` are rounded up to
     such a multiple; ``s[not 16s]`` is nothing where the length already is one.
     """
     to_16 = -(-seq_len // 16) * 16
-    return {
+    pairs = micro_batch_size * (seq_len - 1)
+    dimensions = {
         "b": micro_batch_size,
         "s": seq_len,
+        "b*s": micro_batch_size * seq_len,
+        "b*(s-1)": pairs,
+        "n": -(-pairs * round(supervised * MILLION) // MILLION),
+        "s-1": seq_len - 1,
         "s+1": seq_len + 1,
         "s+[b=1]": seq_len + (micro_batch_size == 1),
         "[b=1]": (micro_batch_size == 1) * 1,
@@ -99,3 +160,4 @@ def bind(micro_batch_size: Any, seq_len: Any) -> dict[str, Any]:
         "s to 128": -(-seq_len // 128) * 128,
         "s[not 16s]": seq_len * (to_16 != seq_len),
     }
+    return Dimensions(dimensions)

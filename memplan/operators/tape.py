@@ -114,6 +114,27 @@ class Gradient(NamedTuple):
     """Bytes alive beside it while it is computed."""
     computed_at: Size | None = None
     """Its bytes as computed, where it is then cast or summed to the form of the input."""
+    kept: Tensor | None = None
+    """The tensor that the operator made in its forward pass and kept to hand out now, where it did."""
+
+
+class Loop(NamedTuple):
+    """The inside of an operator that goes through its input chunk by chunk."""
+
+    backward_flops: Size
+    """Floating-point operations of its backward."""
+    dtype: str
+    """In which its products are computed."""
+    moments: tuple[tuple[Size, ...], ...] = ()
+    """Its high points in turn: what is alive at each beside its inputs, before its outputs are there."""
+    backward_moments: tuple[tuple[Size, ...], ...] = ()
+    """The same in its backward, before its gradients are there."""
+    made_ahead: tuple[Tensor, ...] = ()
+    """Inputs whose gradients the forward pass makes and keeps."""
+    moved: tuple[Size, ...] = ()
+    """Bytes that its kernels beside the products read and write."""
+    backward_moved: tuple[Size, ...] = ()
+    """The same in its backward."""
 
 
 class Op(NamedTuple):
@@ -137,6 +158,8 @@ class Op(NamedTuple):
     """Why it keeps what it keeps."""
     pins: tuple[Tensor, ...] = ()
     """What it holds on to behind autograd's back (as attributes of its node): checkpointing does not let it go."""
+    loop: Loop | None = None
+    """What an operator that goes chunk by chunk does inside."""
 
 
 class Span(NamedTuple):
@@ -161,6 +184,7 @@ class Tape:
         padded: bool = False,
         recipe: Recipe = EVERYTHING,
         prefix: str = "",
+        loss: str = "full",
     ) -> None:
         self.numerics = numerics
         self.recipe = recipe
@@ -171,6 +195,8 @@ class Tape:
         """What the recipe was asked about this piece, (question, name within the piece), and its answers."""
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
+        self.loss = loss
+        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
         self.padded = padded
@@ -183,6 +209,8 @@ class Tape:
         self._parameter_of: dict[str, Tensor] = {}
         self.ops: list[Op] = []
         self.spans: list[Span] = []
+        self.outlive: list[Tensor] = []
+        """What the caller of the model holds until the backward pass is over."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
@@ -312,7 +340,7 @@ class Tape:
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
-    def op(  # noqa: PLR0913 -- most are named at the call, and few are given
+    def op(  # noqa: PLR0913 - one keyword for each thing that an operator may do
         self,
         name: str,
         inputs: Sequence[Tensor],
@@ -330,6 +358,7 @@ class Tape:
         extra_outputs: Sequence[tuple[str, Shape, str]] = (),
         keeps_extra: bool = True,
         pins: Sequence[Tensor] = (),
+        loop: Loop | None = None,
     ) -> Tensor:
         """Record an operator with one result of `shape` (and `extra_outputs` that only its backward uses).
 
@@ -343,13 +372,19 @@ class Tape:
             self._new(extra_shape, extra_dtype, role="activation", name=f"{name} {label}", requires_grad=False)
             for label, extra_shape, extra_dtype in extra_outputs
         ]
+        ahead = {
+            x.number: self._new(x.shape, x.dtype, role="activation", name=f"{name} gradient", requires_grad=False)
+            for x in (loop.made_ahead if loop else ())
+            if x.requires_grad
+        }
+        extras += ahead.values()
         kept = list(keeps)
         if keeps_output:
             kept.append(out)
         if keeps_extra:
             kept.extend(extras)
         if gradients is None:
-            gradients = [Gradient(x) for x in inputs]
+            gradients = [Gradient(x, kept=ahead.get(x.number)) for x in inputs]
         self._record(
             name,
             tuple(inputs),
@@ -362,6 +397,7 @@ class Tape:
             flops=flops,
             reason=reason,
             pins=tuple(pins) if requires_grad else (),
+            loop=loop,
         )
         return out
 
@@ -379,6 +415,7 @@ class Tape:
         flops: Size | None = None,
         reason: str = "",
         pins: tuple[Tensor, ...] = (),
+        loop: Loop | None = None,
     ) -> None:
         self.ops.append(
             Op(
@@ -394,6 +431,7 @@ class Tape:
                 flops if flops is not None else Size(0),
                 reason,
                 pins,
+                loop,
             )
         )
 

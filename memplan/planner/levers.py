@@ -64,6 +64,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
         )
     if setup.attention == "eager":
         yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"), same_update=True)
+    yield from _losses(setup)
     if setup.optimizer in {"adamw", "adamw-foreach", "adamw-forloop"}:
         yield Change(
             "fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"), same_update=True
@@ -95,3 +96,11 @@ def _changes(setup: Setup) -> Iterator[Change]:
             replace(setup, micro_batch_size=micro, gradient_accumulation_steps=steps),
             same_update=True,
         )
+
+
+def _losses(setup: Setup) -> Iterator[Change]:
+    """Losses that give the same gradients, but for rounding, without holding all logits."""
+    names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
+    if setup.loss == "full":
+        for loss, name in names.items():
+            yield Change(name, f"--loss {loss}", replace(setup, loss=loss), same_update=True)

@@ -204,10 +204,13 @@ class Trace(Tabular):
 
     @cached_property
     def kept(self) -> tuple[TraceEvent, ...]:
-        """What the last forward pass left for its backward pass, in the order of birth."""
+        """What the last forward pass left for its backward pass, in the order of birth.
+
+        Gradients are among it where a fused loss makes them in the forward pass.
+        """
         last = [span for span in self.spans if span.phase == "forward"][-1]
         inside = self.events[last.start : last.stop]
-        return tuple(event for event in inside if event.category == "activation" and event.sign > 0)
+        return tuple(event for event in inside if event.category in {"activation", "gradient"} and event.sign > 0)
 
     @property
     def kept_activation_bytes(self) -> int:

@@ -203,4 +203,4 @@ def diffusers_model(values: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Modu
     name = values["_class_name"]
     maker = getattr(diffusers, name)
     model: nn.Module = maker.from_config({k: v for k, v in values.items() if not k.startswith("_")}).to(dtype)
-    return model, DIFFUSERS_INPUTS_BY_CLASS[name](model.config, dtype)  # type: ignore[attr-defined]
+    return model, DIFFUSERS_INPUTS_BY_CLASS[name](model.config, dtype)

@@ -21,6 +21,7 @@ from memplan.errors import MemplanError
 from memplan.operators.sizes import allocated
 from memplan.probes.checkpointing import enable_checkpointing, selective_checkpointing
 from memplan.probes.devices import LimitReachedError, watching
+from memplan.probes.heads import use_library_loss
 from memplan.probes.meter import PhaseMeter, Unwatched
 from memplan.probes.models import PARAMETER_DTYPES, transformers_model
 from memplan.probes.optimizers import real_optimizer
@@ -106,6 +107,7 @@ def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, rank
         built = transformers_model(trial.config, trial.model).build(setup)
         module: Any = built.module.train()
         enable_checkpointing(module, setup.activation_checkpointing, None)
+        use_library_loss(module, setup.loss)
         optimizer = real_optimizer(module, OPTIMIZERS[setup.optimizer])
     device.settle()
     called = module if ranks.wrap is None else ranks.wrap(module, device.type)

@@ -108,6 +108,7 @@ def _run(
 
     from memplan.probes.autocast import CudaAutocast
     from memplan.probes.checkpointing import enable_checkpointing, repeated_layers, selective_checkpointing
+    from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
     from memplan.probes.optimizers import build_optimizer
     from memplan.probes.quantised import num_elements
@@ -123,6 +124,7 @@ def _run(
     _refuse_recurrent(module)
     _load(module, recorder)
     enable_checkpointing(module, setup.activation_checkpointing, autocast)
+    use_loss(module, setup.loss, autocast, setup.supervised)
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
     run = TrainingRun(built, optimizer, recorder, region, loop)

@@ -105,10 +105,12 @@ class TrainingRun:
             last = micro_step == len(inputs) - 1
             with contextlib.nullcontext() if last or not hasattr(self.called, "no_sync") else self.called.no_sync():
                 enter("forward", number, micro_step)
-                loss = self._forward(micro_batch, num_items, setup.gradient_accumulation_steps)
+                loss = self._forward(micro_batch, num_items, setup)
                 self.witness.mark_kept()
                 enter("backward", number, micro_step)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                if not self.loop.keep_outputs:
+                    self._outputs = None
             self._name_gradients()
             del loss
         if self.loop.update:
@@ -142,14 +144,16 @@ class TrainingRun:
         self.witness.label(num_items, "input", "inputs", "num_items_in_batch")
         return num_items
 
-    def _forward(self, inputs: Any, num_items: torch.Tensor | None, accumulation: int) -> torch.Tensor:
+    def _forward(self, inputs: Any, num_items: torch.Tensor | None, setup: Setup) -> torch.Tensor:
         with self.autocast() if self.autocast else contextlib.nullcontext():
             outputs = self._call(inputs, num_items)
-        if self.autocast and self.loop.outputs_to_fp32:
+        kept = setup.loss == "full-kept"  # in a loop without accelerate
+        if self.autocast and self.loop.outputs_to_fp32 and not kept:
             outputs = _to_fp32(outputs)
         loss = find_loss(outputs, self.loss_of)
-        if self.loop.keep_outputs:
+        if self.loop.keep_outputs or kept:
             self._outputs = outputs
+        accumulation = setup.gradient_accumulation_steps
         return loss if self.takes_num_items or accumulation == 1 else loss / accumulation
 
     def _call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:

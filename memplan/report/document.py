@@ -197,6 +197,7 @@ def setup_document(setup: Setup) -> Document:
         "activation_checkpointing": setup.activation_checkpointing,
         "attention": setup.attention,
         "loss": setup.loss,
+        "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,
         "lora": None if setup.lora is None else lora_record(setup.lora),

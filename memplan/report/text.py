@@ -129,6 +129,8 @@ def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
 def choices(setup: Document) -> str:
     """How it is trained, in one line."""
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
+    if setup["supervised"] < 1:
+        parts.append(f"{100 * setup['supervised']:g} % of the tokens have a label")
     if setup["dropout"] is not None:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:

@@ -32,7 +32,9 @@ class Choices(TypedDict, total=False):
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None
-    """full."""
+    """Key of `memplan.specs.training.LOSSES` (full)."""
+    supervised: float | None
+    """Share of the tokens that have a label (1)."""
     dropout: float | None
     """Overrides every dropout probability of the config."""
     padding: bool | None
@@ -66,6 +68,7 @@ FIELD_BY_ARGUMENT = {
     "checkpointing": "activation_checkpointing",
     "attention": "attention",
     "loss": "loss",
+    "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
     "freeze": "freeze",

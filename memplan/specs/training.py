@@ -39,7 +39,7 @@ OPTIMIZERS = {
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
 
 ATTENTIONS = ("eager", "sdpa", "flash")
-LOSSES = ("full",)
+LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 
@@ -64,7 +64,17 @@ class Setup:
     attention: str = "sdpa"
     """``eager``, ``sdpa`` or ``flash``."""
     loss: str = "full"
-    """``full``: all logits at once, as transformers computes it."""
+    """How the loss of a language model is computed, one of `LOSSES`:
+
+    ``full``      all logits at once (transformers; the default of Trainer and of SFTTrainer up to TRL 1.6)
+    ``full-kept`` the same in a plain loop that keeps the model's output until the backward pass is over
+    ``chunked``   256 tokens at a time, computed again in the backward pass (default of TRL 1.7 to 1.14, chunked_nll)
+    ``tiled``     4096 tokens by 32768 words at a time (TRL from 1.15 on)
+    ``fused``     logits of a chunk turned into gradients in the forward pass (Liger Kernel)
+    ``cut``       no logits in memory at all (cut cross-entropy)
+    """
+    supervised: float = 1.0
+    """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
@@ -87,6 +97,7 @@ class Setup:
         check_choice("loss", self.loss, LOSSES)
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
+        check_share("supervised", self.supervised)
         self._check_quantization()
 
     def _check_quantization(self) -> None:
@@ -162,6 +173,12 @@ def check_checkpointing(value: object) -> None:
             f"activation_checkpointing {_shown(value)} is not known.",
             "Known: none, selective, full, every-2, every-3, ...",
         )
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is a share above 0 and up to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise UsageError(f"{name} is {_shown(value)}.", "Give a share above 0 and up to 1.")
 
 
 def check_dropout(value: object) -> None:

@@ -67,8 +67,11 @@ def timed(tape: Tape) -> Timed:
     real = [op for op in tape.ops if _computes(op)]
     in_span = {id(op) for span in tape.spans for op in tape.ops[span.start : span.stop]}
     return Timed(
-        tuple(_forward(op) for op in real),
-        tuple(_backward(op) for op in real if op.gradients),
+        (*(_forward(op) for op in real), *(_inside(op.loop.dtype, op.loop.moved) for op in real if op.loop)),
+        (
+            *(_backward(op) for op in real if op.gradients),
+            *(_inside(op.loop.dtype, op.loop.backward_moved) for op in real if op.loop and op.gradients),
+        ),
         tuple(_forward(op) for op in real if id(op) in in_span),
     )
 
@@ -80,9 +83,8 @@ def _computes(op: Op) -> bool:
 
 
 def _forward(op: Op) -> Work:
-    return Work(
-        op.flops, op.inputs[0].dtype if op.inputs else "fp32", _merged([x.bytes for x in (*op.inputs, *op.outputs)])
-    )
+    dtype = op.loop.dtype if op.loop else op.inputs[0].dtype if op.inputs else "fp32"
+    return Work(op.flops, dtype, _merged([x.bytes for x in (*op.inputs, *op.outputs)]))
 
 
 def _backward(op: Op) -> Work:
@@ -92,7 +94,15 @@ def _backward(op: Op) -> Work:
         factor = ATTENTION_BACKWARD if op.name == "attention kernel" else 1
     kept = (x.bytes for x in (*op.keeps, *op.pins))
     moved = [op.outputs[0].bytes, *kept, *(g.of.bytes for g in op.gradients if not g.alias)]
-    return Work(Size(int(op.flops.factor * factor), op.flops.dims), op.outputs[0].dtype, _merged(moved))
+    if op.loop:
+        return Work(op.loop.backward_flops, op.loop.dtype, _merged(moved))
+    flops = Size(int(op.flops.factor * factor), op.flops.dims)
+    return Work(flops, op.outputs[0].dtype, _merged(moved))
+
+
+def _inside(dtype: str, moved: Sequence[Size]) -> Work:
+    """The kernels of a loop that are no products: they run between them, and are bound by bandwidth."""
+    return Work(Size(0), dtype, _merged(moved))
 
 
 def _merged(sizes: Iterable[Size]) -> tuple[Size, ...]:

@@ -65,7 +65,7 @@ class TimedModel:
         self.head = timed(recording.head.tape)
         self.kinds = tuple(timed(kind.tape) for kind in recording.kinds)
         self.order = recording.order
-        self._known: dict[tuple[int, int, int], tuple[float, float, float]] = {}
+        self._known: dict[tuple[int, int, int, int], tuple[float, float, float]] = {}
 
     def step(
         self,
@@ -89,7 +89,7 @@ class TimedModel:
         """
 
         def of(piece: Timed) -> tuple[float, float, float]:
-            key = (id(piece), env["b"], env["s"])
+            key = (id(piece), env["b"], env["s"], env["n"])
             if key not in self._known:
                 works = (piece.forward, piece.backward, piece.spans)
                 forward, backward, spans = (seconds(work, self.speed, env) for work in works)

@@ -65,6 +65,9 @@ USAGE = [
     ("estimate gpt2 --micro-batch -4", "--micro-batch is '-4'", "from 1 to"),
     ("models --json --format markdown", "--json and --format markdown", "Leave one"),
     ("models gpt2", "gpt2", "memplan models --help"),
+    ("suggest gpt2 --gpu 24GB --target-batch 32 --loss fused", "no fused loss for gpt2", "chunked"),
+    ("estimate bert-base --loss chunked", "causal language models", "--loss full"),
+    ("estimate llama-3-8b --loss cut --precision fp32", "hidden states in fp32", "--loss full"),
 ]
 
 FAULTS = [
@@ -73,7 +76,6 @@ FAULTS = [
     ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
     ("estimate rwkv-4-3b", "(rwkv)", "Known: bert"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --optimizer lion", "--optimizer lion is not modelled yet", "adamw"),
-    ("suggest gpt2 --gpu 24GB --target-batch 32 --loss fused", "--loss fused is not modelled yet", "full"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
     ("sweep gpt2", "memplan sweep is not there yet", "estimate"),
     *[

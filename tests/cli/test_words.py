@@ -74,8 +74,9 @@ def test_no_way_out_is_no_list_of_options(run) -> None:
     assert "add these options" not in text
 
 
-def test_a_chunked_loss_is_not_modelled_yet(run) -> None:
-    assert "a chunked loss, not modelled yet" in words(run("estimate gpt2").out)
+def test_what_the_loss_would_be_otherwise(run) -> None:
+    assert "--loss tiled, TRL's from 1.15 on" in words(run("estimate gpt2").out)
+    assert "all logits at once, as Trainer computes them" in words(run("estimate llama-3-8b --loss fused").out)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, int64
-from memplan.architectures.blocks import HIDDEN, causal_loss, causal_mask, lm_head, merged
+from memplan.architectures.blocks import HIDDEN, causal_mask, merged
+from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.attention import slices_batched, softmax
 from memplan.operators.elementwise import add, dropout
@@ -119,7 +120,7 @@ def head(m: Bloom, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
     tied_to = "transformer.word_embeddings.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to))
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to, holds_hidden=False)
 
 
 def bloom(config: Config) -> Architecture:

@@ -12,10 +12,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from memplan.architectures.blocks import causal_loss, gated_mlp, heads, lm_head, merged
+from memplan.architectures.blocks import gated_mlp, heads, merged
 from memplan.architectures.families import llama
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention, rotary
-from memplan.operators.elementwise import add, scale
+from memplan.operators.elementwise import add
 from memplan.operators.matrix import linear
 from memplan.operators.normalisation import written_out_layer_norm
 from memplan.specs.values import dataclass
@@ -70,10 +71,7 @@ def head(m: Cohere, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, scaled logits, loss."""
     with t.scope("model"):
         x = written_out_layer_norm(t, x, "norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    with t.scope("lm_head"):
-        logits = scale(t, logits)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None, logits="scaled")
 
 
 def cohere(config: Config) -> Architecture:

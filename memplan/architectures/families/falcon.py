@@ -19,12 +19,11 @@ from memplan.architectures.blocks import (
     HIDDEN,
     additive_mask,
     boolean_mask,
-    causal_loss,
-    lm_head,
     merged,
     positions,
     rotary_tables,
 )
+from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.adapters import Base
 from memplan.operators.attention import fused, rotary, slices_batched, softmax
@@ -208,7 +207,7 @@ def head(m: Falcon, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
     tied_to = "transformer.word_embeddings.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to))
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to, holds_hidden=False)
 
 
 def falcon(config: Config) -> Architecture:

@@ -21,18 +21,17 @@ from typing import TYPE_CHECKING, Any
 from memplan.architectures.architecture import Architecture, Buffer, Handed, int64
 from memplan.architectures.blocks import (
     HIDDEN,
-    causal_loss,
     gated_mlp,
     heads,
-    lm_head,
     merged,
     positions,
     rotary_tables,
 )
 from memplan.architectures.families.llama import layer_types, masks, needs_mask_beyond, numbers, sliding_window
 from memplan.architectures.families.siglip import vision_buffer, vision_parameters
+from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
-from memplan.operators.attention import attention, rotary, softcapped
+from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
@@ -155,11 +154,8 @@ def head(m: Gemma, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits (bent in Gemma 2), loss."""
     with t.scope(m.prefix):
         x = norm(t, x, "norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to=f"{m.prefix}.embed_tokens.weight" if m.tied else None)
-    if m.logits_softcap:
-        with t.scope("lm_head"):
-            logits = softcapped(t, logits)
-    return causal_loss(t, logits, held=x)
+    logits = "softcapped" if m.logits_softcap else ""
+    return causal_head(t, x, m.vocab_size, tied_to=f"{m.prefix}.embed_tokens.weight" if m.tied else None, logits=logits)
 
 
 def build(

@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, int64
-from memplan.architectures.blocks import HIDDEN, causal_loss, causal_mask, lm_head, merged, positions, split_heads
+from memplan.architectures.blocks import HIDDEN, causal_mask, merged, positions, split_heads
+from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout
@@ -84,7 +85,7 @@ def head(m: GPT2, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None))
+    return causal_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None, holds_hidden=False)
 
 
 def gpt2(config: Config) -> Architecture:

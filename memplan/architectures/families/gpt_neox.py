@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import (
     HIDDEN,
-    causal_loss,
     causal_mask,
-    lm_head,
     merged,
     partial_rotary,
     rotary_dim,
     rotary_tables,
     split_heads,
 )
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.matrix import embedding, linear
@@ -101,8 +100,7 @@ def head(m: GPTNeoX, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("gpt_neox"):
         x = layer_norm(t, x, "final_layer_norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to="gpt_neox.embed_in.weight" if m.tied else None)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="gpt_neox.embed_in.weight" if m.tied else None)
 
 
 def gpt_neox(config: Config) -> Architecture:

@@ -15,7 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, Buffer, int64
-from memplan.architectures.blocks import HIDDEN, causal_loss, causal_mask, heads, lm_head, merged, positions
+from memplan.architectures.blocks import HIDDEN, causal_mask, heads, merged, positions
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout, mul, neg
 from memplan.operators.layout import cat, split, take
@@ -115,7 +116,7 @@ def head(m: GPTJ, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
     tied_to = "transformer.wte.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, bias=True))
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to, bias=True, holds_hidden=False)
 
 
 def gptj(config: Config) -> Architecture:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from memplan.architectures.blocks import causal_loss, gated_mlp, lm_head
+from memplan.architectures.blocks import gated_mlp
 from memplan.architectures.families import llama
+from memplan.architectures.heads import causal_head
 from memplan.operators.elementwise import add, scale
 from memplan.operators.normalisation import rms_norm
 
@@ -39,10 +40,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, divided logits, loss."""
     with t.scope("model"):
         x = rms_norm(t, x, "norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    with t.scope("lm_head"):
-        logits = scale(t, logits)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None, logits="scaled")
 
 
 def granite(config: Config) -> Architecture:

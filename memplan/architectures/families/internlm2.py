@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import int64
-from memplan.architectures.blocks import HIDDEN, causal_loss, causal_mask, lm_head, merged, rotary_tables
+from memplan.architectures.blocks import HIDDEN, causal_mask, merged, rotary_tables
 from memplan.architectures.families import llama
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, mul
 from memplan.operators.layout import copy, take
@@ -69,7 +70,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("model"):
         x = rms_norm(t, x, "norm")
     tied_to = "model.tok_embeddings.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, name="output"), held=x)
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to, name="output")
 
 
 def internlm2(config: Config) -> Architecture:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from memplan.architectures.architecture import Architecture, Buffer, Handed, int64
 from memplan.architectures.blocks import (
     HIDDEN,
-    causal_loss,
     causal_mask,
     gated_mlp,
     heads,
-    lm_head,
     merged,
     rotary_tables,
     window_mask,
 )
+from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, scale
@@ -121,8 +120,7 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("model"):
         x = rms_norm(t, x, "norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
 
 
 MASK_BY_SLIDING = {False: "mask", True: "window_mask"}

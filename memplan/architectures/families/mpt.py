@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, int64
-from memplan.architectures.blocks import HIDDEN, additive_mask, causal_loss, lm_head, merged, split_heads
+from memplan.architectures.blocks import HIDDEN, additive_mask, merged, split_heads
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import slices_batched, softmax
 from memplan.operators.elementwise import add, dropout, keeps_input, scale
 from memplan.operators.layout import copy
@@ -100,7 +101,7 @@ def head(m: MPT, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("transformer"):
         x = layer_norm(t, x, "norm_f", bias=False)
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None))
+    return causal_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None, holds_hidden=False)
 
 
 def mpt(config: Config) -> Architecture:

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import int64
 from memplan.architectures.blocks import (
     HIDDEN,
-    causal_loss,
     causal_mask,
     gated_mlp,
     heads,
-    lm_head,
     merged,
     rotary_tables,
 )
 from memplan.architectures.families import llama
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention, rotary
 from memplan.operators.elementwise import add, clamp_in_place
 from memplan.operators.matrix import embedding, linear
@@ -116,8 +115,7 @@ def head(m: Olmo, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss; the first OLMo's norm has no weight."""
     with t.scope("model"):
         x = rms_norm(t, x, "norm", gain_in_fp32=True) if m.qk_norm else plain_norm(t, x, "norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
 
 
 _DEFAULTS = {

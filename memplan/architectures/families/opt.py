@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, int64
-from memplan.architectures.blocks import HIDDEN, causal_loss, causal_mask, heads, lm_head, merged
+from memplan.architectures.blocks import HIDDEN, causal_mask, heads, merged
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout, mul, scale
 from memplan.operators.matrix import embedding, linear
@@ -99,8 +100,7 @@ def head(m: OPT, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
             x = layer_norm(t, x, "final_layer_norm", affine=m.affine)
         if m.embedding_size != m.hidden_size:
             x = linear(t, x, m.embedding_size, "project_out")
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.decoder.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.decoder.embed_tokens.weight" if m.tied else None)
 
 
 def opt(config: Config) -> Architecture:

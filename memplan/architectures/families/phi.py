@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import (
     HIDDEN,
-    causal_loss,
     causal_mask,
     heads,
-    lm_head,
     merged,
     partial_rotary,
     rotary_dim,
     rotary_tables,
 )
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.matrix import embedding, linear
@@ -98,7 +97,7 @@ def head(m: Phi, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("model"):
         x = layer_norm(t, x, "final_layernorm")
     tied_to = "model.embed_tokens.weight" if m.tied else None
-    return causal_loss(t, lm_head(t, x, m.vocab_size, tied_to=tied_to, bias=True), held=x)
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to, bias=True)
 
 
 def phi(config: Config) -> Architecture:

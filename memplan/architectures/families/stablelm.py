@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import (
     HIDDEN,
-    causal_loss,
     causal_mask,
     gated_mlp,
     heads,
-    lm_head,
     merged,
     partial_rotary,
     rotary_dim,
     rotary_tables,
 )
+from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.layout import cat, split
@@ -117,8 +116,7 @@ def head(m: StableLM, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("model"):
         x = layer_norm(t, x, "norm")
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
 
 
 def stablelm(config: Config) -> Architecture:

@@ -1,0 +1,100 @@
+"""From the last hidden states to the loss: the one place where a language model's output layer meets its loss.
+
+A family says what its output layer is called, what it is tied to and what happens to its logits; `Tape.loss` says how
+the loss is computed.  ``full`` records all logits and the loss of transformers on them; the others take the output
+layer in (`memplan.operators.fused_losses`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
+from memplan.errors import UsageError
+from memplan.operators.attention import softcapped
+from memplan.operators.elementwise import scale
+from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
+from memplan.operators.losses import causal_lm_loss
+
+if TYPE_CHECKING:
+    from memplan.operators.tape import Tape, Tensor
+
+
+ALL_LOGITS = ("full", "full-kept")
+"""Losses of all logits at once."""
+
+BENT_BY_NAME = {"scaled": scale, "softcapped": softcapped}
+"""What a model does to its logits: multiply them by a number (Cohere, Granite), or bend them by tanh (Gemma 2)."""
+
+LIGER_MODEL_TYPES = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
+)
+"""Whose fused loss Liger Kernel 0.8.5 has (transformers/monkey_patch.py); it leaves others as they are."""
+
+
+def check_loss(loss: str, model_type: str, task: str) -> None:
+    """Raise `UsageError` where the loss of such a model is not computed in this way."""
+    if loss != "full" and task != "causal-lm":
+        raise UsageError(
+            f"--loss {loss} is a loss of causal language models; {model_type} is trained on another task ({task}).",
+            "Use --loss full.",
+        )
+    if loss == "fused" and model_type not in LIGER_MODEL_TYPES:
+        raise UsageError(
+            f"Liger Kernel has no fused loss for {model_type}: Trainer would go on with all logits.",
+            "Use --loss full, chunked or tiled.",
+        )
+
+
+def causal_head(
+    t: Tape,
+    hidden: Tensor,
+    vocab_size: int,
+    *,
+    tied_to: str | None,
+    name: str = "lm_head",
+    bias: bool = False,
+    logits: str = "",
+    holds_hidden: bool = True,
+) -> Tensor:
+    """The loss of a causal language model.
+
+    Args:
+        t: Where it is recorded.
+        hidden: The last hidden states, (b, s, width).
+        vocab_size: Words.
+        tied_to: Full name of the embedding's weight that the output layer shares, None where it has its own.
+        name: The output layer's.
+        bias: Whether it has one.
+        logits: What happens to them before the loss: a key of `BENT_BY_NAME`, empty for nothing.
+        holds_hidden: Whether the model's output holds the last hidden states until the loss is there.
+    """
+    if t.loss in ALL_LOGITS:
+        made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
+        if logits:
+            with t.scope(name):
+                made = BENT_BY_NAME[logits](t, made)
+        labels, num_items = _targets(t)
+        with t.scope("loss"):
+            loss = causal_lm_loss(t, made, labels, num_items)
+            if holds_hidden:
+                t.keep_alive(hidden)
+            if t.loss == "full-kept":
+                t.outlive.append(made)
+        return loss
+    if t.ask("adapts_head", name):
+        raise UsageError(
+            f"--loss {t.loss} takes the weight of {name} alone and would leave its adapter out.",
+            f"Use --loss full, or leave {name} out of --lora-targets.",
+        )
+    weight, offset = output_parameters(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
+    labels, num_items = _targets(t)
+    with t.scope("loss"):
+        head = OutputLayer(weight, offset, logits == "softcapped")
+        return LOSS_BY_NAME[t.loss](t, hidden, head, labels, num_items)
+
+
+def _targets(t: Tape) -> tuple[Tensor, Tensor]:
+    """Labels, and how many there are in all micro-batches of the step."""
+    labels = t.external("labels", HIDDEN, "int64", role="input")
+    return labels, t.external("num_items_in_batch", (), "int64", role="input")
