@@ -139,6 +139,18 @@ def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
     )
 
 
+def shaken(t: Tape, x: Tensor) -> Tensor:
+    """``x *= torch.empty_like(x).uniform_(a, b)``: keeps the noise; the result lies on the storage of `x`."""
+    noise = t.op("uniform", (x,), x.shape, gradients=())
+    out = x._replace(number=len(t.tensors))
+    t.tensors.append(out)
+    gradients = (Gradient(x),) if x.requires_grad else ()
+    keeps = (noise,) if x.requires_grad else ()
+    reason = "a product keeps each factor for the gradient of the other"
+    t.ops.append(Op("mul_", t.module, (x, noise), (out,), keeps, False, gradients, (), (), elements(x), reason))
+    return out
+
+
 def keeps_input(t: Tape, name: str, x: Tensor) -> Tensor:
     """An activation function that keeps its input: ``silu``, ``gelu`` (exact or tanh)."""
     return t.op(

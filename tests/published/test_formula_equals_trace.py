@@ -25,6 +25,7 @@ from memplan.specs.training import Setup
 from tests.published import test_reference_families_a as family_a
 from tests.published import test_reference_families_b as family_b
 from tests.published import test_reference_families_c as family_c
+from tests.published import test_reference_mixtures as mixtures
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,7 @@ CONFIGS: list[dict[str, Any]] = [
     family_c.XLM_ROBERTA,
     family_c.DEBERTA,
     family_c.MODERNBERT,
+    *mixtures.CONFIG_BY_NAME.values(),
 ]
 CONFIG_BY_MODEL_TYPE = {config["model_type"]: config for config in reversed(CONFIGS)}
 

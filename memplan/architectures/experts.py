@@ -1,0 +1,121 @@
+"""Mixtures of experts: a router sends each token through the k of E gated MLPs that it scores highest.
+
+    p = softmax(router(x));  y = sum over the k largest p_e of  p_e * down_e(act(gate_e(x)) * up_e(x))
+
+Modelled after transformers 5.23, integrations/moe.py, ``grouped_mm_experts_forward``: what runs unless another
+``experts_implementation`` is asked for, in every dtype.  Rows are sorted by expert, one grouped product serves all
+experts, and the results are put back in order and added up.  There are tokens x k rows however evenly the router
+spreads them, so that routing imbalance changes no tensor on one GPU: it changes how long the groups of the product are.
+
+What is kept of a token: k * (2h + 4 ffn) numbers, and for each of the k four int64 that say where its row went.
+
+Left out: the other implementations (``eager`` goes expert by expert, with tensors as long as the expert is popular),
+and expert parallelism, where the rank of the most popular experts holds more rows than the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.operators.attention import softmax
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul
+from memplan.operators.layout import split
+from memplan.operators.matrix import project
+from memplan.operators.routing import grouped_product, normalise_in_place, pick, sort, sum_of_chosen, top_k
+from memplan.specs.values import dataclass
+
+if TYPE_CHECKING:
+    from memplan.operators.tape import Tape, Tensor
+
+ROUTING = (
+    (
+        "uneven routing",
+        "none is needed: grouped_mm, transformers' default, makes tokens x k rows however popular an expert is; with "
+        'experts_implementation="eager" or expert parallelism the most popular expert makes the peak',
+    ),
+)
+"""What the balance of the router changes, for the list of what the numbers leave out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The numbers of a layer of experts."""
+
+    num: int
+    chosen: int
+    """How many of them each token goes through."""
+    width: int
+    """Of each expert's MLP."""
+    activation: str
+    normalised: bool = False
+    """The chosen probabilities are divided by their sum."""
+
+
+def router(t: Tape, x: Tensor, e: Experts, name: str = "gate", *, cast_back: bool = True) -> tuple[Tensor, Tensor]:
+    """Weights and int64 numbers of the experts of each token, both (b, s, k): softmax in fp32, then the largest k.
+
+    `cast_back`: the weights are handed on in the dtype of the scores, else in fp32.
+    """
+    hidden = x.shape[-1]
+    assert isinstance(hidden, int)
+    with t.scope(name):
+        logits = project(t, x, t.parameter("weight", (e.num, hidden)), None, e.num)
+        probabilities = softmax(t, logits, dtype="fp32") if cast_back else softmax(t, t.cast(logits, "fp32"))
+        weights, numbers = top_k(t, probabilities, e.chosen)
+        if e.normalised:
+            weights = normalise_in_place(t, weights)
+        if cast_back:
+            weights = t.cast(weights, logits.dtype)
+        t.hold_in_module(logits, probabilities, weights, numbers)
+    t.hold_in_module(logits, weights, numbers)
+    return weights, numbers
+
+
+def experts(t: Tape, x: Tensor, weights: Tensor, numbers: Tensor, e: Experts) -> Tensor:
+    """Every token through its experts: (b, s, h) to (b, s, h)."""
+    b, s, hidden = x.shape
+    assert isinstance(hidden, int)
+    with t.scope("experts"):
+        w_in = t.parameter("gate_up_proj", (e.num, 2 * e.width, hidden))
+        w_out = t.parameter("down_proj", (e.num, hidden, e.width))
+        order, offsets = _sorted_by_expert(t, numbers, e)
+        rows = pick(t, x, t.op("floor_divide", (order,), order.shape), (b, s, e.chosen, hidden))
+        factors = pick(t, weights, order, order.shape)
+        t.hold_in_module(rows, factors)
+        inner = gated(t, grouped_product(t, rows, w_in, offsets, (b, s, e.chosen, 2 * e.width)), e)
+        out = grouped_product(t, inner, w_out, offsets, rows.shape)
+        weighted = mul(t, out, t.view(factors, (*factors.shape, 1)))
+        t.hold_in_module(out)
+        back = pick(t, weighted, _inverse(t, order), weighted.shape)
+        t.hold_in_module(back)
+        summed = sum_of_chosen(t, back)
+        t.hold_in_module(summed)
+        return t.cast(summed, x.dtype)
+
+
+def _sorted_by_expert(t: Tape, numbers: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
+    """The order of the rows, and where in it each expert's rows end."""
+    ordered, order = sort(t, numbers)
+    as_int = t.op("to", (ordered,), ordered.shape, dtype="int32")
+    counts = t.op("histc", (as_int,), (e.num,))
+    offsets = t.op("cumsum", (counts,), (e.num,))
+    t.hold_in_module(ordered, order, as_int, counts, offsets)
+    return order, offsets
+
+
+def _inverse(t: Tape, order: Tensor) -> Tensor:
+    """Where each row was before it was sorted."""
+    inverse = t.op("empty_like", (order,), order.shape)
+    arange = t.op("arange", (), order.shape, dtype="int64")
+    t.keep_alive(arange)
+    t.hold_in_module(inverse)
+    return inverse
+
+
+def gated(t: Tape, gate_and_up: Tensor, e: Experts) -> Tensor:
+    """``act(gate) * up`` of one joint projection."""
+    half = (*gate_and_up.shape[:-1], e.width)
+    gate, up = split(t, gate_and_up, (half, half))
+    with t.scope("act_fn"):
+        bent = ACTIVATION_BY_NAME[e.activation](t, gate)
+    return mul(t, bent, up)
