@@ -25,6 +25,7 @@ from memplan.operators.routing import grouped_product, normalise_in_place, pick,
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
+    from memplan.architectures.config import Config
     from memplan.operators.tape import Tape, Tensor
 
 ROUTING = (
@@ -35,6 +36,23 @@ ROUTING = (
     ),
 )
 """What the balance of the router changes, for the list of what the numbers leave out."""
+
+
+def spoken_of(config: Config) -> tuple[tuple[str, str], ...]:
+    """(what, why) that answers about a model with experts have to say."""
+    found: tuple[tuple[str, str], ...] = ROUTING
+    if config.flag("output_router_logits", default=False):
+        found += (("the load-balancing loss", "output_router_logits keeps the router's scores of all layers for it"),)
+    if config.has("quantization_config"):
+        method = config.part("quantization_config").text("quant_method")
+        found += (
+            (
+                f"{method} weights",
+                "the published weights are quantised, which cannot be trained in full; they are counted in the dtype "
+                "of --precision, as dequantize=True loads them",
+            ),
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ READER_BY_MODEL_TYPE = {
     "bert": "bert:bert",
     "deberta-v2": "deberta:deberta_v2",
     "cohere": "cohere:cohere",
+    "deepseek_v2": "deepseek:deepseek_v2",
+    "deepseek_v3": "deepseek:deepseek_v3",
     "gemma": "gemma:gemma",
     "gemma2": "gemma:gemma2",
     "gemma3": "gemma:gemma3",
@@ -62,8 +64,6 @@ KIND_BY_MODEL_TYPE = {
     "clip": "a vision and text model",
     "whisper": "a speech model",
     "wav2vec2": "a speech model",
-    "deepseek_v2": "a mixture of experts",
-    "deepseek_v3": "a mixture of experts",
     "gpt_oss": "a mixture of experts",
     "mamba": "a state-space model",
     "rwkv": "a recurrent model",
@@ -78,8 +78,11 @@ TRACE_IT = "Where PyTorch and transformers are installed, memplan trace runs the
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys that say how many experts a layer has."""
 
-MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+MIXTURES = frozenset({"deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 """Families that have experts."""
+
+PUBLISHED_METHOD = {"deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
+"""Families whose originals are quantised, and how; they are described as training loads them, with dequantize=True."""
 
 
 def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float | None = None) -> Architecture:
@@ -96,7 +99,7 @@ def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float 
     model_type = config.text(key)
     if key != "model_type" or model_type not in READER_BY_MODEL_TYPE:
         raise _unknown(model_type, origin, key)
-    _refuse_quantised(config)
+    _refuse_quantised(config, model_type)
     if model_type not in MIXTURES:
         _refuse_experts(config)
     module, function = READER_BY_MODEL_TYPE[model_type].split(":")
@@ -120,9 +123,12 @@ def _parts(config: Config) -> list[Config]:
     return [config, *([config.part("text_config")] if isinstance(config.raw("text_config"), dict) else [])]
 
 
-def _refuse_quantised(config: Config) -> None:
+def _refuse_quantised(config: Config, model_type: str) -> None:
     for part in _parts(config):
-        if part.has("quantization_config"):
+        if not part.has("quantization_config"):
+            continue
+        method = part.part("quantization_config").raw("quant_method")
+        if method is None or method != PUBLISHED_METHOD.get(model_type):
             raise ConfigError(
                 f"{part.origin} has a quantization_config: quantised bases are not modelled yet.",
                 "Give the config.json of the model that was quantised.",

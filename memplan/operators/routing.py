@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.sizes import count
+from memplan.operators.elementwise import add_scalar
+from memplan.operators.sizes import count, num_bytes
 from memplan.operators.tape import Gradient, Op, Tensor, elements
 
 if TYPE_CHECKING:
@@ -47,17 +48,37 @@ def pick(t: Tape, x: Tensor, positions: Tensor, shape: Shape) -> Tensor:
     )
 
 
-def normalise_in_place(t: Tape, x: Tensor) -> Tensor:
+def gather(t: Tape, x: Tensor, positions: Tensor) -> Tensor:
+    """``x.gather(-1, positions)``: keeps the positions; the gradient of `x` is mostly zeros."""
+    reason = "the gradient goes to the numbers that were chosen"
+    return t.op("gather", (x, positions), positions.shape, keeps=(positions,), reason=reason)
+
+
+def fill_where(t: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """``x.masked_fill(mask, number)``: keeps the mask."""
+    reason = "no gradient goes to what is overwritten"
+    return t.op("masked_fill", (x, mask), x.shape, keeps=(mask,), reason=reason, flops=elements(x))
+
+
+def normalise_in_place(t: Tape, x: Tensor, *, shifted: bool = False) -> Tensor:
     """``x /= x.sum(-1, keepdim=True)``: keeps the sum, and a copy of `x` made before it is overwritten.
+
+    `shifted`: a small number is added to the sum.
 
     The gradient of the sum, ``-grad * ((x / sum) / sum)``, is one C++ expression (div_tensor_other_backward in
     torch/csrc/autograd/FunctionsManual.cpp).
     """
-    total = t.op("sum", (x,), (*x.shape[:-1], 1), gradients=[Gradient(x, alias=True)], flops=elements(x))
+    dtype = x.dtype if t.numerics.autocast is None else "fp32"
+    shape = (*x.shape[:-1], 1)
+    total = t.op("sum", (x,), shape, dtype=dtype, gradients=[Gradient(x, alias=True)], flops=elements(x))
+    if shifted:
+        total = add_scalar(t, total)
     before = t.op("clone", (x,), x.shape, gradients=())
     out = x._replace(number=len(t.tensors))
     t.tensors.append(out)
-    gradients = (Gradient(x), Gradient(total, scratch=(x.bytes,) * 3, computed_at=x.bytes)) if x.requires_grad else ()
+    wide = num_bytes(x.shape, dtype)
+    of_x = Gradient(x) if dtype == x.dtype else Gradient(x, computed_at=wide)
+    gradients = (of_x, Gradient(total, scratch=(wide,) * 3, computed_at=wide)) if x.requires_grad else ()
     keeps = (before, total) if x.requires_grad else ()
     reason = "the derivative of a quotient needs both"
     t.ops.append(Op("div_", t.module, (x, before, total), (out,), keeps, False, gradients, (), (), elements(x), reason))

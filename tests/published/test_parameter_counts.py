@@ -19,8 +19,6 @@ NOT_MODELLED = frozenset(
         "UNet2DConditionModel",
         "bart",
         "clip",
-        "deepseek_v2",
-        "deepseek_v3",
         "gpt_oss",
         "mamba",
         "resnet",

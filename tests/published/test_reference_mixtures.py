@@ -83,6 +83,49 @@ CONFIG_BY_NAME: dict[str, dict[str, Any]] = {
     "olmoe, clipped": BASE | {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 4.0},
 }
 
+LATENT = BASE | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "moe_intermediate_size": 72,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "type": "yarn",
+    "factor": 4,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 128,
+}
+CONFIG_BY_NAME |= {
+    "deepseek_v2, queries made directly": LATENT
+    | {"model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "greedy", "rope_scaling": YARN},
+    "deepseek_v2, groups of experts": LATENT
+    | {
+        "model_type": "deepseek_v2",
+        "q_lora_rank": 40,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "deepseek_v2, heads that flash takes": LATENT
+    | {"model_type": "deepseek_v2", "q_lora_rank": 40, "qk_nope_head_dim": 16},
+    "deepseek_v3": LATENT
+    | {"model_type": "deepseek_v3", "q_lora_rank": 40, "n_group": 4, "topk_group": 2, "rope_scaling": YARN},
+    "deepseek_v3, not normalised": LATENT
+    | {"model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+}
+
 Variant = tuple[str, str, str, int]
 """Attention, precision, checkpointing, accumulation."""
 FEW: tuple[Variant, ...] = (
@@ -177,6 +220,9 @@ def test_uneven_routing_is_spoken_of() -> None:
 WRONG_BY_NAME: dict[str, dict[str, Any]] = {
     "more chosen than there are": BASE | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
     "layers without experts that are no list": BASE | {"model_type": "qwen3_moe", "mlp_only_layers": 1},
+    "groups that do not divide the experts": LATENT | {"model_type": "deepseek_v3", "n_group": 3, "topk_group": 1},
+    "fewer key heads than heads": LATENT | {"model_type": "deepseek_v2", "num_key_value_heads": 2},
+    "no number of chosen experts": LATENT | {"model_type": "deepseek_v2", "num_experts_per_tok": None},
     "sliding layers without a window": BASE | {"model_type": "qwen2_moe", "layer_types": ["sliding_attention"] * 3},
 }
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import Handed
 from memplan.architectures.blocks import gated_mlp, heads, merged
-from memplan.architectures.experts import ROUTING, Experts, experts, router
+from memplan.architectures.experts import Experts, experts, router, spoken_of
 from memplan.architectures.families import llama
 from memplan.errors import ConfigError
 from memplan.operators.attention import attention, rotary
@@ -110,31 +110,41 @@ def layers(m: Mixture) -> tuple[LayerKind, ...]:
 
 def build(m: Mixture, config: Config, model_type: str) -> Architecture:
     """The architecture of these numbers."""
-    found: tuple[tuple[str, str], ...] = ROUTING
-    if config.flag("output_router_logits", default=False):
-        found += (("the load-balancing loss", "output_router_logits keeps the router's scores of all layers for it"),)
-    return llama.build(m, config, model_type, layers=layers(m), unmodelled=found)
+    return llama.build(m, config, model_type, layers=layers(m), unmodelled=spoken_of(config))
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-def _experts(config: Config, common: Mapping[str, Any], **defaults: Any) -> Experts:
-    """`defaults`: ``num``, ``chosen``, and ``width`` as (its key, its default)."""
-    key, width = defaults["width"]
-    num = config.integer("num_local_experts", "num_experts", default=defaults["num"])
-    chosen = config.integer("num_experts_per_tok", default=defaults["chosen"])
-    if chosen > num:
+def read_experts(
+    config: Config, common: Mapping[str, Any], *, num: int, chosen: int | None, width: tuple[str, int], normalised: bool
+) -> Experts:
+    """The experts of a layer.
+
+    `num`, `chosen` and `width` (its key and its value) are the values of transformers' config class.
+    """
+    key, default_width = width
+    total = config.integer(*NAMES_OF_NUM, default=num)
+    taken = config.integer("num_experts_per_tok", **({} if chosen is None else {"default": chosen}))
+    if taken > total:
         raise ConfigError(
-            f"num_experts_per_tok in {config.origin} is {chosen}, and there are {num} experts.", "Correct one of them."
+            f"num_experts_per_tok in {config.origin} is {taken}, and there are {total} experts.", "Correct one of them."
         )
     return Experts(
-        num=num,
-        chosen=chosen,
-        width=config.integer(key, default=width),
+        num=total,
+        chosen=taken,
+        width=config.integer(key, default=default_width),
         activation=common["activation"],
-        normalised=defaults.get("normalised") or config.flag("norm_topk_prob", default=False),
+        normalised=normalised,
     )
+
+
+NAMES_OF_NUM = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys that say how many experts there are."""
+
+
+def _normalised(config: Config) -> bool:
+    return config.flag("norm_topk_prob", default=False)
 
 
 def _sparse(config: Config, num_layers: int) -> tuple[bool, ...]:
@@ -160,7 +170,7 @@ def mixtral(config: Config) -> Architecture:
     window = llama.sliding_window(config, None)
     m = Mixture(
         **common,
-        experts=_experts(
+        experts=read_experts(
             config, common, num=8, chosen=2, width=("intermediate_size", common["intermediate_size"]), normalised=True
         ),
         cast_back=False,
@@ -193,7 +203,9 @@ def qwen2_moe(config: Config) -> Architecture:
         raise ConfigError(f"{config.origin} has sliding layers, but there is no window.", llama.GIVE_WINDOW)
     m = Mixture(
         **common,
-        experts=_experts(config, common, num=60, chosen=4, width=("moe_intermediate_size", 1408)),
+        experts=read_experts(
+            config, common, num=60, chosen=4, width=("moe_intermediate_size", 1408), normalised=_normalised(config)
+        ),
         shared_width=config.integer("shared_expert_intermediate_size", default=5632),
         qkv_bias=config.flag("qkv_bias", default=True),
         sparse=_sparse(config, num_layers),
@@ -220,7 +232,9 @@ def qwen3_moe(config: Config) -> Architecture:
     window = llama.sliding_window(config, 4096) if used else None
     m = Mixture(
         **common,
-        experts=_experts(config, common, num=128, chosen=8, width=("moe_intermediate_size", 768)),
+        experts=read_experts(
+            config, common, num=128, chosen=8, width=("moe_intermediate_size", 768), normalised=_normalised(config)
+        ),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
@@ -245,7 +259,14 @@ def olmoe(config: Config) -> Architecture:
     bias = config.flag("attention_bias", default=False)
     m = Mixture(
         **common,
-        experts=_experts(config, common, num=64, chosen=8, width=("intermediate_size", common["intermediate_size"])),
+        experts=read_experts(
+            config,
+            common,
+            num=64,
+            chosen=8,
+            width=("intermediate_size", common["intermediate_size"]),
+            normalised=_normalised(config),
+        ),
         qkv_bias=bias,
         out_bias=bias,
         wide_norm=True,
