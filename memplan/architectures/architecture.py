@@ -191,7 +191,7 @@ def record(
     for layer in architecture.layers:
         if id(layer) not in number_of:
             number_of[id(layer)] = len(kinds)
-            kinds.append(follow(layer, hidden))
+            kinds.append(follow(_within_a_loop(layer), hidden))
             hidden = kinds[-1].output
         order.append(number_of[id(layer)])
     return Recording(
@@ -202,6 +202,17 @@ def record(
         order=tuple(order),
         head=follow(architecture.head, hidden),
     )
+
+
+def _within_a_loop(layer: LayerKind) -> LayerKind:
+    """The layer as the model runs it: ``hidden_states = layer(hidden_states)`` holds what goes in until it returns."""
+    kind = layer.kind if isinstance(layer, Handed) else layer
+
+    def held(t: Tape, x: Tensor, shared: Shared) -> Tensor:
+        t.hold_in_piece(x)
+        return kind(t, x, shared)
+
+    return Handed(kind=held, names=layer.names) if isinstance(layer, Handed) else held
 
 
 def buffer_bytes(architecture: Architecture) -> Size:

@@ -18,11 +18,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.operators.attention import softmax
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul
-from memplan.operators.layout import split
+from memplan.operators.elementwise import (
+    ACTIVATION_BY_NAME,
+    add_in_place,
+    add_scalar,
+    clamp,
+    keeps_result,
+    mul,
+    scale,
+)
+from memplan.operators.layout import split, take
 from memplan.operators.matrix import project
 from memplan.operators.routing import grouped_product, normalise_in_place, pick, sort, sum_of_chosen, top_k
-from memplan.specs.values import dataclass
+from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
     from memplan.architectures.config import Config
@@ -67,6 +75,12 @@ class Experts:
     activation: str
     normalised: bool = False
     """The chosen probabilities are divided by their sum."""
+    biased: bool = False
+    """Both products have biases."""
+    transposed: bool = False
+    """Weights are (experts, in, out) instead of (experts, out, in)."""
+    clamped: bool = False
+    """Gate and up are clamped, and take turns in the joint projection (gpt-oss)."""
 
 
 def router(t: Tape, x: Tensor, e: Experts, name: str = "gate", *, cast_back: bool = True) -> tuple[Tensor, Tensor]:
@@ -94,16 +108,16 @@ def experts(t: Tape, x: Tensor, weights: Tensor, numbers: Tensor, e: Experts) ->
     b, s, hidden = x.shape
     assert isinstance(hidden, int)
     with t.scope("experts"):
-        w_in = t.parameter("gate_up_proj", (e.num, 2 * e.width, hidden))
-        w_out = t.parameter("down_proj", (e.num, hidden, e.width))
-        order, offsets = _sorted_by_expert(t, numbers, e)
+        groups = _sorted_by_expert(t, numbers, e)
+        order = groups.order
         rows = pick(t, x, t.op("floor_divide", (order,), order.shape), (b, s, e.chosen, hidden))
         factors = pick(t, weights, order, order.shape)
         t.hold_in_module(rows, factors)
-        inner = gated(t, grouped_product(t, rows, w_in, offsets, (b, s, e.chosen, 2 * e.width)), e)
-        out = grouped_product(t, inner, w_out, offsets, rows.shape)
+        both, bias = _projected(t, rows, groups, e, "gate_up_proj", 2 * e.width)
+        inner = clamped_gate(t, both, e) if e.clamped else gated(t, both, e)
+        out, bias = _projected(t, inner, groups, e, "down_proj", hidden, held=bias)
         weighted = mul(t, out, t.view(factors, (*factors.shape, 1)))
-        t.hold_in_module(out)
+        t.hold_in_module(out, *bias)
         back = pick(t, weighted, _inverse(t, order), weighted.shape)
         t.hold_in_module(back)
         summed = sum_of_chosen(t, back)
@@ -111,14 +125,39 @@ def experts(t: Tape, x: Tensor, weights: Tensor, numbers: Tensor, e: Experts) ->
         return t.cast(summed, x.dtype)
 
 
-def _sorted_by_expert(t: Tape, numbers: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
-    """The order of the rows, and where in it each expert's rows end."""
+class _Groups(NamedTuple):
+    """The rows in the order of their experts."""
+
+    numbers: Tensor
+    """The expert of each row, (b, s, k)."""
+    order: Tensor
+    """Where each row comes from."""
+    offsets: Tensor
+    """Where each expert's rows end."""
+
+
+def _projected(
+    t: Tape, rows: Tensor, groups: _Groups, e: Experts, name: str, width: int, *, held: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`rows` times the matrix of their expert, and the bias of every row, where there is one; `held` until that is."""
+    inside = rows.shape[-1]
+    assert isinstance(inside, int)
+    shape = (*rows.shape[:-1], width)
+    weight = t.parameter(name, (e.num, inside, width) if e.transposed else (e.num, width, inside))
+    if not e.biased:
+        return grouped_product(t, rows, weight, groups.offsets, shape), ()
+    bias = pick(t, t.parameter(f"{name}_bias", (e.num, width)), groups.numbers, shape)
+    t.keep_alive(*held)
+    return add_in_place(t, grouped_product(t, rows, weight, groups.offsets, shape), bias), (bias,)
+
+
+def _sorted_by_expert(t: Tape, numbers: Tensor, e: Experts) -> _Groups:
     ordered, order = sort(t, numbers)
     as_int = t.op("to", (ordered,), ordered.shape, dtype="int32")
     counts = t.op("histc", (as_int,), (e.num,))
     offsets = t.op("cumsum", (counts,), (e.num,))
     t.hold_in_module(ordered, order, as_int, counts, offsets)
-    return order, offsets
+    return _Groups(ordered, order, offsets)
 
 
 def _inverse(t: Tape, order: Tensor) -> Tensor:
@@ -137,3 +176,14 @@ def gated(t: Tape, gate_and_up: Tensor, e: Experts) -> Tensor:
     with t.scope("act_fn"):
         bent = ACTIVATION_BY_NAME[e.activation](t, gate)
     return mul(t, bent, up)
+
+
+def clamped_gate(t: Tape, gate_and_up: Tensor, e: Experts) -> Tensor:
+    """``(clamp(up) + 1) * gate * sigmoid(1.702 * gate)`` of a clamped gate (``GptOssExperts._apply_gate``)."""
+    half = (*gate_and_up.shape[:-1], e.width)
+    gate, up = take(t, gate_and_up, half), take(t, gate_and_up, half)
+    gate, up = clamp(t, gate, sides=1), clamp(t, up, sides=2)
+    bent = mul(t, gate, keeps_result(t, "sigmoid", scale(t, gate)))
+    out = mul(t, add_scalar(t, up), bent)
+    t.keep_alive(up)
+    return out

@@ -36,6 +36,7 @@ READER_BY_MODEL_TYPE = {
     "falcon": "falcon:falcon",
     "gpt2": "gpt2:gpt2",
     "gpt_neox": "gpt_neox:gpt_neox",
+    "gpt_oss": "gpt_oss:gpt_oss",
     "gptj": "gptj:gptj",
     "mixtral": "moe:mixtral",
     "mpt": "mpt:mpt",
@@ -64,7 +65,6 @@ KIND_BY_MODEL_TYPE = {
     "clip": "a vision and text model",
     "whisper": "a speech model",
     "wav2vec2": "a speech model",
-    "gpt_oss": "a mixture of experts",
     "mamba": "a state-space model",
     "rwkv": "a recurrent model",
     "UNet2DConditionModel": "a network of a diffusion model",
@@ -78,7 +78,7 @@ TRACE_IT = "Where PyTorch and transformers are installed, memplan trace runs the
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys that say how many experts a layer has."""
 
-MIXTURES = frozenset({"deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+MIXTURES = frozenset({"deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 """Families that have experts."""
 
 PUBLISHED_METHOD = {"deepseek_v3": "fp8", "gpt_oss": "mxfp4"}

@@ -336,8 +336,7 @@ class _Backward:
         ops = self.tape.ops[span.start : span.stop]
         stay: set[int] = set()
         while ops and not ops[-1].keeps:
-            if ops[-1].name == "hold":
-                stay |= {x.storage for x in ops[-1].inputs}
+            stay |= {x.storage for x in ops[-1].inputs}  # what it would have gone on with
             ops = ops[:-1]
         made = {x.storage for op in ops for x in op.outputs if self.tape.storages[x.storage].role == "activation"}
         made -= {x.storage for x in span.inputs}

@@ -126,6 +126,19 @@ def power(t: Tape, x: Tensor) -> Tensor:
     )
 
 
+def clamp(t: Tape, x: Tensor, *, sides: int) -> Tensor:
+    """``x.clamp(a, b)``, or with one side alone: keeps `x`; its backward holds one boolean for each side."""
+    return t.op(
+        "clamp",
+        (x,),
+        x.shape,
+        keeps=(x,),
+        gradients=[Gradient(x, scratch=(num_bytes(x.shape, "bool"),) * sides)],
+        flops=elements(x),
+        reason="the derivative of clamp needs its input",
+    )
+
+
 def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
     """``x.clamp_(a, b)``: autograd copies `x` before it is overwritten, because the derivative needs it."""
     kept = t.op("clone", (x,), x.shape, gradients=())

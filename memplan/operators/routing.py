@@ -31,6 +31,13 @@ def top_k(t: Tape, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, t.ops[-1].outputs[1]
 
 
+def largest(t: Tape, x: Tensor) -> Tensor:
+    """``x.max(-1, keepdim=True).values``: keeps the int64 positions; the gradient of `x` is mostly zeros."""
+    shape = (*x.shape[:-1], 1)
+    reason = "the gradient goes to the numbers that were chosen"
+    return t.op("max", (x,), shape, extra_outputs=(("positions", shape, "int64"),), flops=elements(x), reason=reason)
+
+
 def sort(t: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.sort`` of whole numbers: them in order, and the int64 permutation."""
     ordered = t.op("sort", (x,), x.shape, extra_outputs=(("permutation", x.shape, "int64"),))

@@ -35,7 +35,7 @@ PEAK_TOLERANCE = 5e-3
 NOT_IN_TRANSFORMERS = {"internlm2"}
 """Published with code of their own: there is no module to trace."""
 
-EAGER_ONLY = {"bloom", "deberta-v2", "gemma2", "gptj", "mpt"}
+EAGER_ONLY = {"bloom", "deberta-v2", "gemma2", "gpt_oss", "gptj", "mpt"}
 """transformers has, or allows, one implementation of attention."""
 
 CONFIGS: list[dict[str, Any]] = [

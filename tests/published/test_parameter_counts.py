@@ -19,7 +19,6 @@ NOT_MODELLED = frozenset(
         "UNet2DConditionModel",
         "bart",
         "clip",
-        "gpt_oss",
         "mamba",
         "resnet",
         "rwkv",

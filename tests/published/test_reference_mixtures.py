@@ -28,9 +28,9 @@ SEQ_LEN = 200
 TOLERANCE = 3e-4
 """Relative, of peaks: a gradient that is summed and then cast is for a moment there twice (5 bytes a row here)."""
 
-FORWARD_TOLERANCE = 3e-3
-"""The same with eager attention and nothing computed again: the peak may be in the forward pass then, where the loop of
-transformers' model holds the embedding and the input of the layer besides."""
+EMBEDDING_BYTES = 2 * 200 * 128 * 2
+"""Bytes of the embedding of a micro-batch in bf16: transformers' models hold it until their last layer returns, and the
+formula does not.  It shows where eager attention makes the forward pass the peak."""
 
 SELECTIVE_TOLERANCE = 0.02
 """The same where eager attention is computed again by itself: as far off as for a dense Llama (1.3 %)."""
@@ -125,12 +125,28 @@ CONFIG_BY_NAME |= {
     "deepseek_v3, not normalised": LATENT
     | {"model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
 }
+GPT_OSS = BASE | {
+    "model_type": "gpt_oss",
+    "head_dim": 32,
+    "intermediate_size": 72,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "sliding_window": 64,
+}
+CONFIG_BY_NAME |= {
+    "gpt_oss": GPT_OSS,
+    "gpt_oss, without biases in attention": GPT_OSS
+    | {"attention_bias": False, "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+}
+EAGER_ONLY = {"gpt_oss"}
+"""transformers has one implementation of attention that needs no other package."""
 
 Variant = tuple[str, str, str, int]
 """Attention, precision, checkpointing, accumulation."""
 FEW: tuple[Variant, ...] = (
     ("sdpa", "bf16", "none", 1),
     ("sdpa", "bf16", "full", 2),
+    ("flash", "bf16", "full", 1),
     ("sdpa", "bf16-mixed", "full", 1),
     ("eager", "bf16", "full", 1),
     ("eager", "fp32", "none", 1),
@@ -138,8 +154,9 @@ FEW: tuple[Variant, ...] = (
 ALL = tuple(product(("sdpa", "eager"), ("bf16", "fp32", "bf16-mixed"), ("none", "selective", "full"), (1, 2)))
 CASES = [
     pytest.param(name, variant, id=f"{name}, {', '.join(map(str, variant))}", marks=[pytest.mark.slow] * slow)
-    for name in CONFIG_BY_NAME
+    for name, config in CONFIG_BY_NAME.items()
     for variant, slow in [*((v, False) for v in FEW), *((v, True) for v in ALL if v not in FEW)]
+    if variant[0] == "eager" or config["model_type"] not in EAGER_ONLY
 ]
 
 
@@ -177,11 +194,14 @@ def test_what_is_kept_is_what_transformers_keeps(name: str, variant: Variant) ->
 def test_peaks_are_those_of_transformers(name: str, variant: Variant) -> None:
     """Peaks of a first and of a later step are those of the reference."""
     pair = pair_of(name, variant)
-    attention, _, checkpointing, _ = variant
-    wider = {"none": FORWARD_TOLERANCE, "selective": SELECTIVE_TOLERANCE} if attention == "eager" else {}
-    tolerance = wider.get(checkpointing, TOLERANCE)
-    assert pair.formula.peak == pytest.approx(pair.reference.peak_allocated_bytes, rel=tolerance)
-    assert pair.formula_first.peak == pytest.approx(pair.reference.first_step_peak_allocated_bytes, rel=tolerance)
+    attention, precision, checkpointing, _ = variant
+    tolerance = SELECTIVE_TOLERANCE if (attention, checkpointing) == ("eager", "selective") else TOLERANCE
+    missing = EMBEDDING_BYTES if (attention, precision) == ("eager", "bf16") and checkpointing != "full" else 0
+    for ours, theirs in (
+        (pair.formula.peak, pair.reference.peak_allocated_bytes),
+        (pair.formula_first.peak, pair.reference.first_step_peak_allocated_bytes),
+    ):
+        assert -tolerance * theirs - missing <= ours - theirs <= tolerance * theirs
 
 
 # -- the experts' share of the work ------------------------------------------------------------------------------------
@@ -223,6 +243,7 @@ WRONG_BY_NAME: dict[str, dict[str, Any]] = {
     "groups that do not divide the experts": LATENT | {"model_type": "deepseek_v3", "n_group": 3, "topk_group": 1},
     "fewer key heads than heads": LATENT | {"model_type": "deepseek_v2", "num_key_value_heads": 2},
     "no number of chosen experts": LATENT | {"model_type": "deepseek_v2", "num_experts_per_tok": None},
+    "no window": GPT_OSS | {"sliding_window": None},
     "sliding layers without a window": BASE | {"model_type": "qwen2_moe", "layer_types": ["sliding_attention"] * 3},
 }
 

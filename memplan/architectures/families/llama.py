@@ -123,14 +123,19 @@ def layer(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor], *, rotated
 
 
 def pre_norm_layer(
-    t: Tape, x: Tensor, *, attend: Callable[[Tensor], Tensor], feed: Callable[[Tensor], Tensor]
+    t: Tape,
+    x: Tensor,
+    *,
+    attend: Callable[[Tensor], Tensor],
+    feed: Callable[[Tensor], Tensor],
+    gain_in_fp32: bool = False,
 ) -> Tensor:
     """``x = x + attend(norm(x)); x = x + feed(norm(x))``."""
-    normed = rms_norm(t, x, "input_layernorm")
+    normed = rms_norm(t, x, "input_layernorm", gain_in_fp32=gain_in_fp32)
     with t.scope("self_attn", normed):
         attended = attend(normed)
     x = add(t, x, attended)
-    normed = rms_norm(t, x, "post_attention_layernorm")
+    normed = rms_norm(t, x, "post_attention_layernorm", gain_in_fp32=gain_in_fp32)
     with t.scope("mlp", normed):
         fed = feed(normed)
     return add(t, x, fed)
