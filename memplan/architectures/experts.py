@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from memplan.architectures.config import Config
     from memplan.operators.tape import Tape, Tensor
 
-ROUTING = (
+OTHERWISE = (
     (
-        "uneven routing",
-        "none is needed: grouped_mm, transformers' default, makes tokens x k rows however popular an expert is; with "
-        'experts_implementation="eager" or expert parallelism the most popular expert makes the peak',
+        "experts one by one, or on several GPUs",
+        'with experts_implementation="eager" or expert parallelism the most popular expert makes the peak; with '
+        "grouped_mm, transformers' default, uneven routing changes no tensor",
     ),
 )
-"""What the balance of the router changes, for the list of what the numbers leave out."""
+"""Where the balance of the router matters, for the list of what the numbers leave out."""
 
 
 def spoken_of(config: Config) -> tuple[tuple[str, str], ...]:
     """(what, why) that answers about a model with experts have to say."""
-    found: tuple[tuple[str, str], ...] = ROUTING
+    found: tuple[tuple[str, str], ...] = OTHERWISE
     if config.flag("output_router_logits", default=False):
         found += (("the load-balancing loss", "output_router_logits keeps the router's scores of all layers for it"),)
     if config.has("quantization_config"):
