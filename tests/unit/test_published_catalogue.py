@@ -184,9 +184,9 @@ PERCENT_TODAY = {
     ("M0762", "reserved"): +0.11,
     ("M0763", "reserved"): +0.18,
     ("M0764", "reserved"): +0.21,
-    ("M0202", "reserved"): +2.07,
-    ("M0164", "reserved"): -1.40,
-    ("M0106", "reserved"): -2.21,
+    ("M0202", "reserved"): +2.17,
+    ("M0164", "reserved"): -1.29,
+    ("M0106", "reserved"): -2.10,
     ("V0001", "allocated"): -2.99,  # the first four and V0006: the bench keeps its logits
     ("V0002", "allocated"): -3.86,
     ("V0003", "allocated"): -1.74,
