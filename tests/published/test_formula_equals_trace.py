@@ -64,6 +64,7 @@ CASES = [
 KV_CACHE = "Gemma 3's text model fills a key-value cache until the loss"
 DIFFERENT_PEAKS = {
     ("falcon", "sdpa", "bf16-mixed", "full", 2): (0.011, "what the written-out kernel holds in a layer computed again"),
+    ("gpt_oss", "eager", "bf16", "none", 1): (0.007, "the embedding, held until the last layer returns"),
     ("phi", "eager", "bf16-mixed", "full", 2): (0.009, "what eager attention holds in a layer computed again"),
     **{
         ("gemma3", attention, "bf16-mixed", "none", k): (0.05, KV_CACHE)

@@ -46,6 +46,27 @@ def test_quantised_originals_are_counted_dequantised(model: str, method: str) ->
     assert parameters == pytest.approx(2 * answer.model.num_parameters, rel=1e-5)
 
 
+def test_the_backward_of_a_grouped_product_is_two() -> None:
+    """One for the rows and one for the weights, of the chosen experts alone: 8 of 64 with 3 matrices of 1024 x 2048."""
+    from memplan.architectures.registry import read_architecture
+    from memplan.catalog.models import read_config
+    from memplan.estimation.step import Recordings
+    from memplan.operators.tape import Tape
+    from memplan.specs.training import Setup
+    from memplan.steptime.roofline import timed
+
+    recorded = Recordings(read_architecture(*read_config("olmoe-1b-7b"))).recording(
+        Setup(micro_batch_size=1, seq_len=8)
+    )
+    tape: Tape = recorded.kinds[0].tape
+    alone = Tape(tape.numerics)
+    alone.ops = [op for op in tape.ops if op.name == "grouped_mm"]
+    work = timed(alone)
+    forward = 2 * 8 * 3 * 1024 * 2048
+    assert sum(one.flops.factor for one in work.forward) == forward
+    assert sum(one.flops.factor for one in work.backward) == 2 * forward
+
+
 def test_the_loss_that_balances_is_named() -> None:
     """GIVEN a config that asks for the load-balancing loss, THEN the answer names it as left out."""
     from memplan.architectures.registry import read_architecture
