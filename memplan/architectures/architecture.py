@@ -222,7 +222,7 @@ def record(
         number = next((n for n in alike if _same_answers(kinds[n].tape, recipe, prefix)), None)
         if number is None:
             number = len(kinds)
-            kinds.append(follow(layer, hidden, prefix))
+            kinds.append(follow(_within_a_loop(layer), hidden, prefix))
             alike.append(number)
         hidden = kinds[number].output
         order.append(number)
@@ -261,6 +261,17 @@ def _check_targets(recording: Recording, recipe: Recipe) -> None:
             f"The model has no linear layer named {' or '.join(lora.targets)}.",
             f"Known: {', '.join(layers)}, or {ALL_LINEAR}." if layers else "memplan knows none of its linear layers.",
         )
+
+
+def _within_a_loop(layer: LayerKind) -> LayerKind:
+    """The layer as the model runs it: ``hidden_states = layer(hidden_states)`` holds what goes in until it returns."""
+    kind = layer.kind if isinstance(layer, Handed) else layer
+
+    def held(t: Tape, x: Tensor, shared: Shared) -> Tensor:
+        t.hold_in_piece(x)
+        return kind(t, x, shared)
+
+    return Handed(kind=held, names=layer.names) if isinstance(layer, Handed) else held
 
 
 def buffer_bytes(architecture: Architecture) -> Size:

@@ -20,6 +20,8 @@ READER_BY_MODEL_TYPE = {
     "bert": "bert:bert",
     "deberta-v2": "deberta:deberta_v2",
     "cohere": "cohere:cohere",
+    "deepseek_v2": "deepseek:deepseek_v2",
+    "deepseek_v3": "deepseek:deepseek_v3",
     "gemma": "gemma:gemma",
     "gemma2": "gemma:gemma2",
     "gemma3": "gemma:gemma3",
@@ -28,12 +30,15 @@ READER_BY_MODEL_TYPE = {
     "internlm2": "internlm2:internlm2",
     "olmo": "olmo:olmo",
     "olmo2": "olmo:olmo2",
+    "olmoe": "moe:olmoe",
     "phi3": "phi3:phi3",
     "bloom": "bloom:bloom",
     "falcon": "falcon:falcon",
     "gpt2": "gpt2:gpt2",
     "gpt_neox": "gpt_neox:gpt_neox",
+    "gpt_oss": "gpt_oss:gpt_oss",
     "gptj": "gptj:gptj",
+    "mixtral": "moe:mixtral",
     "mpt": "mpt:mpt",
     "opt": "opt:opt",
     "phi": "phi:phi",
@@ -42,9 +47,11 @@ READER_BY_MODEL_TYPE = {
     "mistral": "llama:mistral",
     "modernbert": "modernbert:modernbert",
     "qwen2": "llama:qwen2",
+    "qwen2_moe": "moe:qwen2_moe",
     "roberta": "bert:roberta",
     "xlm-roberta": "bert:xlm_roberta",
     "qwen3": "llama:qwen3",
+    "qwen3_moe": "moe:qwen3_moe",
     "smollm3": "llama:smollm3",
 }
 """``module:function`` below `memplan.architectures.families`, by the config's ``model_type``."""
@@ -58,13 +65,6 @@ KIND_BY_MODEL_TYPE = {
     "clip": "a vision and text model",
     "whisper": "a speech model",
     "wav2vec2": "a speech model",
-    "mixtral": "a mixture of experts",
-    "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
-    "olmoe": "a mixture of experts",
-    "deepseek_v2": "a mixture of experts",
-    "deepseek_v3": "a mixture of experts",
-    "gpt_oss": "a mixture of experts",
     "mamba": "a state-space model",
     "rwkv": "a recurrent model",
     "UNet2DConditionModel": "a network of a diffusion model",
@@ -77,6 +77,12 @@ TRACE_IT = "Where PyTorch and transformers are installed, memplan trace runs the
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys that say how many experts a layer has."""
+
+MIXTURES = frozenset({"deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+"""Families that have experts."""
+
+PUBLISHED_METHOD = {"deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
+"""Families whose originals are quantised, and how; they are described as training loads them, with dequantize=True."""
 
 
 def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float | None = None) -> Architecture:
@@ -93,7 +99,9 @@ def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float 
     model_type = config.text(key)
     if key != "model_type" or model_type not in READER_BY_MODEL_TYPE:
         raise _unknown(model_type, origin, key)
-    _refuse_what_is_not_dense(config)
+    _refuse_quantised(config, model_type)
+    if model_type not in MIXTURES:
+        _refuse_experts(config)
     module, function = READER_BY_MODEL_TYPE[model_type].split(":")
     reader = getattr(import_module(f"memplan.architectures.families.{module}"), function)
     architecture: Architecture = reader(config)
@@ -110,18 +118,29 @@ def _unknown(model_type: str, origin: str, key: str) -> UnknownModelError:
     return UnknownModelError(f"{key} {shown(model_type)} in {origin} is not modelled.", f"{near} {listed}".strip())
 
 
-def _refuse_what_is_not_dense(config: Config) -> None:
-    """Quantised weights and layers of experts are other models than their ``model_type`` says."""
-    parts = [config, *([config.part("text_config")] if isinstance(config.raw("text_config"), dict) else [])]
-    for part in parts:
-        if part.has("quantization_config"):
+def _parts(config: Config) -> list[Config]:
+    """The config, and that of its text model where it has one."""
+    return [config, *([config.part("text_config")] if isinstance(config.raw("text_config"), dict) else [])]
+
+
+def _refuse_quantised(config: Config, model_type: str) -> None:
+    for part in _parts(config):
+        if not part.has("quantization_config"):
+            continue
+        method = part.part("quantization_config").raw("quant_method")
+        if method is None or method != PUBLISHED_METHOD.get(model_type):
             raise ConfigError(
                 f"{part.origin} has a quantization_config: quantised bases are not modelled yet.",
                 "Give the config.json of the model that was quantised.",
             )
+
+
+def _refuse_experts(config: Config) -> None:
+    """Layers of experts make a dense family another model than its ``model_type`` says."""
+    for part in _parts(config):
         for name in EXPERTS:
             if part.has(name) and part.integer(name, least=0) > 1:
                 raise ConfigError(
-                    f"{name} in {part.origin} is {part.integer(name)}: mixtures of experts are not modelled yet.",
+                    f"{name} in {part.origin} is {part.integer(name)}, and {config.text('model_type')} has no experts.",
                     f"Take {name} out if the model has none. {TRACE_IT}",
                 )

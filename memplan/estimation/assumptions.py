@@ -33,6 +33,9 @@ MUCH = 0.01
 AUTOCAST_CACHE = "to (autocast cache)"
 """Tensor name of a half-precision copy of a weight (`Tape.autocast`)."""
 
+GROUPED_PRODUCT = "grouped_mm"
+"""Name of the operator that multiplies rows by the matrices of their experts (`operators.routing.grouped_product`)."""
+
 
 class Assumption(NamedTuple):
     """Something that was taken for granted."""
@@ -89,6 +92,7 @@ def assumptions(
         *_inputs(case),
         *_attention(case),
         *_padding(case),
+        *_routing(case),
         *_logits(case),
         *_autocast_cache(case),
     ]
@@ -219,6 +223,24 @@ def _padding(case: _Case) -> Iterator[Assumption]:
         return
     why = "the mask is left out where it would hide nothing: packed or equally long sequences"
     yield Assumption("padding", "none, so no mask", "padded batches", case.effect(other), why)
+
+
+def _routing(case: _Case) -> Iterator[Assumption]:
+    """What tokens are routed through, and in which dtype that runs."""
+    products = [op for kind in case.program.recording.kinds for op in kind.tape.ops if op.name == GROUPED_PRODUCT]
+    if not products:
+        return
+    first = products[0]
+    chosen, num = first.outputs[0].shape[-2], first.inputs[1].shape[0]
+    assert isinstance(chosen, int)
+    rows = chosen * case.setup.tokens_per_micro_batch
+    value = f"{chosen} of {num} experts a token: {rows:,} rows a layer, however uneven the routing"
+    yield Assumption(
+        "routing", value, "", None, "grouped_mm, transformers' default, takes the rows of all experts at once"
+    )
+    if first.outputs[0].dtype == "fp32" and PRECISIONS[case.setup.precision][1] is not None:
+        value = "the experts run in fp32, the dtype of their weights"
+        yield Assumption("autocast", value, "", None, "autocast does not know grouped_mm (PyTorch 2.13)")
 
 
 def _logits(case: _Case) -> Iterator[Assumption]:

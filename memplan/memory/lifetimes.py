@@ -470,6 +470,10 @@ class _Backward:
             copied = self._allocate(x.bytes, _parameter_gradient_row(name, x))
             self._release(number)
             number = copied
+        elif (
+            name not in self.tied and self.blocks[number][2].kind != "gradient"
+        ):  # it came through a view of the parameter
+            self._rename(number, self.blocks[number][0], _parameter_gradient_row(name, x))
         if name in self.tied:
             if self.lifetimes.ends_in_loss:
                 self._rename(number, ("tied", name))

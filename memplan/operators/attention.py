@@ -24,9 +24,8 @@ def softmax(t: Tape, x: Tensor, *, dtype: str | None = None) -> Tensor:
 
     With `dtype` fp32 an fp16 input is converted inside the kernel, a bf16 one by a copy first.
     """
-    dtype = dtype or x.dtype
-    if t.numerics.autocast is not None:
-        dtype = "fp32"
+    if dtype is None:
+        dtype = x.dtype if t.numerics.autocast is None else "fp32"
     source = x if x.dtype == "fp16" else t.cast(x, dtype)
     return t.op(
         "softmax",
@@ -357,6 +356,16 @@ def attention(
         if mask is not None:
             k = repeat_heads(t, k, q.shape[1], _ratio(q.shape[1], k.shape[1]))
             v = repeat_heads(t, v, q.shape[1], _ratio(q.shape[1], v.shape[1]))
-        out = _fused(t, q, k, v, mask, p=p, by_head=by_head)
+        if t.attention == "flash" and v.shape[-1] != q.shape[-1]:
+            out = _fused_as_long_as(t, q, k, v, p=p)
+        else:
+            out = _fused(t, q, k, v, mask, p=p, by_head=by_head)
         t.keep_alive(k, v)
     return out
+
+
+def _fused_as_long_as(t: Tape, q: Tensor, k: Tensor, v: Tensor, *, p: float) -> Tensor:
+    """The flash kernel with values padded to the length of queries and its output cut (flash_attention_forward)."""
+    padded = t.op("pad", (v,), (*v.shape[:-1], q.shape[-1]))
+    out = _fused(t, q, k, padded, None, p=p)
+    return copy(t, take(t, out, (*out.shape[:-1], v.shape[-1])))

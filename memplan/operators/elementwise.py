@@ -126,6 +126,19 @@ def power(t: Tape, x: Tensor) -> Tensor:
     )
 
 
+def clamp(t: Tape, x: Tensor, *, sides: int) -> Tensor:
+    """``x.clamp(a, b)``, or with one side alone: keeps `x`; its backward holds one boolean for each side."""
+    return t.op(
+        "clamp",
+        (x,),
+        x.shape,
+        keeps=(x,),
+        gradients=[Gradient(x, scratch=(num_bytes(x.shape, "bool"),) * sides)],
+        flops=elements(x),
+        reason="the derivative of clamp needs its input",
+    )
+
+
 def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
     """``x.clamp_(a, b)``: autograd copies `x` before it is overwritten, because the derivative needs it."""
     kept = t.op("clone", (x,), x.shape, gradients=())
@@ -137,6 +150,18 @@ def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
         flops=elements(x),
         reason="the derivative of clamp needs its input",
     )
+
+
+def shaken(t: Tape, x: Tensor) -> Tensor:
+    """``x *= torch.empty_like(x).uniform_(a, b)``: keeps the noise; the result lies on the storage of `x`."""
+    noise = t.op("uniform", (x,), x.shape, gradients=())
+    out = x._replace(number=len(t.tensors))
+    t.tensors.append(out)
+    gradients = (Gradient(x),) if x.requires_grad else ()
+    keeps = (noise,) if x.requires_grad else ()
+    reason = "a product keeps each factor for the gradient of the other"
+    t.ops.append(Op("mul_", t.module, (x, noise), (out,), keeps, False, gradients, (), (), elements(x), reason))
+    return out
 
 
 def keeps_input(t: Tape, name: str, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.sizes import Dim, Shape, Size
+from memplan.operators.elementwise import promoted
+from memplan.operators.sizes import Dim, Shape, Size, num_bytes
 from memplan.operators.tape import Gradient, Op, Tape, Tensor
 
 if TYPE_CHECKING:
@@ -17,8 +18,42 @@ def copy(t: Tape, x: Tensor, shape: Shape | None = None) -> Tensor:
 
 
 def cat(t: Tape, parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    """``torch.cat``: a new tensor; each gradient is a slice of the incoming one."""
-    return t.op("cat", parts, shape, gradients=[Gradient(part, alias=True) for part in parts])
+    """``torch.cat``: a new tensor of the widest dtype; each gradient is a slice of the incoming one, or a cast."""
+    dtype = promoted(*(part.dtype for part in parts))
+    return t.op("cat", parts, shape, dtype=dtype, gradients=[Gradient(x, alias=x.dtype == dtype) for x in parts])
+
+
+def write_slice(t: Tape, into: Tensor, x: Tensor) -> Tensor:
+    """``into[..., a:b].copy_(x)``: keeps nothing; the result lies on the storage of `into`.
+
+    Its backward (CopySlices in torch/csrc/autograd/functions/tensor.cpp) copies the whole gradient, which becomes that
+    of `into` with zeros written into the slice, and then the slice, which is cast to be that of `x`.
+    """
+    out = into._replace(number=len(t.tensors), requires_grad=into.requires_grad or x.requires_grad)
+    t.tensors.append(out)
+    part, whole = num_bytes(x.shape, into.dtype), into.bytes
+    copied = (part,) * (x.dtype != into.dtype)
+    gradients = (
+        (Gradient(into), Gradient(x, scratch=(*copied, part)))
+        if into.requires_grad
+        else (Gradient(x, scratch=(*copied, whole)),)
+    )
+    t.ops.append(
+        Op(
+            "copy_ (slice)",
+            t.module,
+            (into, x),
+            (out,),
+            (),
+            False,
+            gradients if x.requires_grad else (),
+            (),
+            (),
+            Size(0),
+            "",
+        )
+    )
+    return out
 
 
 def take(t: Tape, x: Tensor, shape: Shape) -> Tensor:

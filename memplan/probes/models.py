@@ -162,10 +162,13 @@ def _register_flash() -> str:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        missing = query.shape[-1] - value.shape[-1]
+        if missing:  # the kernel wants heads of one length; so does flash_attention_forward of transformers
+            value = torch.nn.functional.pad(value, [0, missing])
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
         )
-        return output.transpose(1, 2).contiguous(), None
+        return output[..., : output.shape[-1] - missing].transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(FLASH_NAME, flash)
     AttentionMaskInterface.register(FLASH_NAME, no_mask)

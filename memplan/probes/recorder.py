@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     Scratch = Mapping[Any, Callable[..., Sequence[int]]]
     """Operator -> bytes of each buffer that its CUDA kernel allocates and frees again before it returns."""
 
-ASK_FOR_A_NUMBER = torch.ops.aten._local_scalar_dense.default
+aten = torch.ops.aten
+
+WRITTEN_IN_PLACE = {
+    aten.index_put.default: aten.index_put_.default,
+    aten.scatter.src: aten.scatter_.src,
+    aten.scatter_add.default: aten.scatter_add_.default,
+}
+"""What gradients do in place, and to a copy only where a mode like this one looks on.
+
+``areAnyTensorSubclassLike`` in torch/csrc/autograd/FunctionsManual.cpp and aten/src/ATen/TensorSubclassLikeUtils.h.
+"""
+
+ASK_FOR_A_NUMBER = aten._local_scalar_dense.default
 
 
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -102,6 +114,8 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         kwargs = kwargs or {}
         if func is ASK_FOR_A_NUMBER and args[0].is_meta:
             return self._answer(args[0])
+        if func in WRITTEN_IN_PLACE and _computes_gradients():
+            func = WRITTEN_IN_PLACE[func]
         operator = self._operators.get(id(func))
         if operator is None:
             operator = self._operators[id(func)] = Operator(func)
@@ -270,6 +284,11 @@ def _asker() -> tuple[str, str]:
             return package, f"line {frame.f_lineno} of {name}"
         frame = frame.f_back
     return "", "an unknown place"
+
+
+def _computes_gradients() -> bool:
+    """Whether autograd runs a backward pass, and not a forward pass once more within it."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 @cache

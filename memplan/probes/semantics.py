@@ -1,9 +1,8 @@
 """How does a model behave on the meta device if it is to allocate what CUDA would?
 
 PyTorch chooses some kernels by device.  Inside `cuda_semantics()` these choices are CUDA's: attention (see
-`attention`), dropout, softmax and norms (see `kernels`), foreach and fused optimizers, which count as available, and
-autocast.  The grouped matrix product of experts has a meta form in bf16 alone; otherwise that of transformers, which
-allocates the same, stands in for it.
+`attention`), dropout, softmax and norms (see `kernels`), the grouped product of experts (see `grouped`), foreach and
+fused optimizers, which count as available, and autocast.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 
 from memplan.probes.attention import cuda_attention
+from memplan.probes.grouped import cuda_grouped_mm
 from memplan.probes.kernels import cuda_dropout, cuda_foreach_norm, cuda_rms_norm, cuda_softmax
 from memplan.probes.quantised import cuda_products
 
@@ -42,6 +42,7 @@ def cuda_semantics(
     patches: list[contextlib.AbstractContextManager[Any]] = [
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "dropout", cuda_dropout),
+        mock.patch.object(F, "grouped_mm", cuda_grouped_mm()),
         mock.patch.object(F, "softmax", softmax),
         mock.patch.object(F, "log_softmax", log_softmax),
         mock.patch.object(F, "rms_norm", cuda_rms_norm),
@@ -77,15 +78,8 @@ def _patches_of_transformers(autocast: CudaAutocast | None) -> list[contextlib.A
     def maybe_autocast(device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> Any:
         return autocast.switched(enabled) if autocast is not None and autocast.enabled else contextlib.nullcontext()
 
-    def can_use_grouped_mm(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:  # noqa: A002
-        return weight.dtype == torch.bfloat16
-
-    stand_ins = {"maybe_autocast": maybe_autocast, "_can_use_grouped_mm": can_use_grouped_mm}
-    return [
-        mock.patch.object(module, name, stand_in)
-        for name, stand_in in stand_ins.items()
-        for module in _modules_with(name)
-    ]
+    name = "maybe_autocast"
+    return [mock.patch.object(module, name, maybe_autocast) for module in _modules_with(name)]
 
 
 def _modules_with(name: str) -> list[types.ModuleType]:

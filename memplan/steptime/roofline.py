@@ -88,7 +88,7 @@ def _forward(op: Op) -> Work:
 
 
 def _backward(op: Op) -> Work:
-    if op.name in {"linear", "bmm"}:
+    if op.name in {"linear", "bmm", "grouped_mm"}:
         factor: float = sum(1 for g in op.gradients if g.of.number in {x.number for x in op.inputs[:2]})
     else:
         factor = ATTENTION_BACKWARD if op.name == "attention kernel" else 1

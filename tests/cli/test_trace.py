@@ -25,7 +25,7 @@ LLAMA = {
     "vocab_size": 300,
     "max_position_embeddings": 64,
 }
-MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
+STARCODER = LLAMA | {"model_type": "starcoder2"}
 
 MODULES = """
 import torch
@@ -248,15 +248,15 @@ def test_formula_against_trace(run) -> None:
 
 
 def test_what_is_not_described_can_be_traced(run, tmp_path) -> None:
-    """GIVEN a mixture of experts, THEN the fault of an estimate names the trace, which works."""
+    """GIVEN a family without a description, THEN the fault of an estimate names the trace, which works."""
     pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    (tmp_path / "config.json").write_text(json.dumps(STARCODER))
     ran = run("estimate config.json")
     assert ran.status == 1
     assert "memplan trace" in ran.err
     document = parsed(run("trace config.json --seq-len 16 --json"))
     check(document, "estimate")
-    assert document["model"]["model_type"] == "mixtral"
+    assert document["model"]["model_type"] == "starcoder2"
     assert run("trace config.json --diff").status == 1
 
 

@@ -34,7 +34,8 @@ GPT2: dict[str, Any] = {
     "resid_pdrop": 0.1,
     "embd_pdrop": 0.1,
 }
-CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4}
+CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2, "mixtral": MIXTRAL}
 
 RECORDINGS = {name: Recordings(read_architecture(config, name)) for name, config in CONFIGS.items()}
 

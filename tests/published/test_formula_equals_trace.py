@@ -25,6 +25,7 @@ from memplan.specs.training import Setup
 from tests.published import test_reference_families_a as family_a
 from tests.published import test_reference_families_b as family_b
 from tests.published import test_reference_families_c as family_c
+from tests.published import test_reference_mixtures as mixtures
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ PEAK_TOLERANCE = 5e-3
 NOT_IN_TRANSFORMERS = {"internlm2"}
 """Published with code of their own: there is no module to trace."""
 
-EAGER_ONLY = {"bloom", "deberta-v2", "gemma2", "gptj", "mpt"}
+EAGER_ONLY = {"bloom", "deberta-v2", "gemma2", "gpt_oss", "gptj", "mpt"}
 """transformers has, or allows, one implementation of attention."""
 
 CONFIGS: list[dict[str, Any]] = [
@@ -48,6 +49,7 @@ CONFIGS: list[dict[str, Any]] = [
     family_c.XLM_ROBERTA,
     family_c.DEBERTA,
     family_c.MODERNBERT,
+    *mixtures.CONFIG_BY_NAME.values(),
 ]
 CONFIG_BY_MODEL_TYPE = {config["model_type"]: config for config in reversed(CONFIGS)}
 
@@ -62,6 +64,7 @@ CASES = [
 KV_CACHE = "Gemma 3's text model fills a key-value cache until the loss"
 DIFFERENT_PEAKS = {
     ("falcon", "sdpa", "bf16-mixed", "full", 2): (0.011, "what the written-out kernel holds in a layer computed again"),
+    ("gpt_oss", "eager", "bf16", "none", 1): (0.007, "the embedding, held until the last layer returns"),
     ("phi", "eager", "bf16-mixed", "full", 2): (0.009, "what eager attention holds in a layer computed again"),
     **{
         ("gemma3", attention, "bf16-mixed", "none", k): (0.05, KV_CACHE)
@@ -122,6 +125,16 @@ def test_the_formula_is_the_trace(
         ),
         ("gemma-2-9b", Setup(micro_batch_size=1, seq_len=4096, attention="eager", activation_checkpointing="full")),
         ("gpt2", Setup(micro_batch_size=8, seq_len=1024, precision="fp32", attention="eager")),
+        ("mixtral-8x7b", Setup(micro_batch_size=1, seq_len=4096)),
+        (
+            "olmoe-1b-7b",
+            Setup(micro_batch_size=4, seq_len=2048, precision="bf16-mixed", gradient_accumulation_steps=2),
+        ),
+        ("qwen1.5-moe-a2.7b", Setup(micro_batch_size=2, seq_len=2048)),
+        ("qwen3-30b-a3b", Setup(micro_batch_size=2, seq_len=4096, activation_checkpointing="full")),
+        ("deepseek-v2-lite", Setup(micro_batch_size=2, seq_len=4096, attention="flash", optimizer="adamw-fused")),
+        ("deepseek-v3", Setup(micro_batch_size=1, seq_len=4096, activation_checkpointing="full", optimizer="sgd")),
+        ("gpt-oss-120b", Setup(micro_batch_size=4, seq_len=1024, attention="eager", optimizer="sgd")),
         ("bert-large", Setup(micro_batch_size=16, seq_len=512, precision="bf16-mixed", optimizer="sgd")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

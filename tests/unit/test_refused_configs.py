@@ -25,8 +25,8 @@ LLAMA = {
     ("changes", "cause", "cure"),
     [
         ({"quantization_config": {"load_in_4bit": True}}, "quantised bases are not modelled yet", "quantised"),
-        ({"num_local_experts": 8}, "num_local_experts in it is 8: mixtures of experts", "num_local_experts"),
-        ({"num_experts": 2}, "num_experts in it is 2: mixtures of experts", "num_experts"),
+        ({"num_local_experts": 8}, "num_local_experts in it is 8, and llama has no experts", "num_local_experts"),
+        ({"num_experts": 2}, "num_experts in it is 2, and llama has no experts", "num_experts"),
         ({"num_hidden_layers": 10_001}, "num_hidden_layers in it is 10001", "between 1 and 10,000"),
         ({"num_key_value_heads": 3}, "num_attention_heads in it is 4, which 3 does not divide", "num_key_value_heads"),
         ({"head_dim": 17}, "head_dim in it comes to 17", "even"),

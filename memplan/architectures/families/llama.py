@@ -30,7 +30,7 @@ from memplan.operators.normalisation import rms_norm
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from memplan.architectures.architecture import LayerKind
     from memplan.architectures.config import Config
@@ -69,6 +69,13 @@ class Llama:
     """The embedding is multiplied by a number (Granite)."""
     full_mask: bool = True
     """Whether the model makes the mask of layers without a window, be there any or not."""
+    idle_window_mask: bool = False
+    """It makes the mask of the window even where no layer has one (Qwen2-MoE)."""
+
+    @property
+    def masked_window(self) -> int | None:
+        """The window that it makes a mask for."""
+        return self.window if any(self.sliding) or self.idle_window_mask else None
 
 
 def stem(m: Llama, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +84,7 @@ def stem(m: Llama, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
         x = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "embed_tokens")
         if m.embedding_scaled:
             x = scale(t, x)
-        shared = masks(t, x, full=m.full_mask, window=m.window if any(m.sliding) else None)
+        shared = masks(t, x, full=m.full_mask, window=m.masked_window)
         with t.scope("rotary_emb"):
             shared |= rotary_tables(t, x, m.head_dim)
     return x, shared
@@ -106,13 +113,30 @@ def self_attention(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor], *
 
 def layer(m: Llama, t: Tape, x: Tensor, shared: Mapping[str, Tensor], *, rotated: bool = True) -> Tensor:
     """One decoder layer."""
-    normed = rms_norm(t, x, "input_layernorm")
+    return pre_norm_layer(
+        t,
+        x,
+        attend=lambda normed: self_attention(m, t, normed, shared, rotated=rotated),
+        feed=lambda normed: gated_mlp(t, normed, m.intermediate_size, m.activation, bias=m.mlp_bias),
+    )
+
+
+def pre_norm_layer(
+    t: Tape,
+    x: Tensor,
+    *,
+    attend: Callable[[Tensor], Tensor],
+    feed: Callable[[Tensor], Tensor],
+    gain_in_fp32: bool = False,
+) -> Tensor:
+    """``x = x + attend(norm(x)); x = x + feed(norm(x))``."""
+    normed = rms_norm(t, x, "input_layernorm", gain_in_fp32=gain_in_fp32)
     with t.scope("self_attn", normed):
-        attended = self_attention(m, t, normed, shared, rotated=rotated)
+        attended = attend(normed)
     x = add(t, x, attended)
-    normed = rms_norm(t, x, "post_attention_layernorm")
+    normed = rms_norm(t, x, "post_attention_layernorm", gain_in_fp32=gain_in_fp32)
     with t.scope("mlp", normed):
-        fed = gated_mlp(t, normed, m.intermediate_size, m.activation, bias=m.mlp_bias)
+        fed = feed(normed)
     return add(t, x, fed)
 
 
@@ -126,16 +150,18 @@ def head(m: Llama, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
 MASK_BY_SLIDING = {False: "mask", True: "window_mask"}
 """Which of the shared masks a layer is handed as its ``mask``."""
 
+TABLES = ("cos", "sin", "position_ids")
+"""What it is handed besides."""
+
 
 def layers(m: Llama) -> tuple[LayerKind, ...]:
     """The layers, one object for each combination of window and rotation."""
-    tables = ("cos", "sin", "position_ids")
     kinds: dict[tuple[bool, bool], LayerKind] = {}
     ordered = []
     for i in range(m.num_layers):
         key = (bool(m.sliding) and m.sliding[i], not m.rotated or m.rotated[i])
         if key not in kinds:
-            names = (("mask", MASK_BY_SLIDING[key[0]]), *((name, name) for name in tables))
+            names = (("mask", MASK_BY_SLIDING[key[0]]), *((name, name) for name in TABLES))
             kinds[key] = Handed(kind=partial(layer, m, rotated=key[1]), names=names)
         ordered.append(kinds[key])
     return tuple(ordered)
@@ -161,7 +187,7 @@ def build(m: Llama, config: Config, model_type: str, **changes: object) -> Archi
         "buffers": tuple(
             Buffer(f"model.rotary_emb.{name}", (m.head_dim // 2,), "fp32") for name in ("inv_freq", "original_inv_freq")
         ),
-        "windows": needs_mask_beyond(m.window if any(m.sliding) else None),
+        "windows": needs_mask_beyond(m.masked_window),
     }
     return Architecture(**(values | changes))  # type: ignore[arg-type]
 
@@ -252,11 +278,11 @@ def _late_window(config: Config, num_layers: int) -> dict[str, Any]:
     first = config.integer("max_window_layers", default=28, least=0)
     sliding = layer_types(config, num_layers, [window is not None and i >= first for i in range(num_layers)])
     if any(sliding) and window is None:
-        raise ConfigError(f"layer_types in {config.origin} has sliding layers, but there is no window.", _GIVE_WINDOW)
+        raise ConfigError(f"layer_types in {config.origin} has sliding layers, but there is no window.", GIVE_WINDOW)
     return {"window": window, "sliding": sliding}
 
 
-_GIVE_WINDOW = "Give sliding_window and, for Qwen and SmolLM3, use_sliding_window."
+GIVE_WINDOW = "Give sliding_window and, for Qwen and SmolLM3, use_sliding_window."
 
 _QWEN_DEFAULTS = {
     "vocab_size": 151936,
@@ -298,7 +324,7 @@ def smollm3(config: Config) -> Architecture:
     window = sliding_window(config, None) if config.flag("use_sliding_window", default=False) else None
     sliding = layer_types(config, num_layers, [window is not None and not turns for turns in rotated])
     if any(sliding) and window is None:
-        raise ConfigError(f"layer_types in {config.origin} has sliding layers, but there is no window.", _GIVE_WINDOW)
+        raise ConfigError(f"layer_types in {config.origin} has sliding layers, but there is no window.", GIVE_WINDOW)
     bias = config.flag("attention_bias", default=False)
     m = Llama(
         **common,
