@@ -104,7 +104,7 @@ class _Calls:
     def run(self, accumulation: int) -> Iterator[Call]:
         program = self.program
         micro_steps = min(accumulation, MOST_MICRO_STEPS)
-        for tensors in program.resident(0, with_states=False):
+        for tensors in program.resident(0, with_states=program.states.from_start):
             yield from self._take(tensors)[0]
         for step in range(NUM_STEPS):
             inputs, inputs_back = self._take(program.inputs(accumulation))
@@ -116,7 +116,7 @@ class _Calls:
                 )
             clip, temporaries = program.end_temporaries
             yield from self._passing(clip)
-            if step == 0:
+            if step == 0 and not program.states.from_start:
                 yield from self._take(program.optimizer_states)[0]
             yield from self._passing(temporaries)
             for key in self.gradients:

@@ -133,7 +133,9 @@ class Layout:
     @cached_property
     def states(self) -> ModelStates:
         """Parameters and gradients; the optimizer is left open."""
-        return ModelStates(tuple(self.recording.parameter_groups()), self.recording.numerics.parameters, "")
+        groups = self.recording.parameter_groups()
+        order, in_layers = _order_of(self.recording, len(groups))
+        return ModelStates(tuple(groups), self.recording.numerics.parameters, "", order, in_layers)
 
     @cached_property
     def parameters(self) -> Tensors:
@@ -226,6 +228,17 @@ class Layout:
         return Segment("shared tensors released", tuple(events))
 
 
+def _order_of(recording: Recording, num_groups: int) -> tuple[tuple[int, ...], frozenset[int]]:
+    """The rows of the table of parameters in the order of the model, once for each layer; which belong to layers."""
+    stem = len(recording.stem.tape.parameters)
+    rows_of, end = [], stem
+    for kind in recording.kinds:
+        rows_of.append(range(end, end + len(kind.tape.parameters)))
+        end += len(kind.tape.parameters)
+    in_layers = [number for kind in recording.order for number in rows_of[kind]]
+    return (*range(stem), *in_layers, *range(end, num_groups)), frozenset(range(stem, end))
+
+
 class StepProgram:
     """Everything that happens to memory in a step, for any micro-batch and length.
 
@@ -284,6 +297,11 @@ class StepProgram:
         return self.states.optimizer_states()
 
     @cached_property
+    def host_bytes(self) -> int:
+        """Bytes of optimizer states in unified memory: on the host, where the card has no room for them."""
+        return self.states.host_state_bytes()
+
+    @cached_property
     def end_temporaries(self) -> tuple[Tensors, Tensors]:
         """What the gradient clip and the optimizer step need for a moment."""
         return self.states.clip_temporaries(), self.states.step_temporaries()
@@ -310,7 +328,8 @@ class StepProgram:
     def peaks(self, sizes: Sizes, accumulation: int, *, first_step: bool = False) -> Peaks:
         """Allocated bytes at every instant of a step: the first one, or any later one."""
         fixed, states, gradients, clip, step = self._fixed
-        base: Any = fixed + self.inputs(accumulation).total(sizes) + (0 if first_step else states)
+        born = states if first_step and not self.states.from_start else 0
+        base: Any = fixed + self.inputs(accumulation).total(sizes) + states - born
         peaks: dict[str, Any] = dict.fromkeys(INSTANTS, 0)
 
         def climb(parts: Sequence[Part], start: Any) -> Any:
@@ -326,7 +345,7 @@ class StepProgram:
         if accumulation > 1:
             climb(self.layout.backward_again, climb(self.layout.forward, base + gradients))
         peaks[CLIP] = base + gradients + clip
-        peaks[OPTIMIZER] = base + gradients + (states if first_step else 0) + step
+        peaks[OPTIMIZER] = base + gradients + born + step
         middle = self.layout.layers[len(self.layout.layers) // 2]
         kept_by_layer = sizes.extent(middle.forward).net + sizes.extent(middle.autocast_exit).net
         return Peaks(peaks, after_forward - base, kept_by_layer)

@@ -49,7 +49,7 @@ class _Run:
 
     def moments(self, num_steps: int) -> Iterator[Moment]:
         program = self.program
-        for tensors in program.resident(0, with_states=False):
+        for tensors in program.resident(0, with_states=program.states.from_start):
             yield from self._take(LOAD, "resident", tensors)
         for step in range(num_steps):
             inputs = program.inputs(self.accumulation)
@@ -61,7 +61,7 @@ class _Run:
             clip, temporaries = program.end_temporaries
             yield from self._take(CLIP, ("clip", step), clip)
             yield from self._give_back(CLIP, ("clip", step), clip)
-            if step == 0:
+            if step == 0 and not program.states.from_start:
                 yield from self._take(OPTIMIZER, "states", program.optimizer_states)
             yield from self._take(OPTIMIZER, ("step", step), temporaries)
             yield from self._give_back(OPTIMIZER, ("step", step), temporaries)

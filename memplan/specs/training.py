@@ -24,14 +24,52 @@ PRECISIONS = {
 
 OPTIMIZERS = {
     "adamw": "adamw-foreach",
-    "adamw-foreach": "adamw-foreach",
-    "adamw-fused": "adamw-fused",
-    "adamw-forloop": "adamw-forloop",
-    "adamw-8bit": "adamw-8bit",
-    "sgd": "sgd",
-    "sgd-momentum": "sgd-momentum",
+    **{
+        name: name
+        for name in (
+            "adamw-foreach",
+            "adamw-fused",
+            "adamw-forloop",
+            "adamw-8bit",
+            "paged-adamw",
+            "paged-adamw-8bit",
+            "adafactor",
+            "sgd",
+            "sgd-momentum",
+            "lion",
+            "lion-8bit",
+            "paged-lion",
+            "paged-lion-8bit",
+            "rmsprop",
+            "rmsprop-32bit",
+            "rmsprop-8bit",
+            "adagrad",
+            "ademamix",
+            "ademamix-8bit",
+            "paged-ademamix",
+            "paged-ademamix-8bit",
+            "muon",
+            "galore-adamw",
+            "apollo-adamw",
+            "schedule-free-adamw",
+            "schedule-free-sgd",
+        )
+    },
 }
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
+
+LIBRARY_BY_PART = {
+    "8bit": "bitsandbytes",
+    "32bit": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "lion": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "schedule": "schedulefree",
+    "adafactor": "transformers",
+}
+"""Part of an optimizer's name -> the library it comes with; the others are torch's."""
 
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full",)
@@ -90,6 +128,11 @@ class Setup:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, over all ranks."""
         return self.global_batch_size * self.seq_len
+
+
+def library_of(optimizer: str) -> str:
+    """The library that an optimizer comes with."""
+    return next((library for part, library in LIBRARY_BY_PART.items() if part in optimizer), "torch")
 
 
 def _shown(value: object) -> str:

@@ -10,7 +10,7 @@ from memplan.architectures.registry import read_architecture
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
-from memplan.specs.training import Setup
+from memplan.specs.training import OPTIMIZERS, Setup
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -46,7 +46,7 @@ setups = st.builds(
     data_parallel_size=st.sampled_from([1, 2]),
     seq_len=st.integers(1, 700),
     precision=st.sampled_from(["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]),
-    optimizer=st.sampled_from(["adamw", "adamw-fused", "adamw-forloop", "adamw-8bit", "sgd", "sgd-momentum"]),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     activation_checkpointing=st.sampled_from(["none", "selective", "full", "every-2", "every-3"]),
     attention=st.sampled_from(["eager", "sdpa", "flash"]),
 )
