@@ -118,6 +118,7 @@ _KEPT_BY_OPTIMIZER = {
     "rmsprop-32bit": _Kept("fp32", "8 bits", "rmsprop-8bit", _ALL_IN_32),
     "ademamix": _Kept("fp32", "8 bits", "ademamix-8bit", _ALL_IN_32),
     "adafactor": _Kept("fp32, rows and columns", "torch's AdamW", "adamw-fused", "transformers keeps no first moment"),
+    "adalomo": _Kept("fp32, rows and columns", "torch's AdamW", "adamw-fused", "lomo_optim keeps no first moment"),
     "galore-adamw": _Kept(_PROJECTED, "torch's AdamW", "adamw-fused", "embeddings and vectors are not projected"),
     "apollo-adamw": _Kept(_PROJECTED, "torch's AdamW", "adamw-fused", "embeddings and vectors are not projected"),
 }
@@ -216,8 +217,16 @@ _LEFT_OUT_BY_OPTIMIZER = {
 
 
 def _gradients(case: _Case) -> Iterator[Assumption]:
-    held = format_bytes(case.program.gradients.total(case.sizes))
-    if case.setup.gradient_accumulation_steps > 1:
+    held = format_bytes(case.program.layout.gradients.total(case.sizes))
+    if case.program.states.in_backward is not None:
+        yield Assumption(
+            "gradients",
+            f"each gone once its parameter is updated, never all at once ({held}); no clipping of their norm",
+            "an update after the backward pass (torch's AdamW)",
+            case.effect(replace(case.setup, optimizer="adamw-fused")),
+            "hooks update in the backward pass",
+        )
+    elif case.setup.gradient_accumulation_steps > 1:
         yield Assumption(
             "gradients",
             f"resident from the second micro-step on: {held}",

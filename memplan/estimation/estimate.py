@@ -294,7 +294,7 @@ class Estimator:
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],
-            "trained_bytes": program.gradients.requested(),
+            "trained_bytes": program.layout.gradients.requested(),
             "trained": program.states.num_trained,
         }
 

@@ -110,10 +110,8 @@ class _Calls:
             inputs, inputs_back = self._take(program.inputs(accumulation))
             yield from inputs
             for micro in range(micro_steps):
-                yield from self._parts(program.layout.forward, again=False)
-                yield from self._parts(
-                    program.layout.backward_again if micro else program.layout.backward, again=micro > 0
-                )
+                yield from self._parts(program.forward, again=False)
+                yield from self._parts(program.backward_again if micro else program.backward, again=micro > 0)
             clip, temporaries = program.end_temporaries
             yield from self._passing(clip)
             if step == 0 and not program.states.from_start:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import record
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
+from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
     from memplan.architectures.architecture import Architecture, Piece, Recording
+    from memplan.memory.optimizers import InBackward
     from memplan.specs.training import Setup
 
 FORWARD = "forward"
@@ -163,20 +165,31 @@ class Layout:
     @cached_property
     def backward(self) -> tuple[Part, ...]:
         """Loss to gradients, in the first micro-step: gradients of parameters are born and stay."""
-        return self._backward(0)
+        return self._backward(lambda pair: pair[0])
 
     @cached_property
     def backward_again(self) -> tuple[Part, ...]:
         """The same in later micro-steps: gradients are added to those that are there."""
-        return self._backward(1)
+        return self._backward(lambda pair: pair[1])
 
-    def _backward(self, which: int) -> tuple[Part, ...]:
+    def updating(self, how: InBackward) -> tuple[Part, ...]:
+        """Loss to updated parameters, where hooks update each as soon as its gradient is there."""
+        known: dict[int, Segment] = {}
+
+        def updated(pair: tuple[Segment, Segment]) -> Segment:
+            if id(pair) not in known:
+                known[id(pair)] = updating(*pair, how)
+            return known[id(pair)]
+
+        return self._backward(updated)
+
+    def _backward(self, choose: Callable[[tuple[Segment, Segment]], Segment]) -> tuple[Part, ...]:
         in_head = {p.name for p in self.recording.head.tape.parameters}
         tied = frozenset(in_head & {p.name for p in self.recording.stem.tape.parameters})
         return (
-            Part(LOSS, self.head.backward(tied)[which], (HEAD,)),
-            *self._releasing(self._in_layers(BACKWARD, lambda x: x.backward()[which], reverse=True)),
-            Part(BACKWARD, self.stem.backward(tied)[which], (STEM,)),
+            Part(LOSS, choose(self.head.backward(tied)), (HEAD,)),
+            *self._releasing(self._in_layers(BACKWARD, lambda x: choose(x.backward()), reverse=True)),
+            Part(BACKWARD, choose(self.stem.backward(tied)), (STEM,)),
             Part(BACKWARD, self.head.loss_released, (HEAD,)),
         )
 
@@ -279,8 +292,24 @@ class StepProgram:
 
     @property
     def gradients(self) -> Tensors:
-        """One gradient for each trained parameter."""
-        return self.layout.gradients
+        """What is left of a backward pass: one gradient for each trained parameter, or none after updates in it."""
+        return self.layout.gradients if self.states.in_backward is None else Tensors(())
+
+    @property
+    def forward(self) -> tuple[Part, ...]:
+        """Ids to loss."""
+        return self.layout.forward
+
+    @cached_property
+    def backward(self) -> tuple[Part, ...]:
+        """Loss to gradients, in the first micro-step; or to updated parameters."""
+        how = self.states.in_backward
+        return self.layout.backward if how is None else self.layout.updating(how)
+
+    @property
+    def backward_again(self) -> tuple[Part, ...]:
+        """The same in later micro-steps."""
+        return self.layout.backward_again
 
     @cached_property
     def _buckets(self) -> Tensors:
@@ -304,7 +333,8 @@ class StepProgram:
     @cached_property
     def end_temporaries(self) -> tuple[Tensors, Tensors]:
         """What the gradient clip and the optimizer step need for a moment."""
-        return self.states.clip_temporaries(), self.states.step_temporaries()
+        clip = self.states.clip_temporaries() if self.states.in_backward is None else Tensors(())
+        return clip, self.states.step_temporaries()
 
     @cached_property
     def _fixed(self) -> tuple[int, int, int, int, int]:
@@ -340,10 +370,10 @@ class StepProgram:
                 live = live + whole.net
             return live
 
-        after_forward = climb(self.layout.forward, base)
-        climb(self.layout.backward, after_forward)
+        after_forward = climb(self.forward, base)
+        climb(self.backward, after_forward)
         if accumulation > 1:
-            climb(self.layout.backward_again, climb(self.layout.forward, base + gradients))
+            climb(self.backward_again, climb(self.forward, base + gradients))
         peaks[CLIP] = base + gradients + clip
         peaks[OPTIMIZER] = base + gradients + born + step
         middle = self.layout.layers[len(self.layout.layers) // 2]

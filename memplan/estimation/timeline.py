@@ -56,8 +56,8 @@ class _Run:
             yield from self._take("forward", ("inputs", step), inputs)
             for micro in range(self.accumulation):
                 self.micro_step += 1
-                yield from self._parts(program.layout.forward)
-                yield from self._parts(program.layout.backward if micro == 0 else program.layout.backward_again)
+                yield from self._parts(program.forward)
+                yield from self._parts(program.backward if micro == 0 else program.backward_again)
             clip, temporaries = program.end_temporaries
             yield from self._take(CLIP, ("clip", step), clip)
             yield from self._give_back(CLIP, ("clip", step), clip)

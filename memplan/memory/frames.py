@@ -51,7 +51,8 @@ class Frame:
         self.source = source
         self.peak = 0
         self._live = 0
-        self._events: list[tuple[Block, int]] = []
+        self.events: list[tuple[Block, int]] = []
+        """Every tensor made (+1) and freed (-1), in order."""
         self._peak_at = 0
         self._named: dict[str, Block] = {}
         self._names: dict[int, int] = {}
@@ -60,19 +61,19 @@ class Frame:
         """Allocate a tensor, by default of the shape and dtype of the parameter; nothing holds it yet."""
         shape, dtype = p.shape if shape is None else shape, dtype or p.dtype
         size = num_bytes(shape, dtype)
-        block = Block(len(self._events), Row(p.name, what, "temporary", shape, dtype, self.source), size, 0)
+        block = Block(len(self.events), Row(p.name, what, "temporary", shape, dtype, self.source), size, 0)
         block = block._replace(allocated=allocated(size.factor))
-        self._events.append((block, +1))
+        self.events.append((block, +1))
         self._live += block.allocated
         if self._live > self.peak:
-            self.peak, self._peak_at = self._live, len(self._events)
+            self.peak, self._peak_at = self._live, len(self.events)
         return block
 
     def drop(self, *blocks: Block | None) -> None:
         """Free tensors that no name holds."""
         for block in blocks:
             if block is not None:
-                self._events.append((block, -1))
+                self.events.append((block, -1))
                 self._live -= block.allocated
 
     def bind(self, name: str, block: Block | None) -> None:
@@ -99,7 +100,7 @@ class Frame:
     def highest(self) -> tuple[Block, ...]:
         """The tensors alive at the highest point."""
         alive: dict[int, Block] = {}
-        for block, sign in self._events[: self._peak_at]:
+        for block, sign in self.events[: self._peak_at]:
             if sign > 0:
                 alive[block.number] = block
             else:

@@ -9,6 +9,7 @@ muon               ``_single_tensor_muon``, ``_zeropower_via_newtonschulz`` of t
 adafactor          ``Adafactor.step`` of transformers/optimization.py (5.23), without first moment and relative steps
 galore_adamw       ``AdamW.step`` of galore_torch/adamw.py (1.0), in a step that computes its projections anew
 apollo_adamw       ``AdamW.step`` of apollo_torch/apollo.py (1.0.3), the same; random projection, scaled by channel
+lomo, adalomo      ``fuse_update`` of lomo_optim/lomo.py and adalomo.py (0.1.1), without clipping
 =================  ====================================================================================================
 
 Left out: 0-dimensional tensors where more is alive sooner or later, and what cuSOLVER needs for a decomposition.
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from memplan.memory.frames import Frame, Trained
+    from memplan.memory.frames import Block, Frame, Trained
 
 RANK = 128
 """Of GaLore and APOLLO: the Trainer's default (transformers/trainer_optimizer.py, 5.23)."""
@@ -54,20 +55,51 @@ def adafactor(f: Frame, p: Trained) -> None:
     half = p.dtype != "fp32"
     f.bind("grad", f.make(p, "gradient in fp32", dtype="fp32") if half else None)
     f.bind("parameter", f.make(p, "parameter in fp32", dtype="fp32") if half else None)
+    _second_moment(f, p)
+    f.drop(f.make(p, "negative update", dtype="fp32"))
+
+
+def fused_adamw_in_backward(f: Frame, p: Trained, gradient: Block) -> None:
+    """One kernel updates in place; then the gradient goes."""
+    f.drop(gradient)
+
+
+def lomo(f: Frame, p: Trained, gradient: Block) -> None:
+    """Gradient and parameter in fp32."""
+    if p.dtype == "fp32":
+        f.drop(gradient)
+        return
+    wide = f.make(p, "gradient in fp32", dtype="fp32")
+    f.drop(gradient)
+    f.drop(f.make(p, "parameter in fp32", dtype="fp32"), wide)
+
+
+def adalomo(f: Frame, p: Trained, gradient: Block) -> None:
+    """As Adafactor, with names that go after each parameter."""
+    half = p.dtype != "fp32"
+    wide = f.make(p, "gradient in fp32", dtype="fp32") if half else gradient
+    if half:
+        f.drop(gradient)
+    _second_moment(f, p)
+    f.drop(f.make(p, "parameter in fp32", dtype="fp32") if half else None, wide)
+    f.bind("update", None)
+
+
+def _second_moment(f: Frame, p: Trained) -> None:
+    """The squared gradient, and the update from its factors."""
     square = f.make(p, "squared gradient", dtype="fp32")
     added = f.make(p, "squared gradient and epsilon", dtype="fp32")
     f.drop(square)
     f.bind("update", added)
     if len(p.shape) < 2:
         f.bind("update", f.make(p, "update", dtype="fp32"))
-    else:
-        rows, columns = factors(p)
-        f.bind("call.rows", f.make(p, "factor of the rows", rows, "fp32"))
-        f.bind("call.columns", f.make(p, "factor of the columns", columns, "fp32"))
-        update = f.make(p, "update", dtype="fp32")
-        f.leave("call")
-        f.bind("update", update)
-    f.drop(f.make(p, "negative update", dtype="fp32"))
+        return
+    rows, columns = factors(p)
+    f.bind("call.rows", f.make(p, "factor of the rows", rows, "fp32"))
+    f.bind("call.columns", f.make(p, "factor of the columns", columns, "fp32"))
+    update = f.make(p, "update", dtype="fp32")
+    f.leave("call")
+    f.bind("update", update)
 
 
 def factors(p: Trained) -> tuple[tuple[int, ...], tuple[int, ...]]:

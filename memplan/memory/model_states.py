@@ -17,7 +17,7 @@ from memplan.specs.values import NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from memplan.memory.optimizers import Phase, State
+    from memplan.memory.optimizers import InBackward, Phase, State
     from memplan.operators.tape import Parameter
 
 GRADIENT_BUCKETS = "gradient buckets"
@@ -96,8 +96,13 @@ class ModelStates(NamedTuple):
 
     @property
     def from_start(self) -> bool:
-        """Whether the states are there before the first step."""
-        return OPTIMIZER_BY_NAME[self.optimizer].from_start
+        """Whether the states are there before the first step; of updates in the backward pass they are taken to be."""
+        return OPTIMIZER_BY_NAME[self.optimizer].from_start or self.in_backward is not None
+
+    @property
+    def in_backward(self) -> InBackward | None:
+        """How parameters are updated in the backward pass; None: after it."""
+        return OPTIMIZER_BY_NAME[self.optimizer].in_backward
 
     def host_state_bytes(self) -> int:
         """Bytes of the states that lie in unified memory."""

@@ -28,13 +28,16 @@ paged-...                the same; from 100,000 numbers on in the    none
                          host's memory
 galore-adamw             of a matrix 2 of rank 128 and a projection  loop: singular vectors in fp32
 apollo-adamw             of a matrix 2 of rank 128 and a projection  loop: 2n
+adamw-in-backward        as adamw-fused                              none, and no gradients but the one at hand
+lomo                     none                                        n and n in fp32 (of fp32 parameters none)
+adalomo                  rows + columns in fp32 (a vector: n)        as adafactor, one parameter after the other
 =======================  ==========================================  ==================================================
 
 Sources: torch/optim (2.13); transformers/optimization.py, trainer.py, trainer_optimizer.py (5.23); bitsandbytes/optim
 (0.50.2), whose CUDA kernels allocate nothing (backends/cuda/ops.py); schedulefree 1.4.1; galore_torch 1.0;
-apollo_torch 1.0.3.  Weight decay as the Trainer has it by default, 0: with another, SGD, RMSprop and Adagrad (foreach)
-also hold a copy of all gradients.  All parameters are one group; the Trainer's two make the temporaries of norms and
-biases, which are small, come later.
+apollo_torch 1.0.3; lomo_optim 0.1.1.  Weight decay as the Trainer has it by default, 0: with another, SGD, RMSprop and
+Adagrad (foreach) also hold a copy of all gradients.  All parameters are one group; the Trainer's two make the
+temporaries of norms and biases, which are small, come later.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from memplan.specs.values import NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from memplan.memory.frames import Frame, Trained
+    from memplan.memory.frames import Block, Frame, Trained
 
     Select = Callable[[Sequence[Trained]], Sequence[Trained]]
     Rule = Callable[[Trained], Iterable["State"]]
@@ -93,6 +96,16 @@ class Phase(NamedTuple):
     """What is made for one parameter after the other."""
 
 
+class InBackward(NamedTuple):
+    """An update in the backward pass, of each parameter as soon as its gradient is there."""
+
+    loop: Callable[[Frame, Trained, Block], None]
+    """What is made for one parameter, and when its gradient goes."""
+    source: str
+    waits: bool = False
+    """Whether it comes with the next gradient."""
+
+
 class Optimizer(NamedTuple):
     """What there is to know about the memory of one."""
 
@@ -102,6 +115,8 @@ class Optimizer(NamedTuple):
     """Code books on the device as soon as some state has 8 bits."""
     from_start: bool = False
     """Whether its states are made with the optimizer, not in its first step."""
+    in_backward: InBackward | None = None
+    """How it updates in the backward pass; None: after it."""
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -147,6 +162,14 @@ def _adafactor(p: Trained) -> Iterable[State]:
         yield State("exp_avg_sq_row", rows, "fp32", source)
         yield State("exp_avg_sq_col", columns, "fp32", source)
     yield State("RMS", (), "fp32", "transformers.Adafactor: the root mean square of the parameter")
+
+
+def _adalomo(p: Trained) -> Iterable[State]:
+    source = "lomo_optim.AdaLomo: fp32, when it is made"
+    if len(p.shape) < 2:
+        return (State("exp_avg_sq", p.shape, "fp32", source),)
+    rows, columns = p.shape[:2]
+    return (State("exp_avg_sq_row", (rows,), "fp32", source), State("exp_avg_sq_col", (columns,), "fp32", source))
 
 
 def _low_rank(p: Trained, how: loops.LowRank, projection: tuple[int, int], source: str) -> Iterable[State]:
@@ -278,5 +301,18 @@ OPTIMIZER_BY_NAME = {
     "galore-adamw": Optimizer(_galore, (Phase(_matrices_last, _GALORE, loop=loops.galore_adamw),)),
     "apollo-adamw": Optimizer(_apollo, (Phase(_matrices_last, _APOLLO, loop=loops.apollo_adamw),)),
     **_paged_and_not(),
+    "adamw-in-backward": Optimizer(
+        _adamw_fused,
+        in_backward=InBackward(
+            loops.fused_adamw_in_backward,
+            "torch.optim.AdamW(fused=True) of one parameter in register_post_accumulate_grad_hook",
+        ),
+    ),
+    "lomo": Optimizer(_nothing, in_backward=InBackward(loops.lomo, "lomo_optim/lomo.py: fuse_update", waits=True)),
+    "adalomo": Optimizer(
+        _adalomo,
+        from_start=True,
+        in_backward=InBackward(loops.adalomo, "lomo_optim/adalomo.py: fuse_update", waits=True),
+    ),
 }
 """Implementations by name."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
+from memplan.specs.training import IN_BACKWARD
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -34,15 +35,12 @@ NARROW = "an update below 1/512 of a weight is lost in bf16: watch the loss at s
 
 EIGHT_BITS_BY_OPTIMIZER = {
     "lion": "lion-8bit",
-    "paged-adamw": "paged-adamw-8bit",
-    "paged-lion": "paged-lion-8bit",
     "rmsprop": "rmsprop-8bit",
     "rmsprop-32bit": "rmsprop-8bit",
     "ademamix": "ademamix-8bit",
-    "paged-ademamix": "paged-ademamix-8bit",
     **dict.fromkeys(("adamw", "adamw-foreach", "adamw-fused", "adamw-forloop"), "adamw-8bit"),
 }
-"""The same optimizer with states of 8 bits."""
+"""The same optimizer with states of 8 bits; of paged ones that would free the host's memory, not the card's."""
 
 PAGED_BY_OPTIMIZER = {
     "lion": "paged-lion",
@@ -105,7 +103,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
     if setup.seq_len // 2 >= SHORTEST:
         half = setup.seq_len // 2
         yield Change("sequences half as long", f"--seq-len {half}", replace(setup, seq_len=half), same_update=False)
-    if setup.micro_batch_size % 2 == 0:
+    if setup.micro_batch_size % 2 == 0 and setup.optimizer not in IN_BACKWARD:
         micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
         yield Change(
             "half the micro-batch, twice the accumulation",

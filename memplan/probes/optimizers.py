@@ -1,8 +1,7 @@
 """What does an optimizer allocate?
 
 For a probe the library's own, made as the Trainer makes it (transformers/trainer_optimizer.py, 5.23).  For a trace the
-same where it runs on meta tensors and comes with torch or transformers; else a stand-in that has the states of
-`memplan.memory.optimizers` and makes what is alive at the highest point of the step.
+same where it runs on meta tensors and comes with torch or transformers; else a stand-in (`memplan.probes.stand_ins`).
 """
 
 from __future__ import annotations
@@ -13,32 +12,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from memplan.memory.frames import Trained
 from memplan.memory.loops import RANK
-from memplan.memory.model_states import ModelStates
-from memplan.memory.optimizers import CODE_BOOK, OPTIMIZER_BY_NAME
-from memplan.operators.tape import Parameter
-from memplan.probes.checkpointing import repeated_layers
 from memplan.probes.faults import require
-from memplan.probes.recorder import dtype_name
+from memplan.probes.stand_ins import StandIn, StandInBackward, trained
+from memplan.probes.training import LEARNING_RATE
+from memplan.specs.training import IN_BACKWARD, library_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     Make = Callable[[nn.Module], Any]
     """Makes the optimizer of a module's trained parameters."""
 
-LEARNING_RATE = 1e-4
 PROJECTION_GAP = 200
 """Steps between two projections of GaLore and APOLLO: the Trainer's default."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "uint8": torch.uint8}
 
 
 def build_optimizer(module: nn.Module, name: str) -> Any:
     """The optimizer of this name (a value of `memplan.specs.training.OPTIMIZERS`) on the meta device."""
     made = REAL_ON_META.get(name)
-    return StandIn(module, name) if made is None else made(module)
+    if made is not None:
+        return made(module)
+    return StandInBackward(module, name) if name in IN_BACKWARD else StandIn(module, name)
 
 
 def real_optimizer(module: nn.Module, name: str) -> Any:
@@ -51,15 +46,16 @@ def real_optimizer(module: nn.Module, name: str) -> Any:
     return made(module)
 
 
-def trained(module: nn.Module) -> dict[nn.Parameter, Trained]:
-    """The parameters that are trained, as formulas see them."""
-    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    layered = {id(p) for layer in repeated_layers(module).values() for p in layer.parameters()}
-    return {
-        p: Trained(name, tuple(p.shape), dtype_name(p.dtype), id(p) in embeddings, id(p) in layered)
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
+def load_library(name: str) -> None:
+    """Import what an optimizer comes with: tensors of the library's own are not the run's.
+
+    Raises:
+        MissingLibraryError: it is not installed.
+    """
+    library = library_of(name)
+    require(library)
+    if library == "transformers":
+        import_module("transformers.optimization")
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -154,6 +150,47 @@ def _schedule_free(kind: str) -> Make:
     return make
 
 
+class InBackward:
+    """Updates each parameter as soon as its gradient is there: a hook and an optimizer for each."""
+
+    def __init__(self, module: nn.Module, make: Callable[[nn.Parameter], torch.optim.Optimizer]) -> None:
+        self.optimizers = {p: make(p) for p in _parameters(module)}
+        self.defaults = next(iter(self.optimizers.values())).defaults
+        for p in self.optimizers:
+            p.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def _update(self, p: Any) -> None:
+        self.optimizers[p].step()
+        p.grad = None
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The states of all."""
+        return {p: optimizer.state[p] for p, optimizer in self.optimizers.items()}
+
+    def fused_backward(self, loss: torch.Tensor, _: float) -> None:
+        """The backward pass; the hooks do the rest."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _adamw_in_backward(module: nn.Module) -> Any:
+    return InBackward(module, lambda p: torch.optim.AdamW([p], lr=LEARNING_RATE, fused=True))
+
+
+def _lomo(kind: str) -> Make:
+    def make(module: nn.Module) -> Any:
+        require("lomo_optim")
+        made: Any = getattr(import_module("lomo_optim"), kind)
+        optimizer = made(module, lr=LEARNING_RATE)
+        for name, p in module.named_parameters():  # AdaLomo has its states by name, in dicts of its own
+            kinds = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+            found = {state: getattr(optimizer, state, {}).get(name) for state in kinds}
+            optimizer.state[p] = {state: value for state, value in found.items() if value is not None}
+        return optimizer
+
+    return make
+
+
 REAL_ON_META: dict[str, Make] = {
     "adamw-foreach": _torch("AdamW", foreach=True),
     "adamw-forloop": _torch("AdamW", foreach=False),
@@ -185,54 +222,8 @@ WITH_NUMBERS: dict[str, Make] = {
     "apollo-adamw": _low_rank("apollo_torch", "APOLLOAdamW", scale=1.0, proj="random", scale_type="channel"),
     "schedule-free-adamw": _schedule_free("AdamWScheduleFree"),
     "schedule-free-sgd": _schedule_free("SGDScheduleFree"),
+    "adamw-in-backward": _adamw_in_backward,
+    "lomo": _lomo("Lomo"),
+    "adalomo": _lomo("AdaLomo"),
 }
 """Those that do not."""
-
-
-# -- stand-ins ---------------------------------------------------------------------------------------------------------
-
-
-class StandIn:
-    """What an optimizer allocates, without its numbers."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.rows = trained(module)
-        self.optimizer = OPTIMIZER_BY_NAME[name]
-        formulas = states_of(self.rows.values(), name)
-        self.temporaries = formulas.step_temporaries()
-        self.host_bytes = formulas.host_state_bytes()
-        self.state: dict[Any, dict[str, torch.Tensor]] = {}
-        self.code_books: dict[str, torch.Tensor] = {}
-
-    def step(self) -> None:
-        """Make the states of parameters that have a gradient, then what the step needs for a moment."""
-        device = next(iter(self.rows)).device
-        with torch.no_grad(), torch.device(device):
-            for p, row in self.rows.items():
-                if p.grad is not None and p not in self.state:
-                    self.state[p] = {
-                        state.name: torch.empty(state.shape, dtype=DTYPES[state.dtype])
-                        for state in self.optimizer.states(row)
-                        if not state.on_host
-                    }
-            if not self.code_books and self._has_8bit_states():
-                names = ("signed", "unsigned")[: self.optimizer.num_code_books]
-                self.code_books = {name: torch.empty(CODE_BOOK, dtype=torch.float32) for name in names}
-            passing = [
-                torch.empty(row.shape or (), dtype=DTYPES[row.dtype])  # type: ignore[arg-type]  # no dimension is open
-                for row, _, times in self.temporaries.rows
-                for _ in range(times)
-            ]
-            del passing
-
-    def _has_8bit_states(self) -> bool:
-        return any(state.dtype == "uint8" for row in self.rows.values() for state in self.optimizer.states(row))
-
-
-def states_of(rows: Iterable[Trained], name: str) -> ModelStates:
-    """The formulas for these parameters, in this order."""
-    listed = list(rows)
-    groups = tuple((Parameter(row.name, row.shape, True, 0, 0, row.of_embedding), 1) for row in listed)
-    layered = frozenset(number for number, row in enumerate(listed) if row.in_layers)
-    dtype = listed[0].dtype if listed else "fp32"
-    return ModelStates(groups, dtype, name, tuple(range(len(listed))), layered)

@@ -40,6 +40,8 @@ OPTIM_BY_OPTIMIZER = {
     "apollo-adamw": "apollo_adamw",
     "schedule-free-adamw": "schedule_free_adamw",
     "schedule-free-sgd": "schedule_free_sgd",
+    "lomo": "lomo",
+    "adalomo": "adalomo",
 }
 """Ours -> `TrainingArguments.optim`; what the Trainer does not offer is missing."""
 

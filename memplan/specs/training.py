@@ -53,10 +53,16 @@ OPTIMIZERS = {
             "apollo-adamw",
             "schedule-free-adamw",
             "schedule-free-sgd",
+            "adamw-in-backward",
+            "lomo",
+            "adalomo",
         )
     },
 }
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
+
+IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
+"""Optimizers that update each parameter in the backward pass: no gradient is left to add up, to clip or to reduce."""
 
 LIBRARY_BY_PART = {
     "8bit": "bitsandbytes",
@@ -68,6 +74,7 @@ LIBRARY_BY_PART = {
     "apollo": "apollo_torch",
     "schedule": "schedulefree",
     "adafactor": "transformers",
+    "lomo": "lomo_optim",
 }
 """Part of an optimizer's name -> the library it comes with; the others are torch's."""
 
@@ -113,6 +120,21 @@ class Setup:
         check_choice("loss", self.loss, LOSSES)
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
+        self._check_updates()
+
+    def _check_updates(self) -> None:
+        """Raise `UsageError` where gradients are gone before they are needed."""
+        if self.optimizer not in IN_BACKWARD:
+            return
+        what = f"{self.optimizer} updates in the backward pass"
+        if self.gradient_accumulation_steps > 1:
+            raise UsageError(
+                f"{what}: no gradients are left to accumulate.", "Use --accumulation 1 or another --optimizer."
+            )
+        if self.data_parallel_size > 1:
+            raise UsageError(
+                f"{what}, before GPUs could exchange their gradients.", "Use one GPU or another --optimizer."
+            )
 
     @property
     def global_batch_size(self) -> int:

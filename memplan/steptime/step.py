@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.specs.training import IN_BACKWARD
 from memplan.specs.values import NamedTuple
 from memplan.steptime.roofline import Speed, Term, Timed, seconds, terms, timed
 
@@ -55,6 +56,9 @@ TRAFFIC_BY_OPTIMIZER = {
     "ademamix-8bit": Traffic(3, 6),
     "paged-ademamix": Traffic(3, 24),
     "paged-ademamix-8bit": Traffic(3, 6),
+    "adamw-in-backward": Traffic(7),
+    "lomo": Traffic(3),
+    "adalomo": Traffic(0, 84),
 }
 """Of each implementation, counted kernel by kernel.
 
@@ -172,4 +176,5 @@ def _accumulated(accumulation: int, trained_bytes: int) -> int:
 def bytes_of_update(optimizer: str, trained_bytes: int, trained: int) -> int:
     """Bytes moved by the gradient clip and the optimizer step, of `trained` numbers in `trained_bytes`."""
     traffic = TRAFFIC_BY_OPTIMIZER[optimizer]
-    return (CLIP_ACCESSES + traffic.accesses) * trained_bytes + traffic.state_bytes * trained
+    clip = 0 if optimizer in IN_BACKWARD else CLIP_ACCESSES
+    return (clip + traffic.accesses) * trained_bytes + traffic.state_bytes * trained

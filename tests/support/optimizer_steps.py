@@ -10,8 +10,8 @@ from torch import nn
 from memplan.memory.events import Sizes
 from memplan.memory.optimizers import OPTIMIZER_BY_NAME
 from memplan.operators.sizes import allocated, num_bytes
-from memplan.probes.optimizers import states_of, trained
 from memplan.probes.recorder import StorageRecorder, dtype_name
+from memplan.probes.stand_ins import states_of, trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
