@@ -114,6 +114,7 @@ _KEPT_BY_OPTIMIZER = {
     "lion-8bit": _Kept("8 bits a number", "32 bits", "lion", _FEW_IN_32),
     "rmsprop-8bit": _Kept("8 bits a number", "32 bits", "rmsprop-32bit", _FEW_IN_32),
     "ademamix-8bit": _Kept("8 bits a number", "32 bits", "ademamix", _FEW_IN_32),
+    "adamw-32bit": _Kept("fp32", "8 bits", "adamw-8bit", _ALL_IN_32),
     "lion": _Kept("fp32", "8 bits", "lion-8bit", _ALL_IN_32),
     "rmsprop-32bit": _Kept("fp32", "8 bits", "rmsprop-8bit", _ALL_IN_32),
     "ademamix": _Kept("fp32", "8 bits", "ademamix-8bit", _ALL_IN_32),

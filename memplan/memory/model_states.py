@@ -138,8 +138,8 @@ class ModelStates(NamedTuple):
                         num_bytes(p.shape, p.dtype),
                         times_of[p],
                     )
-                    for p in phase.select(list(times_of))
                     for what in phase.together
+                    for p in phase.select(list(times_of))
                 )
             )
         frame = Frame(phase.source)

@@ -22,8 +22,8 @@ adafactor                rows + columns in fp32 (a vector: n), 1     loop: 4n in
 adamw-8bit, lion-8bit    2n, n, n, 3n bytes and an fp32 a block of   none
 rmsprop-8bit,            256; below 4,096 numbers and for
 ademamix-8bit            embeddings fp32
-lion, rmsprop-32bit,     n, n, 3n in fp32                            none
-ademamix
+adamw-32bit, lion,       2n, n, n, 3n in fp32                        none
+rmsprop-32bit, ademamix
 paged-...                the same; from 100,000 numbers on in the    none
                          host's memory
 galore-adamw             of a matrix 2 of rank 128 and a projection  loop: singular vectors in fp32
@@ -260,7 +260,7 @@ def _paged_and_not() -> dict[str, Optimizer]:
             found[f"{prefix}{name}"] = Optimizer(_bitsandbytes(what, moments, paged=paged))
             states = _bitsandbytes(f"{what}8bit" if not paged else f"Paged{what}8bit", moments, bits=8, paged=paged)
             found[f"{prefix}{name}-8bit"] = Optimizer(states, num_code_books=len(moments))
-    del found["adamw"]  # torch's has that name
+    found["adamw-32bit"] = found.pop("adamw")  # torch's has that name
     found["rmsprop-32bit"] = Optimizer(_bitsandbytes("RMSprop", rmsprop))
     found["rmsprop-8bit"] = Optimizer(_bitsandbytes("RMSprop8bit", rmsprop, bits=8), num_code_books=1)
     return found

@@ -38,11 +38,12 @@ EIGHT_BITS_BY_OPTIMIZER = {
     "rmsprop": "rmsprop-8bit",
     "rmsprop-32bit": "rmsprop-8bit",
     "ademamix": "ademamix-8bit",
-    **dict.fromkeys(("adamw", "adamw-foreach", "adamw-fused", "adamw-forloop"), "adamw-8bit"),
+    **dict.fromkeys(("adamw", "adamw-foreach", "adamw-fused", "adamw-forloop", "adamw-32bit"), "adamw-8bit"),
 }
 """The same optimizer with states of 8 bits; of paged ones that would free the host's memory, not the card's."""
 
 PAGED_BY_OPTIMIZER = {
+    "adamw-32bit": "paged-adamw",
     "lion": "paged-lion",
     "lion-8bit": "paged-lion-8bit",
     "ademamix": "paged-ademamix",

@@ -205,6 +205,7 @@ REAL_ON_META: dict[str, Make] = {
 
 WITH_NUMBERS: dict[str, Make] = {
     "adamw-fused": _torch("AdamW", fused=True),
+    "adamw-32bit": _bitsandbytes("AdamW", 32),
     "adamw-8bit": _bitsandbytes("AdamW", 8),
     "paged-adamw": _bitsandbytes("AdamW", 32, paged=True),
     "paged-adamw-8bit": _bitsandbytes("AdamW", 8, paged=True),

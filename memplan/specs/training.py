@@ -30,6 +30,7 @@ OPTIMIZERS = {
             "adamw-foreach",
             "adamw-fused",
             "adamw-forloop",
+            "adamw-32bit",
             "adamw-8bit",
             "paged-adamw",
             "paged-adamw-8bit",

@@ -45,6 +45,7 @@ TRAFFIC_BY_OPTIMIZER = {
     "apollo-adamw": Traffic(11),
     "rmsprop-32bit": Traffic(3, 8),
     "rmsprop-8bit": Traffic(3, 2),
+    "adamw-32bit": Traffic(3, 16),
     "adamw-8bit": Traffic(3, 4),
     "paged-adamw": Traffic(3, 16),
     "paged-adamw-8bit": Traffic(3, 4),
