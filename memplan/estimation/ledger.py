@@ -88,7 +88,7 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
                 LedgerRow(
                     row.module,
                     row.tensor,
-                    row.kind,
+                    row.kind if whole[key] else "temporary",  # alive at the peak alone: autocast's cache, say
                     num,
                     row.shape,
                     row.dtype,

@@ -374,7 +374,7 @@ class StepProgram:
         climb(self.backward, after_forward)
         if accumulation > 1:
             climb(self.backward_again, climb(self.forward, base + gradients))
-        peaks[CLIP] = base + gradients + clip
+        peaks[CLIP] = base + gradients + clip if self.states.in_backward is None else 0 * base  # there is none
         peaks[OPTIMIZER] = base + gradients + born + step
         middle = self.layout.layers[len(self.layout.layers) // 2]
         kept_by_layer = sizes.extent(middle.forward).net + sizes.extent(middle.autocast_exit).net
