@@ -28,7 +28,7 @@ from memplan.operators.elementwise import (
     scale,
 )
 from memplan.operators.layout import split, take
-from memplan.operators.matrix import project
+from memplan.operators.products import project
 from memplan.operators.routing import grouped_product, normalise_in_place, pick, sort, sum_of_chosen, top_k
 from memplan.specs.values import NamedTuple, dataclass
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "csv", "markdown")
 CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 
-LATER_OPTIMIZERS = ("paged-adamw-8bit", "adafactor", "lion", "lion-8bit")
 NOT_MODELLED = (
     "--zero-stage",
     "--offload",
@@ -311,7 +310,6 @@ SETUP_ROWS = (
         TRAINING,
         f"{', '.join(OPTIMIZERS)}; adamw is torch's: foreach.",
         OPTIMIZERS,
-        later=LATER_OPTIMIZERS,
         metavar="NAME",
     ),
     Row(

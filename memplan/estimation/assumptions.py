@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
+from memplan.memory.loops import RANK
 from memplan.memory.model_states import GRADIENT_BUCKETS
-from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.training import OPTIMIZERS, PRECISIONS, library_of
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
 
@@ -99,21 +100,57 @@ def assumptions(
     return tuple(sorted(found, key=lambda a: -abs(a.effect_bytes or 0)))
 
 
+class _Kept(NamedTuple):
+    """In what form an optimizer keeps its states, where it is not the parameters'."""
+
+    how: str
+    otherwise: str
+    other: str
+    """The optimizer to compare with."""
+    why: str
+
+
+_FEW_IN_32 = "bitsandbytes keeps small tensors and embeddings in 32 bits"
+_ALL_IN_32 = "bitsandbytes keeps them in fp32, whatever the parameters"
+_PROJECTED = f"of matrices in rank {RANK}, the Trainer's default, with their projections"
+_KEPT_BY_OPTIMIZER = {
+    "adamw-8bit": _Kept("8 bits a number", "torch's AdamW", "adamw-fused", _FEW_IN_32),
+    "lion-8bit": _Kept("8 bits a number", "32 bits", "lion", _FEW_IN_32),
+    "rmsprop-8bit": _Kept("8 bits a number", "32 bits", "rmsprop-32bit", _FEW_IN_32),
+    "ademamix-8bit": _Kept("8 bits a number", "32 bits", "ademamix", _FEW_IN_32),
+    "adamw-32bit": _Kept("fp32", "8 bits", "adamw-8bit", _ALL_IN_32),
+    "lion": _Kept("fp32", "8 bits", "lion-8bit", _ALL_IN_32),
+    "rmsprop-32bit": _Kept("fp32", "8 bits", "rmsprop-8bit", _ALL_IN_32),
+    "ademamix": _Kept("fp32", "8 bits", "ademamix-8bit", _ALL_IN_32),
+    "adafactor": _Kept("fp32, rows and columns", "torch's AdamW", "adamw-fused", "transformers keeps no first moment"),
+    "adalomo": _Kept("fp32, rows and columns", "torch's AdamW", "adamw-fused", "lomo_optim keeps no first moment"),
+    "galore-adamw": _Kept(_PROJECTED, "torch's AdamW", "adamw-fused", "embeddings and vectors are not projected"),
+    "apollo-adamw": _Kept(_PROJECTED, "torch's AdamW", "adamw-fused", "embeddings and vectors are not projected"),
+}
+
+
 def _optimizer_states(case: _Case) -> Iterator[Assumption]:
-    held = case.program.optimizer_states.total(case.sizes)
-    if not held:
-        return
-    if case.optimizer == "adamw-8bit":
+    held, host = case.program.optimizer_states.total(case.sizes), case.program.host_bytes
+    if host:
         yield Assumption(
             "optimizer states",
-            f"8 bits a number: {format_bytes(held)}",
-            "torch's AdamW",
-            case.effect(replace(case.setup, optimizer="adamw-fused")),
-            "bitsandbytes keeps small tensors and embeddings in 32 bits",
+            f"paged: {format_bytes(host)} in unified memory, {format_bytes(held)} on the device",
+            "all on the device",
+            host,
+            "the driver keeps pages on the card while there is room, else in the host's memory",
         )
+        return
+    if not held:
+        return
+    kept = _KEPT_BY_OPTIMIZER.get(case.optimizer)
+    if kept:
+        effect = case.effect(replace(case.setup, optimizer=kept.other))
+        yield Assumption("optimizer states", f"{kept.how}: {format_bytes(held)}", kept.otherwise, effect, kept.why)
         return
     own = f"{case.dtype}, as the parameters: {format_bytes(held)}"
     why = "torch.optim makes them with zeros_like of the parameter"
+    if library_of(case.optimizer) != "torch":
+        why = f"{library_of(case.optimizer)} makes them like the parameter"
     if case.dtype == "fp32":
         yield Assumption("optimizer states", own, "", None, why)
     else:
@@ -142,6 +179,15 @@ def _optimizer_temporaries(case: _Case) -> Iterator[Assumption]:
             case.effect_at(OPTIMIZER, copy),
             "one kernel updates in place",
         )
+    elif held and case.optimizer not in {"adamw-foreach", "adamw-forloop"}:
+        how = _PASSING_BY_OPTIMIZER.get(case.optimizer, "copies of all parameters at once (foreach)")
+        yield Assumption(
+            "optimizer step",
+            f"{format_bytes(held)} more for a moment: {how}",
+            "nothing on top",
+            case.effect_at(OPTIMIZER, -held),
+            "its intermediate results are tensors",
+        )
     elif held:
         name = case.optimizer.removeprefix("adamw-")
         why = "torch.optim.AdamW picks it on CUDA" if name == "foreach" else "one parameter after the other"
@@ -149,9 +195,43 @@ def _optimizer_temporaries(case: _Case) -> Iterator[Assumption]:
         yield Assumption("AdamW kernel", value, "fused", case.effect_at(OPTIMIZER, -held), why)
 
 
+_PASSING_BY_OPTIMIZER = {
+    "muon": "Newton-Schulz iterations of a matrix, or AdamW's square roots of all the rest",
+    "galore-adamw": "of a step that computes its projections anew, every 200th",
+    "apollo-adamw": "of a step that draws its projections anew, every 200th",
+    "adafactor": "one parameter after the other, in fp32",
+}
+
+
+def left_out_of(optimizer: str) -> tuple[tuple[str, str], ...]:
+    """(what, why) of what the numbers leave out for an optimizer."""
+    if optimizer.startswith("paged-"):
+        return (("the time to move pages", "it depends on how much room the card has left"),)
+    found = _LEFT_OUT_BY_OPTIMIZER.get(optimizer)
+    return () if found is None else (found,)
+
+
+_LEFT_OUT_BY_OPTIMIZER = {
+    "muon": ("the time of Newton-Schulz iterations", "the step time counts the optimizer's memory traffic alone"),
+    "galore-adamw": (
+        "cuSOLVER's workspace and the time of decompositions",
+        "only a GPU says what a decomposition needs besides its factors, every 200 steps",
+    ),
+    "apollo-adamw": ("the time of projections", "the step time counts the optimizer's memory traffic alone"),
+}
+
+
 def _gradients(case: _Case) -> Iterator[Assumption]:
-    held = format_bytes(case.program.gradients.total(case.sizes))
-    if case.setup.gradient_accumulation_steps > 1:
+    held = format_bytes(case.program.layout.gradients.total(case.sizes))
+    if case.program.states.in_backward is not None:
+        yield Assumption(
+            "gradients",
+            f"each gone once its parameter is updated, never all at once ({held}); no clipping of their norm",
+            "an update after the backward pass (torch's AdamW)",
+            case.effect(replace(case.setup, optimizer="adamw-fused")),
+            "hooks update in the backward pass",
+        )
+    elif case.setup.gradient_accumulation_steps > 1:
         yield Assumption(
             "gradients",
             f"resident from the second micro-step on: {held}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
-from memplan.estimation.assumptions import Assumption, assumptions
+from memplan.estimation.assumptions import Assumption, assumptions, left_out_of
 from memplan.estimation.ledger import LedgerRow, ledger
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
@@ -120,6 +120,8 @@ class Estimate(Tabular):
     """What is taken for granted, with its effect on the peak."""
     unmodelled: tuple[tuple[str, str], ...]
     """(what, why) of what the numbers leave out."""
+    host_bytes: int = 0
+    """Bytes of optimizer states in unified memory: on the host, as far as the card has no room for them."""
     confidence: float = 0.0
     """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
 
@@ -290,7 +292,7 @@ class Estimator:
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],
-            "trained_bytes": program.gradients.requested(),
+            "trained_bytes": program.layout.gradients.requested(),
             "trained": program.states.num_trained,
         }
 
@@ -316,6 +318,7 @@ class Estimator:
             parameter_bytes=program.parameters.total(sizes),
             gradient_bytes=program.gradients.total(sizes),
             optimizer_state_bytes=program.optimizer_states.total(sizes),
+            host_bytes=program.host_bytes,
             kept_activation_bytes=steady.kept_activation_bytes,
             kept_activation_bytes_per_layer=steady.kept_activation_bytes_per_layer,
             instants=tuple(
@@ -358,6 +361,7 @@ class Estimator:
             found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
         if setup.precision == "fp16-mixed":
             found.append(("the gradient scaler", "a few scalars"))
+        found += left_out_of(OPTIMIZERS[setup.optimizer])
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(
                 (

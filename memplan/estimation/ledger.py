@@ -77,7 +77,7 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
     at_peak = Counter(whole)
     _Peak(program, sizes, accumulation).add_to(at_peak)
     _add(whole, program.gradients)
-    whole += _after(program, program.layout.forward)
+    whole += _after(program, program.forward)
     rows = []
     for key in whole.keys() | at_peak.keys():
         row, size = key
@@ -88,7 +88,7 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
                 LedgerRow(
                     row.module,
                     row.tensor,
-                    row.kind,
+                    row.kind if whole[key] else "temporary",  # alive at the peak alone: autocast's cache, say
                     num,
                     row.shape,
                     row.dtype,
@@ -172,12 +172,12 @@ class _Peak:
         self.sizes = sizes
         self.best = 0
         self.found: Counter[Key] = Counter()
-        first = (*program.layout.forward, *program.layout.backward)
+        first = (*program.forward, *program.backward)
         self._climb(first, Counter())
         gradients: Counter[Key] = Counter()
         _add(gradients, program.gradients)
         if accumulation > 1:
-            self._climb((*program.layout.forward, *program.layout.backward_again), gradients)
+            self._climb((*program.forward, *program.backward_again), gradients)
         for tensors in program.end_temporaries:
             alive = Counter(gradients)
             _add(alive, tensors)

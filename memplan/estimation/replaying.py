@@ -104,19 +104,17 @@ class _Calls:
     def run(self, accumulation: int) -> Iterator[Call]:
         program = self.program
         micro_steps = min(accumulation, MOST_MICRO_STEPS)
-        for tensors in program.resident(0, with_states=False):
+        for tensors in program.resident(0, with_states=program.states.from_start):
             yield from self._take(tensors)[0]
         for step in range(NUM_STEPS):
             inputs, inputs_back = self._take(program.inputs(accumulation))
             yield from inputs
             for micro in range(micro_steps):
-                yield from self._parts(program.layout.forward, again=False)
-                yield from self._parts(
-                    program.layout.backward_again if micro else program.layout.backward, again=micro > 0
-                )
+                yield from self._parts(program.forward, again=False)
+                yield from self._parts(program.backward_again if micro else program.backward, again=micro > 0)
             clip, temporaries = program.end_temporaries
             yield from self._passing(clip)
-            if step == 0:
+            if step == 0 and not program.states.from_start:
                 yield from self._take(program.optimizer_states)[0]
             yield from self._passing(temporaries)
             for key in self.gradients:

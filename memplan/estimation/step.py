@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import record
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
+from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
     from memplan.architectures.architecture import Architecture, Piece, Recording
+    from memplan.memory.optimizers import InBackward
     from memplan.specs.training import Setup
 
 FORWARD = "forward"
@@ -140,7 +142,9 @@ class Layout:
     @cached_property
     def states(self) -> ModelStates:
         """Parameters and gradients; the optimizer is left open."""
-        return ModelStates(tuple(self.recording.parameter_groups()), self.recording.numerics.parameters, "")
+        groups = self.recording.parameter_groups()
+        order, in_layers = _order_of(self.recording, len(groups))
+        return ModelStates(tuple(groups), self.recording.numerics.parameters, "", order, in_layers)
 
     @cached_property
     def parameters(self) -> Tensors:
@@ -168,20 +172,31 @@ class Layout:
     @cached_property
     def backward(self) -> tuple[Part, ...]:
         """Loss to gradients, in the first micro-step: gradients of parameters are born and stay."""
-        return self._backward(0)
+        return self._backward(lambda pair: pair[0])
 
     @cached_property
     def backward_again(self) -> tuple[Part, ...]:
         """The same in later micro-steps: gradients are added to those that are there."""
-        return self._backward(1)
+        return self._backward(lambda pair: pair[1])
 
-    def _backward(self, which: int) -> tuple[Part, ...]:
+    def updating(self, how: InBackward) -> tuple[Part, ...]:
+        """Loss to updated parameters, where hooks update each as soon as its gradient is there."""
+        known: dict[int, Segment] = {}
+
+        def updated(pair: tuple[Segment, Segment]) -> Segment:
+            if id(pair) not in known:
+                known[id(pair)] = updating(*pair, how)
+            return known[id(pair)]
+
+        return self._backward(updated)
+
+    def _backward(self, choose: Callable[[tuple[Segment, Segment]], Segment]) -> tuple[Part, ...]:
         in_head = {p.name for p in self.recording.head.tape.parameters}
         tied = frozenset(in_head & {p.name for p in self.recording.stem.tape.parameters})
         return (
-            Part(LOSS, self.head.backward(tied)[which], (HEAD,)),
-            *self._releasing(self._in_layers(BACKWARD, lambda x: x.backward()[which], reverse=True)),
-            Part(BACKWARD, self.stem.backward(tied)[which], (STEM,)),
+            Part(LOSS, choose(self.head.backward(tied)), (HEAD,)),
+            *self._releasing(self._in_layers(BACKWARD, lambda x: choose(x.backward()), reverse=True)),
+            Part(BACKWARD, choose(self.stem.backward(tied)), (STEM,)),
             Part(BACKWARD, self.head.loss_released, (HEAD,)),
         )
 
@@ -233,6 +248,17 @@ class Layout:
         return Segment("shared tensors released", tuple(events))
 
 
+def _order_of(recording: Recording, num_groups: int) -> tuple[tuple[int, ...], frozenset[int]]:
+    """The rows of the table of parameters in the order of the model, once for each layer; which belong to layers."""
+    stem = len(recording.stem.tape.parameters)
+    rows_of, end = [], stem
+    for kind in recording.kinds:
+        rows_of.append(range(end, end + len(kind.tape.parameters)))
+        end += len(kind.tape.parameters)
+    in_layers = [number for kind in recording.order for number in rows_of[kind]]
+    return (*range(stem), *in_layers, *range(end, num_groups)), frozenset(range(stem, end))
+
+
 class StepProgram:
     """Everything that happens to memory in a step, for any micro-batch and length.
 
@@ -273,8 +299,24 @@ class StepProgram:
 
     @property
     def gradients(self) -> Tensors:
-        """One gradient for each trained parameter."""
-        return self.layout.gradients
+        """What is left of a backward pass: one gradient for each trained parameter, or none after updates in it."""
+        return self.layout.gradients if self.states.in_backward is None else Tensors(())
+
+    @property
+    def forward(self) -> tuple[Part, ...]:
+        """Ids to loss."""
+        return self.layout.forward
+
+    @cached_property
+    def backward(self) -> tuple[Part, ...]:
+        """Loss to gradients, in the first micro-step; or to updated parameters."""
+        how = self.states.in_backward
+        return self.layout.backward if how is None else self.layout.updating(how)
+
+    @property
+    def backward_again(self) -> tuple[Part, ...]:
+        """The same in later micro-steps."""
+        return self.layout.backward_again
 
     @cached_property
     def _buckets(self) -> Tensors:
@@ -291,9 +333,15 @@ class StepProgram:
         return self.states.optimizer_states()
 
     @cached_property
+    def host_bytes(self) -> int:
+        """Bytes of optimizer states in unified memory: on the host, where the card has no room for them."""
+        return self.states.host_state_bytes()
+
+    @cached_property
     def end_temporaries(self) -> tuple[Tensors, Tensors]:
         """What the gradient clip and the optimizer step need for a moment."""
-        return self.states.clip_temporaries(), self.states.step_temporaries()
+        clip = self.states.clip_temporaries() if self.states.in_backward is None else Tensors(())
+        return clip, self.states.step_temporaries()
 
     @cached_property
     def _fixed(self) -> tuple[int, int, int, int, int]:
@@ -317,7 +365,8 @@ class StepProgram:
     def peaks(self, sizes: Sizes, accumulation: int, *, first_step: bool = False) -> Peaks:
         """Allocated bytes at every instant of a step: the first one, or any later one."""
         fixed, states, gradients, clip, step = self._fixed
-        base: Any = fixed + self.inputs(accumulation).total(sizes) + (0 if first_step else states)
+        born = states if first_step and not self.states.from_start else 0
+        base: Any = fixed + self.inputs(accumulation).total(sizes) + states - born
         peaks: dict[str, Any] = dict.fromkeys(INSTANTS, 0)
 
         def climb(parts: Sequence[Part], start: Any) -> Any:
@@ -328,12 +377,12 @@ class StepProgram:
                 live = live + whole.net
             return live
 
-        after_forward = climb(self.layout.forward, base)
-        climb(self.layout.backward, after_forward)
+        after_forward = climb(self.forward, base)
+        climb(self.backward, after_forward)
         if accumulation > 1:
-            climb(self.layout.backward_again, climb(self.layout.forward, base + gradients))
-        peaks[CLIP] = base + gradients + clip
-        peaks[OPTIMIZER] = base + gradients + (states if first_step else 0) + step
+            climb(self.backward_again, climb(self.forward, base + gradients))
+        peaks[CLIP] = base + gradients + clip if self.states.in_backward is None else 0 * base  # there is none
+        peaks[OPTIMIZER] = base + gradients + born + step
         middle = self.layout.layers[len(self.layout.layers) // 2]
         kept_by_layer = sizes.extent(middle.forward).net + sizes.extent(middle.autocast_exit).net
         return Peaks(peaks, after_forward - base, kept_by_layer)

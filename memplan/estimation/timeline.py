@@ -49,19 +49,19 @@ class _Run:
 
     def moments(self, num_steps: int) -> Iterator[Moment]:
         program = self.program
-        for tensors in program.resident(0, with_states=False):
+        for tensors in program.resident(0, with_states=program.states.from_start):
             yield from self._take(LOAD, "resident", tensors)
         for step in range(num_steps):
             inputs = program.inputs(self.accumulation)
             yield from self._take("forward", ("inputs", step), inputs)
             for micro in range(self.accumulation):
                 self.micro_step += 1
-                yield from self._parts(program.layout.forward)
-                yield from self._parts(program.layout.backward if micro == 0 else program.layout.backward_again)
+                yield from self._parts(program.forward)
+                yield from self._parts(program.backward if micro == 0 else program.backward_again)
             clip, temporaries = program.end_temporaries
             yield from self._take(CLIP, ("clip", step), clip)
             yield from self._give_back(CLIP, ("clip", step), clip)
-            if step == 0:
+            if step == 0 and not program.states.from_start:
                 yield from self._take(OPTIMIZER, "states", program.optimizer_states)
             yield from self._take(OPTIMIZER, ("step", step), temporaries)
             yield from self._give_back(OPTIMIZER, ("step", step), temporaries)

@@ -30,7 +30,7 @@ from memplan.estimation.traced import POINTS, POINTS_OF_ONE, TRACED_MICRO_STEPS,
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import replace
-from memplan.steptime.step import ACCESSES, ADAMW_8BIT_STATE_BYTES, CLIP_ACCESSES, StepTime
+from memplan.steptime.step import StepTime, bytes_of_update
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -146,12 +146,7 @@ class TracedEstimator:
         forward = max(2 * num * setup.tokens_per_micro_batch / flops_per_s, reading)
         backward = max(4 * num * setup.tokens_per_micro_batch / flops_per_s, 2 * reading)
         again = forward if setup.activation_checkpointing not in {"none", "selective"} else 0.0
-        optimizer = OPTIMIZERS[setup.optimizer]
-        own = trained * BYTES_OF[parameters]
-        if optimizer == "adamw-8bit":
-            moved = (CLIP_ACCESSES + 3) * own + ADAMW_8BIT_STATE_BYTES * trained
-        else:
-            moved = (CLIP_ACCESSES + ACCESSES[optimizer]) * own
+        moved = bytes_of_update(OPTIMIZERS[setup.optimizer], trained * BYTES_OF[parameters], trained)
         steps = setup.gradient_accumulation_steps
         return StepTime(steps * forward, steps * backward, steps * again, moved / self._speed.bytes_per_s)
 

@@ -1,52 +1,30 @@
 """Parameters, gradients and optimizer states, and what an optimizer step needs for a moment.
 
-=================  ===========================  =====================================================================
-optimizer          states a parameter           temporaries of the step
-=================  ===========================  =====================================================================
-adamw-foreach      2 x its dtype                sqrt of all second moments at once: as much as all parameters
-adamw-fused        2 x its dtype, 1 fp32 scalar none
-adamw-forloop      2 x its dtype                two tensors of the largest parameter
-adamw-8bit         2 x 1 byte + 4 bytes/256     none; below 4,096 elements and for embeddings fp32 states
-sgd                none                         none
-sgd-momentum       1 x its dtype                none
-=================  ===========================  =====================================================================
-
-torch.optim keeps its states in the dtype of the parameter (``zeros_like``): bf16 parameters have bf16 moments.
-Sources: torch/optim/adamw.py, adam.py, sgd.py (2.13); bitsandbytes/optim/optimizer.py (0.50): ``block_wise`` with
-blocks of 256, ``min_8bit_size`` 4096; transformers/trainer.py registers embeddings with 32-bit states.
+What each optimizer remembers and makes is a row of `memplan.memory.optimizers`; here it is applied to a model.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from memplan.memory.events import Row
+from memplan.memory.events import Row, Sizes
+from memplan.memory.frames import Frame, Trained
+from memplan.memory.optimizers import CODE_BOOK, CODE_SOURCE, OPTIMIZER_BY_NAME
 from memplan.operators.sizes import Size, count, num_bytes
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
 
-    from memplan.memory.events import Sizes
+    from memplan.memory.optimizers import InBackward, Phase, State
     from memplan.operators.tape import Parameter
 
-BITSANDBYTES_BLOCK = 256
-BITSANDBYTES_MIN_8BIT = 4096
-BITSANDBYTES_CODEBOOK_BYTES = 256 * 4
 GRADIENT_BUCKETS = "gradient buckets"
-ADAMW_SOURCE = "torch.optim.AdamW: zeros_like(parameter)"
-FUSED_STEP_SOURCE = "torch.optim.AdamW(fused=True): the number of steps, on the device"
-FOREACH_SOURCE = "torch/optim/adam.py: _multi_tensor_adam, _foreach_sqrt of all second moments"
-FORLOOP_SOURCE = "torch/optim/adam.py: _single_tensor_adam, of the largest parameter"
-MOMENTUM_SOURCE = "torch.optim.SGD: a clone of the gradient"
 FOREACH_CHUNK = 65536
 """Elements that one block of a foreach kernel works on (kChunkSize in MultiTensorApply.cuh)."""
 
 CLIP_SOURCE = "torch.nn.utils.clip_grad_norm_ (foreach)"
-BITSANDBYTES_SOURCE = "bitsandbytes.optim.AdamW8bit: one byte an element"
-BITSANDBYTES_ABSMAX_SOURCE = "bitsandbytes.optim.AdamW8bit: an fp32 for each block of 256"
-BITSANDBYTES_FP32_SOURCE = "bitsandbytes.optim.AdamW8bit: 32 bits below 4,096 elements and for embeddings"
-BITSANDBYTES_CODE_SOURCE = "bitsandbytes.optim.AdamW8bit: what each of 256 codes stands for"
 DDP_SOURCE = "torch/nn/parallel/distributed.py: gradient_as_bucket_view=False"
 
 
@@ -71,6 +49,10 @@ class ModelStates(NamedTuple):
     """Rows of the parameter table and how many layers have them alike."""
     dtype: str
     optimizer: str
+    order: tuple[int, ...] = ()
+    """The rows in the order of the model, one for each layer."""
+    in_layers: frozenset[int] = frozenset()
+    """Which rows are parameters of layers."""
 
     @property
     def num_parameters(self) -> int:
@@ -106,28 +88,71 @@ class ModelStates(NamedTuple):
 
     def optimizer_states(self) -> Tensors:
         """What the optimizer remembers between steps, on the device."""
-        rows: list[tuple[Row, Size, int]] = []
-        for p, times in self.groups:
-            if p.trainable:
-                for name, dtype, size, reason in _states(self.optimizer, p, p.dtype):
-                    shape = () if name == "step" else p.shape
-                    rows.append((Row(p.name, name, "optimizer_state", shape, dtype, reason), size, times))
-        if self.optimizer == "adamw-8bit":
-            what = "code books of both moments"
-            row = Row("optimizer", what, "optimizer_state", (256,), "fp32", BITSANDBYTES_CODE_SOURCE)
-            rows.append((row, Size(BITSANDBYTES_CODEBOOK_BYTES), 2))
+        rows = [
+            (Row(p.name, state.name, "optimizer_state", state.shape, state.dtype, state.source), size, times)
+            for p, state, size, times in self._states()
+            if not state.on_host
+        ]
+        books = OPTIMIZER_BY_NAME[self.optimizer].num_code_books
+        if books and any(state.dtype == "uint8" for _, state, _, _ in self._states()):
+            row = Row("optimizer", "code books", "optimizer_state", CODE_BOOK, "fp32", CODE_SOURCE)
+            rows.append((row, num_bytes(CODE_BOOK, "fp32"), books))
         return Tensors(tuple(rows))
 
+    @property
+    def from_start(self) -> bool:
+        """Whether the states are there before the first step; of updates in the backward pass they are taken to be."""
+        return OPTIMIZER_BY_NAME[self.optimizer].from_start or self.in_backward is not None
+
+    @property
+    def in_backward(self) -> InBackward | None:
+        """How parameters are updated in the backward pass; None: after it."""
+        return OPTIMIZER_BY_NAME[self.optimizer].in_backward
+
+    def host_state_bytes(self) -> int:
+        """Bytes of the states that lie in unified memory."""
+        return sum(size.factor * times for _, state, size, times in self._states() if state.on_host)
+
+    def _states(self) -> Iterator[tuple[Trained, State, Size, int]]:
+        rule = OPTIMIZER_BY_NAME[self.optimizer].states
+        for number, p in self._trained().items():
+            for state in rule(p):
+                yield p, state, num_bytes(state.shape, state.dtype), self.groups[number][1]
+
+    def _trained(self) -> dict[int, Trained]:
+        """The rows that are trained, as an optimizer sees them."""
+        return {
+            number: Trained(p.name, p.shape, p.dtype, p.of_embedding, number in self.in_layers)
+            for number, (p, _) in enumerate(self.groups)
+            if p.trainable
+        }
+
     def step_temporaries(self) -> Tensors:
-        """What the optimizer step needs for a moment, all at once."""
-        if self.optimizer == "adamw-foreach":
-            return self._each("square root of exp_avg_sq", "temporary", trained_only=True, reason=FOREACH_SOURCE)
-        if self.optimizer == "adamw-forloop":
-            trained = [(p, num_bytes(p.shape, p.dtype)) for p, _ in self.groups if p.trainable]
-            p, size = max(trained, key=lambda pair: pair[1].factor)
-            what = "sqrt of exp_avg_sq, denominator"
-            return Tensors(((Row(p.name, what, "temporary", p.shape, p.dtype, FORLOOP_SOURCE), size, 2),))
-        return Tensors(())
+        """What the optimizer step needs for a moment: all that is alive at its highest point."""
+        sizes = Sizes({})
+        phases = [self._phase(phase) for phase in OPTIMIZER_BY_NAME[self.optimizer].phases]
+        return max(phases, key=lambda tensors: tensors.total(sizes), default=Tensors(()))
+
+    def _phase(self, phase: Phase) -> Tensors:
+        if phase.loop is None:
+            times_of = {p: self.groups[number][1] for number, p in self._trained().items()}
+            return Tensors(
+                tuple(
+                    (
+                        Row(p.name, what, "temporary", p.shape, p.dtype, phase.source),
+                        num_bytes(p.shape, p.dtype),
+                        times_of[p],
+                    )
+                    for what in phase.together
+                    for p in phase.select(list(times_of))
+                )
+            )
+        frame = Frame(phase.source)
+        rows = self._trained()
+        for p in phase.select([rows[number] for number in self.order if number in rows]):
+            phase.loop(frame, p)
+        alike = Counter((block.row, block.size) for block in frame.highest())
+        return Tensors(tuple((row, size, times) for (row, size), times in alike.items()))
 
     def clip_temporaries(self) -> Tensors:
         """``clip_grad_norm_`` (foreach): norms of chunks, from them one tensor of all norms, these stacked, the total.
@@ -158,29 +183,3 @@ class ModelStates(NamedTuple):
         total = sum(num_bytes(p.shape, p.dtype).factor * times for p, times in self.groups if p.trainable)
         row = Row("DistributedDataParallel", GRADIENT_BUCKETS, "gradient", None, self.dtype, DDP_SOURCE)
         return Tensors(((row, Size(total), 1),))
-
-
-def _states(optimizer: str, p: Parameter, dtype: str) -> Iterable[tuple[str, str, Size, str]]:
-    """(name, dtype, bytes, source) of each state of one parameter."""
-    own = num_bytes(p.shape, dtype)
-    if optimizer == "adamw-8bit":
-        yield from _states_8bit(p)
-    elif optimizer.startswith("adamw"):
-        yield "exp_avg", dtype, own, ADAMW_SOURCE
-        yield "exp_avg_sq", dtype, own, ADAMW_SOURCE
-        if optimizer == "adamw-fused":
-            yield "step", "fp32", num_bytes((), "fp32"), FUSED_STEP_SOURCE
-    elif optimizer == "sgd-momentum":
-        yield "momentum_buffer", dtype, own, MOMENTUM_SOURCE
-
-
-def _states_8bit(p: Parameter) -> Iterable[tuple[str, str, Size, str]]:
-    elements = count(p.shape).factor
-    if elements < BITSANDBYTES_MIN_8BIT or p.of_embedding:
-        yield "exp_avg", "fp32", num_bytes(p.shape, "fp32"), BITSANDBYTES_FP32_SOURCE
-        yield "exp_avg_sq", "fp32", num_bytes(p.shape, "fp32"), BITSANDBYTES_FP32_SOURCE
-        return
-    blocks = -(-elements // BITSANDBYTES_BLOCK)
-    for name in ("exp_avg", "exp_avg_sq"):
-        yield name, "uint8", Size(elements), BITSANDBYTES_SOURCE
-        yield f"absmax of {name}", "fp32", Size(blocks * 4), BITSANDBYTES_ABSMAX_SOURCE

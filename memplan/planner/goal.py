@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.specs.margin import Margin
-from memplan.specs.training import check_checkpointing, check_count, divisors
+from memplan.specs.training import IN_BACKWARD, check_checkpointing, check_count, divisors
 from memplan.specs.values import NamedTuple, dataclass, replace
 
 if TYPE_CHECKING:
@@ -172,6 +172,8 @@ class Goal:
         each = self.target.global_batch_size // self.setup.data_parallel_size
         for micro in reversed(divisors(each)):
             steps = each // micro
+            if steps > 1 and self.setup.optimizer in IN_BACKWARD:  # nothing is left to accumulate
+                continue
             if self.micro_batch_size in {None, micro} and self.gradient_accumulation_steps in {None, steps}:
                 yield micro, steps
 

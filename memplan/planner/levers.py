@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
+from memplan.specs.training import IN_BACKWARD
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -24,6 +25,32 @@ class Change(NamedTuple):
     flag: str
     setup: Setup
     same_update: bool
+    price: str = ""
+    """What it may do to the result of training; empty: nothing, or it is plain."""
+
+
+ROUNDED = "moments are rounded to 8 bits, block by block: near the loss of 32 bits as a rule, not the same"
+NO_MOMENTS = "without moments the learning rate has to be found anew, and transformers train worse as a rule"
+NARROW = "an update below 1/512 of a weight is lost in bf16: watch the loss at small learning rates"
+
+EIGHT_BITS_BY_OPTIMIZER = {
+    "lion": "lion-8bit",
+    "rmsprop": "rmsprop-8bit",
+    "rmsprop-32bit": "rmsprop-8bit",
+    "ademamix": "ademamix-8bit",
+    **dict.fromkeys(("adamw", "adamw-foreach", "adamw-fused", "adamw-forloop", "adamw-32bit"), "adamw-8bit"),
+}
+"""The same optimizer with states of 8 bits; of paged ones that would free the host's memory, not the card's."""
+
+PAGED_BY_OPTIMIZER = {
+    "adamw-32bit": "paged-adamw",
+    "lion": "paged-lion",
+    "lion-8bit": "paged-lion-8bit",
+    "ademamix": "paged-ademamix",
+    "ademamix-8bit": "paged-ademamix-8bit",
+    "adamw-8bit": "paged-adamw-8bit",
+}
+"""The same optimizer with its states in unified memory."""
 
 
 def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Lever, ...]:
@@ -41,6 +68,7 @@ def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Le
             delta_bytes=candidate.memory.peak_process_bytes - start.memory.peak_process_bytes,
             delta_step_time_s=candidate.step_time.total_s - start.step_time.total_s,
             same_update=change.same_update,
+            price=change.price,
         )
         if lever.delta_bytes or abs(lever.delta_step_time_s) > 1e-6 * start.step_time.total_s:
             levers.append(lever)
@@ -65,30 +93,19 @@ def _changes(setup: Setup) -> Iterator[Change]:
     if setup.attention == "eager":
         yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"), same_update=True)
     yield from _losses(setup)
-    if setup.optimizer in {"adamw", "adamw-foreach", "adamw-forloop"}:
-        yield Change(
-            "fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"), same_update=True
-        )
-    if setup.optimizer.startswith("adamw") and setup.optimizer != "adamw-8bit":
-        yield Change(
-            "8-bit optimizer states",
-            "--optimizer adamw-8bit",
-            replace(setup, optimizer="adamw-8bit"),
-            same_update=False,
-        )
-    if setup.optimizer != "sgd":
-        yield Change("no optimizer states", "--optimizer sgd", replace(setup, optimizer="sgd"), same_update=False)
+    yield from _other_optimizers(setup)
     if setup.precision in {"fp32", "bf16-mixed", "fp16-mixed"}:
         yield Change(
             "parameters, gradients and states in bf16",
             "--precision bf16",
             replace(setup, precision="bf16"),
             same_update=False,
+            price=NARROW,
         )
     if setup.seq_len // 2 >= SHORTEST:
         half = setup.seq_len // 2
         yield Change("sequences half as long", f"--seq-len {half}", replace(setup, seq_len=half), same_update=False)
-    if setup.micro_batch_size % 2 == 0:
+    if setup.micro_batch_size % 2 == 0 and setup.optimizer not in IN_BACKWARD:
         micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
         yield Change(
             "half the micro-batch, twice the accumulation",
@@ -104,3 +121,20 @@ def _losses(setup: Setup) -> Iterator[Change]:
     if setup.loss == "full":
         for loss, name in names.items():
             yield Change(name, f"--loss {loss}", replace(setup, loss=loss), same_update=True)
+
+
+def _other_optimizers(setup: Setup) -> Iterator[Change]:
+    if setup.optimizer in {"adamw", "adamw-foreach", "adamw-forloop"}:
+        yield Change(
+            "fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"), same_update=True
+        )
+    eight, paged = EIGHT_BITS_BY_OPTIMIZER.get(setup.optimizer), PAGED_BY_OPTIMIZER.get(setup.optimizer)
+    if eight:
+        other = replace(setup, optimizer=eight)
+        yield Change("8-bit optimizer states", f"--optimizer {eight}", other, same_update=False, price=ROUNDED)
+    if paged:
+        other = replace(setup, optimizer=paged)
+        yield Change("optimizer states in unified memory", f"--optimizer {paged}", other, same_update=True)
+    if setup.optimizer != "sgd":
+        other = replace(setup, optimizer="sgd")
+        yield Change("no optimizer states", "--optimizer sgd", other, same_update=False, price=NO_MOMENTS)

@@ -61,6 +61,8 @@ class Lever(NamedTuple):
     delta_step_time_s: float
     same_update: bool
     """Whether the optimizer sees the same gradients: no change of mathematics, batch or data."""
+    price: str = ""
+    """What it may do to the result of training, where that is not plain."""
 
     @property
     def gives_up_adam(self) -> bool:

@@ -116,6 +116,7 @@ def estimate_of(
         parameter_bytes=resident["parameter"],
         gradient_bytes=resident["gradient"],
         optimizer_state_bytes=resident["optimizer_state"],
+        host_bytes=trace.host_bytes,
         kept_activation_bytes=trace.kept_activation_bytes,
         kept_activation_bytes_per_layer=trace.kept_activation_bytes_per_layer,
         instants=instants_of(trace),

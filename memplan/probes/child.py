@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from memplan.specs.measurement import FAILED, PROBE_VERSION
 from memplan.specs.records import parse_trial
+from memplan.specs.training import LIBRARY_BY_PART
 
 if TYPE_CHECKING:
     from memplan.probes.devices import Device
@@ -166,7 +167,7 @@ def versions(torch: Any) -> dict[str, str]:
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for library in ("memplan", "transformers", "peft", "bitsandbytes"):
+    for library in dict.fromkeys(("memplan", "transformers", "peft", *LIBRARY_BY_PART.values())):
         with contextlib.suppress(PackageNotFoundError):
             found[library] = version(library)
     return found

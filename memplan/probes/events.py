@@ -102,6 +102,8 @@ class Trace(Tabular):
     """The run in order, without gaps."""
     assumptions: tuple[str, ...]
     """What the model asked about its data, and what it was told."""
+    host_bytes: int = 0
+    """Bytes of optimizer states in unified memory."""
 
     # -- over time ---------------------------------------------------------------------------------------------------
 

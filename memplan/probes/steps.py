@@ -24,7 +24,7 @@ from memplan.probes.devices import LimitReachedError, watching
 from memplan.probes.heads import use_library_loss
 from memplan.probes.meter import PhaseMeter, Unwatched
 from memplan.probes.models import PARAMETER_DTYPES, transformers_model
-from memplan.probes.optimizers import real_optimizer
+from memplan.probes.optimizers import load_library, real_optimizer
 from memplan.probes.training import Loop, TrainingRun
 from memplan.specs.measurement import DONE, FAILED, METERED_STEPS, OUT_OF_MEMORY
 from memplan.specs.records import step_record
@@ -79,6 +79,7 @@ def run_trial(
         return
     try:
         report({"card": card._asdict(), "context_bytes": device.context_bytes, "process_basis": device.process_basis})
+        load_library(OPTIMIZERS[trial.setup.optimizer])
         with watching(device), history(snapshot, device):
             _train(trial, device, meter, report, ranks)
         report({"clocks": device.clocks(), "workspace_bytes": device.workspace_bytes()})
@@ -222,15 +223,15 @@ def _held(tensors: Iterable[torch.Tensor]) -> int:
     return sum(allocated(num_bytes) for num_bytes in storages.values())
 
 
-def _is_counter(state: torch.Tensor, optimizer: Any, device_type: str) -> bool:
+def _is_counter(name: str, state: Any, optimizer: Any) -> bool:
     """Whether it is a step counter that a run on a card keeps on the host."""
-    return device_type == "cpu" and state.numel() == 1 and not optimizer.defaults.get("fused")
+    return name == "step" and isinstance(state, torch.Tensor) and not optimizer.defaults.get("fused")
 
 
 def _hide_counters(device: Any, optimizer: Any) -> None:
     """On a CPU everything is on the host; counters that would be there in any case are no tensors of the device."""
     if device.type == "cpu":
-        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        states = [item for state in optimizer.state.values() for item in state.items()]
         device.hidden_bytes = sum(
-            allocated(x.untyped_storage().nbytes()) for x in states if _is_counter(x, optimizer, "cpu")
+            allocated(x.untyped_storage().nbytes()) for name, x in states if _is_counter(name, x, optimizer)
         )

@@ -145,6 +145,7 @@ def _run(
         events=recorder.events(),
         spans=recorder.spans(),
         assumptions=tuple(recorder.assumptions),
+        host_bytes=getattr(optimizer, "host_bytes", 0),
     )
 
 

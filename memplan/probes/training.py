@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     """Makes the region of autocast around a forward pass."""
 
 
+LEARNING_RATE = 1e-4
+"""Of all steps."""
+
+
 class Witness(Protocol):
     """Who watches the steps."""
 
@@ -92,6 +96,8 @@ class TrainingRun:
         self.names_tensors = True
         """Whether the witness is told what gradients and states are for: it takes the host some time."""
         self.takes_num_items = accepts_num_items(self.model)
+        self.updates_in_backward = hasattr(optimizer, "fused_backward")
+        """Whether a step consists of a call of ``fused_backward``, as LOMO has it."""
         self._outputs: Any = None
 
     def step(self, number: int, setup: Setup) -> None:
@@ -108,13 +114,13 @@ class TrainingRun:
                 loss = self._forward(micro_batch, num_items, setup)
                 self.witness.mark_kept()
                 enter("backward", number, micro_step)
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                self._backward(loss if self.scaler is None else self.scaler.scale(loss))
                 if not self.loop.keep_outputs:
                     self._outputs = None
             self._name_gradients()
             del loss
         if self.loop.update:
-            if self.loop.clip:
+            if self.loop.clip and not self.updates_in_backward:
                 enter("clip", number, -1)
                 if self.scaler is not None:
                     self.scaler.unscale_(self.optimizer)
@@ -162,7 +168,15 @@ class TrainingRun:
             return self.called(**inputs, **extra)
         return self.called(*inputs) if isinstance(inputs, (tuple, list)) else self.called(inputs)
 
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.updates_in_backward:
+            self.optimizer.fused_backward(loss, LEARNING_RATE)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
     def _update(self) -> None:
+        if self.updates_in_backward:
+            return
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -183,8 +197,9 @@ class TrainingRun:
             return
         for name, parameter in self.model.named_parameters():
             for state, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.device.type == self.device:
-                    self.witness.label(value, "optimizer_state", name, state)
+                tensor = getattr(value, "ortho_matrix", value)  # GaLore and APOLLO keep projections in objects
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
+                    self.witness.label(tensor, "optimizer_state", name, state)
         for name, value in getattr(self.optimizer, "code_books", {}).items():
             self.witness.label(value, "optimizer_state", "optimizer", f"code book, {name}")
 

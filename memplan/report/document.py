@@ -62,6 +62,7 @@ def estimate_document(
         "parameter_bytes": estimate.parameter_bytes,
         "gradient_bytes": estimate.gradient_bytes,
         "optimizer_state_bytes": estimate.optimizer_state_bytes,
+        "host_bytes": estimate.host_bytes,
         "kept_activation_bytes": estimate.kept_activation_bytes,
         "kept_activation_bytes_per_layer": estimate.kept_activation_bytes_per_layer,
         "peak_allocated_bytes": memory.peak_allocated_bytes,
@@ -273,6 +274,7 @@ def lever_document(lever: Lever) -> Document:
         "peak_process_bytes": lever.candidate.memory.peak_process_bytes,
         "fits": lever.candidate.fits,
         "same_update": lever.same_update,
+        "price": lever.price,
     }
 
 

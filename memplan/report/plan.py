@@ -295,3 +295,7 @@ def _levers(plan: Document) -> Iterator[Line]:
         for lever in levers
     ]
     yield from table(rows, left=(0, 3))
+    for lever in levers:
+        if lever["price"]:
+            text = f"{lever['flag'].split()[-1]}: {lever['price']}"
+            yield from (Line(line) for line in wrap(text, first="  ", rest="    "))

@@ -19,10 +19,34 @@ OPTIM_BY_OPTIMIZER = {
     "adamw-foreach": "adamw_torch",
     "adamw-fused": "adamw_torch_fused",
     "adamw-8bit": "adamw_8bit",
+    "paged-adamw": "paged_adamw_32bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
     "sgd": "sgd",
     "sgd-momentum": "sgd",
+    "lion": "lion_32bit",
+    "lion-8bit": "lion_8bit",
+    "paged-lion": "paged_lion_32bit",
+    "paged-lion-8bit": "paged_lion_8bit",
+    "rmsprop": "rmsprop",
+    "rmsprop-32bit": "rmsprop_bnb_32bit",
+    "rmsprop-8bit": "rmsprop_bnb_8bit",
+    "adagrad": "adagrad",
+    "ademamix": "ademamix",
+    "ademamix-8bit": "ademamix_8bit",
+    "paged-ademamix": "paged_ademamix_32bit",
+    "paged-ademamix-8bit": "paged_ademamix_8bit",
+    "galore-adamw": "galore_adamw",
+    "apollo-adamw": "apollo_adamw",
+    "schedule-free-adamw": "schedule_free_adamw",
+    "schedule-free-sgd": "schedule_free_sgd",
+    "lomo": "lomo",
+    "adalomo": "adalomo",
 }
 """Ours -> `TrainingArguments.optim`; what the Trainer does not offer is missing."""
+
+TAKES_MODULES = ("galore_adamw", "apollo_adamw")
+"""Those that have to be told which modules they project."""
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -44,6 +68,8 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     arguments["optim"] = optim
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"
+    if optim in TAKES_MODULES:
+        arguments["optim_target_modules"] = "all-linear"
     arguments["bf16"] = autocast == "bf16"
     arguments["fp16"] = autocast == "fp16"
     return {"dtype": DTYPE_NAMES[parameters], "attn_implementation": _attention(setup), "arguments": arguments}

@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
+from memplan.specs.training import library_of
 from memplan.specs.values import NamedTuple, dataclass, field
 
 if TYPE_CHECKING:
@@ -211,7 +212,9 @@ def trial_identity(trial: Trial, card: Card, versions: Mapping[str, str]) -> str
     """The same of a trial that is to be run."""
     taking_part = [*SAME_STACK]
     taking_part += ["peft"] if trial.setup.lora else []
-    taking_part += ["bitsandbytes"] if trial.setup.optimizer == "adamw-8bit" or trial.setup.quantize else []
+    library = library_of(trial.setup.optimizer)
+    taking_part += [library] if library not in SAME_STACK else []
+    taking_part += ["bitsandbytes"] if trial.setup.quantize and library != "bitsandbytes" else []
     stack = " ".join(f"{name}={versions.get(name, '')}" for name in taking_part)
     config = sha256(json.dumps(trial.config, sort_keys=True).encode()).hexdigest()[:16]
     place = f"{card.device} {card.name} of {card.total_bytes} driver {card.driver}"

@@ -29,14 +29,60 @@ PRECISIONS = {
 
 OPTIMIZERS = {
     "adamw": "adamw-foreach",
-    "adamw-foreach": "adamw-foreach",
-    "adamw-fused": "adamw-fused",
-    "adamw-forloop": "adamw-forloop",
-    "adamw-8bit": "adamw-8bit",
-    "sgd": "sgd",
-    "sgd-momentum": "sgd-momentum",
+    **{
+        name: name
+        for name in (
+            "adamw-foreach",
+            "adamw-fused",
+            "adamw-forloop",
+            "adamw-32bit",
+            "adamw-8bit",
+            "paged-adamw",
+            "paged-adamw-8bit",
+            "adafactor",
+            "sgd",
+            "sgd-momentum",
+            "lion",
+            "lion-8bit",
+            "paged-lion",
+            "paged-lion-8bit",
+            "rmsprop",
+            "rmsprop-32bit",
+            "rmsprop-8bit",
+            "adagrad",
+            "ademamix",
+            "ademamix-8bit",
+            "paged-ademamix",
+            "paged-ademamix-8bit",
+            "muon",
+            "galore-adamw",
+            "apollo-adamw",
+            "schedule-free-adamw",
+            "schedule-free-sgd",
+            "adamw-in-backward",
+            "lomo",
+            "adalomo",
+        )
+    },
 }
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
+
+IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
+"""Optimizers that update each parameter in the backward pass: no gradient is left to add up, to clip or to reduce."""
+
+LIBRARY_BY_PART = {
+    "8bit": "bitsandbytes",
+    "32bit": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "lion": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "schedule": "schedulefree",
+    "adafactor": "transformers",
+    "lomo": "lomo_optim",
+}
+"""Part of an optimizer's name -> the library it comes with; the others are torch's."""
 
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
@@ -99,6 +145,7 @@ class Setup:
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
         self._check_quantization()
+        self._check_updates()
 
     def _check_quantization(self) -> None:
         if self.quantize is not None:
@@ -107,6 +154,20 @@ class Setup:
                 raise UsageError("A quantised model cannot be trained itself.", "Train adapters: give --lora-rank.")
         elif self.upcast:
             raise UsageError("Only what a quantised model leaves unquantised is cast up.", "Give --quantize nf4.")
+
+    def _check_updates(self) -> None:
+        """Raise `UsageError` where gradients are gone before they are needed."""
+        if self.optimizer not in IN_BACKWARD:
+            return
+        what = f"{self.optimizer} updates in the backward pass"
+        if self.gradient_accumulation_steps > 1:
+            raise UsageError(
+                f"{what}: no gradients are left to accumulate.", "Use --accumulation 1 or another --optimizer."
+            )
+        if self.data_parallel_size > 1:
+            raise UsageError(
+                f"{what}, before GPUs could exchange their gradients.", "Use one GPU or another --optimizer."
+            )
 
     @property
     def recipe(self) -> Recipe:
@@ -135,6 +196,11 @@ class Setup:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, over all ranks."""
         return self.global_batch_size * self.seq_len
+
+
+def library_of(optimizer: str) -> str:
+    """The library that an optimizer comes with."""
+    return next((library for part, library in LIBRARY_BY_PART.items() if part in optimizer), "torch")
 
 
 def _shown(value: object) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.specs.training import IN_BACKWARD
 from memplan.specs.values import NamedTuple
 from memplan.steptime.roofline import Speed, Term, Timed, seconds, terms, timed
 
@@ -18,23 +19,59 @@ if TYPE_CHECKING:
 
     from memplan.architectures.architecture import Recording
 
-ACCESSES = {
-    "adamw-foreach": 20,
-    "adamw-forloop": 20,
-    "adamw-fused": 7,
-    "sgd": 3,
-    "sgd-momentum": 8,
+
+class Traffic(NamedTuple):
+    """Reads and writes of an optimizer step, for each number of the parameters."""
+
+    accesses: int
+    """Of numbers in the parameter's dtype."""
+    state_bytes: int = 0
+    """Bytes of other dtypes."""
+
+
+TRAFFIC_BY_OPTIMIZER = {
+    "adamw-foreach": Traffic(20),
+    "adamw-forloop": Traffic(20),
+    "adamw-fused": Traffic(7),
+    "sgd": Traffic(3),
+    "sgd-momentum": Traffic(8),
+    "rmsprop": Traffic(13),
+    "adagrad": Traffic(13),
+    "muon": Traffic(34),
+    "schedule-free-adamw": Traffic(23),
+    "schedule-free-sgd": Traffic(9),
+    "adafactor": Traffic(0, 84),
+    "galore-adamw": Traffic(7),
+    "apollo-adamw": Traffic(11),
+    "rmsprop-32bit": Traffic(3, 8),
+    "rmsprop-8bit": Traffic(3, 2),
+    "adamw-32bit": Traffic(3, 16),
+    "adamw-8bit": Traffic(3, 4),
+    "paged-adamw": Traffic(3, 16),
+    "paged-adamw-8bit": Traffic(3, 4),
+    "lion": Traffic(3, 8),
+    "lion-8bit": Traffic(3, 2),
+    "paged-lion": Traffic(3, 8),
+    "paged-lion-8bit": Traffic(3, 2),
+    "ademamix": Traffic(3, 24),
+    "ademamix-8bit": Traffic(3, 6),
+    "paged-ademamix": Traffic(3, 24),
+    "paged-ademamix-8bit": Traffic(3, 6),
+    "adamw-in-backward": Traffic(7),
+    "lomo": Traffic(3),
+    "adalomo": Traffic(0, 84),
 }
-"""Reads and writes of one number a parameter in one optimizer step, in the parameter's dtype."""
+"""Of each implementation, counted kernel by kernel.
+
+bitsandbytes reads the gradient, reads and writes the parameter and its states.  Adafactor's numbers are all fp32.
+Of Muon, GaLore and APOLLO the elementwise part alone: their matrix products come on top.
+"""
 
 CLIP_ACCESSES = 3
 """The norm reads each gradient, the scaling reads and writes it."""
 
 ACCUMULATION_ACCESSES = 3
 """Adding a gradient to the one that is there."""
-
-ADAMW_8BIT_STATE_BYTES = 4
-"""Both one-byte moments are read and written."""
 
 
 class StepTime(NamedTuple):
@@ -105,7 +142,7 @@ class TimedModel:
         for kind, mode in zip(self.order, modes, strict=True):
             again += pieces[kind][0] if mode == "full" else pieces[kind][2] if mode == "selective" else 0.0
         later = _accumulated(accumulation, trained_bytes) / speed.bytes_per_s
-        update = _updated(optimizer, trained_bytes, trained) / speed.bytes_per_s
+        update = bytes_of_update(optimizer, trained_bytes, trained) / speed.bytes_per_s
         return StepTime(accumulation * forward, accumulation * backward + later, accumulation * again, update)
 
     def terms(
@@ -128,7 +165,7 @@ class TimedModel:
             found += terms(kind.forward, self.speed, env, accumulation * (len(layers) + layers.count("full")))
             found += terms(kind.backward, self.speed, env, accumulation * len(layers))
             found += terms(kind.spans, self.speed, env, accumulation * layers.count("selective"))
-        moved = _accumulated(accumulation, trained_bytes) + _updated(optimizer, trained_bytes, trained)
+        moved = _accumulated(accumulation, trained_bytes) + bytes_of_update(optimizer, trained_bytes, trained)
         return (*(term for term in found if term.num), Term(0.0, moved / self.speed.bytes_per_s, 1, launches=False))
 
 
@@ -137,9 +174,8 @@ def _accumulated(accumulation: int, trained_bytes: int) -> int:
     return (accumulation - 1) * ACCUMULATION_ACCESSES * trained_bytes
 
 
-def _updated(optimizer: str, trained_bytes: int, trained: int) -> int:
-    """Bytes moved by the gradient clip and the optimizer step."""
-    clip = CLIP_ACCESSES * trained_bytes
-    if optimizer == "adamw-8bit":
-        return clip + 3 * trained_bytes + ADAMW_8BIT_STATE_BYTES * trained
-    return clip + ACCESSES[optimizer] * trained_bytes
+def bytes_of_update(optimizer: str, trained_bytes: int, trained: int) -> int:
+    """Bytes moved by the gradient clip and the optimizer step, of `trained` numbers in `trained_bytes`."""
+    traffic = TRAFFIC_BY_OPTIMIZER[optimizer]
+    clip = 0 if optimizer in IN_BACKWARD else CLIP_ACCESSES
+    return (clip + traffic.accesses) * trained_bytes + traffic.state_bytes * trained

@@ -42,7 +42,7 @@ USAGE = [
     (f"{PLAN} --seq-len 0", "--seq-len is '0'", "from 1 to"),
     (f"{PLAN} --gpus 0", "--gpus is '0'", "from 1 to"),
     (f"{PLAN} --precision bf61", "--precision 'bf61'", "Did you mean bf16?"),
-    (f"{PLAN} --optimizer adam", "--optimizer 'adam'", "Did you mean adamw?"),
+    (f"{PLAN} --optimizer adam", "--optimizer 'adam'", "Did you mean adamw"),
     (f"{PLAN} --attention flesh", "--attention 'flesh'", "Did you mean flash?"),
     (f"{PLAN} --checkpointing every-0", "--checkpointing 'every-0'", "every-2"),
     (f"{PLAN} --checkpointing every-x", "--checkpointing 'every-x'", "every-2"),
@@ -75,7 +75,6 @@ FAULTS = [
     ("estimate no/such/config.json", "no/such/config.json", "memplan models"),
     ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
     ("estimate rwkv-4-3b", "(rwkv)", "Known: bert"),
-    ("suggest gpt2 --gpu 24GB --target-batch 32 --optimizer lion", "--optimizer lion is not modelled yet", "adamw"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
     ("sweep gpt2", "memplan sweep is not there yet", "estimate"),
     *[

@@ -10,7 +10,7 @@ from memplan.architectures.registry import read_architecture
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
-from memplan.specs.training import Setup
+from memplan.specs.training import IN_BACKWARD, OPTIMIZERS, Setup
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -40,17 +40,22 @@ CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2, "mixtral": MIXTRAL}
 RECORDINGS = {name: Recordings(read_architecture(config, name)) for name, config in CONFIGS.items()}
 
 models = st.sampled_from(sorted(CONFIGS))
+choices = {
+    "micro_batch_size": st.integers(1, 9),
+    "seq_len": st.integers(1, 700),
+    "precision": st.sampled_from(["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]),
+    "activation_checkpointing": st.sampled_from(["none", "selective", "full", "every-2", "every-3"]),
+    "attention": st.sampled_from(["eager", "sdpa", "flash"]),
+}
 setups = st.builds(
     Setup,
-    micro_batch_size=st.integers(1, 9),
     gradient_accumulation_steps=st.integers(1, 4),
     data_parallel_size=st.sampled_from([1, 2]),
-    seq_len=st.integers(1, 700),
-    precision=st.sampled_from(["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]),
-    optimizer=st.sampled_from(["adamw", "adamw-fused", "adamw-forloop", "adamw-8bit", "sgd", "sgd-momentum"]),
-    activation_checkpointing=st.sampled_from(["none", "selective", "full", "every-2", "every-3"]),
-    attention=st.sampled_from(["eager", "sdpa", "flash"]),
+    optimizer=st.sampled_from(sorted(set(OPTIMIZERS) - set(IN_BACKWARD))),
+    **choices,
 )
+"""Those whose gradients can be accumulated and exchanged."""
+all_setups = setups | st.builds(Setup, optimizer=st.sampled_from(IN_BACKWARD), **choices)
 
 
 def peaks(model: str, setup: Setup, *, first_step: bool = False) -> Any:

@@ -24,7 +24,7 @@ from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.units import MIB
-from tests.laws.models import RECORDINGS, models, setups
+from tests.laws.models import RECORDINGS, all_setups, models
 
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
@@ -116,7 +116,7 @@ def test_at_any_time(events: list[Event], settings: AllocatorSettings, capacity:
         check(allocator)
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_a_run_reserves_at_least_its_peak(model: str, setup: Setup) -> None:
     """The formula's own timeline, replayed: requested is its peak, and allocated and reserved are no less."""
     program = RECORDINGS[model].program(setup)

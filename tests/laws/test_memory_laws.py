@@ -16,13 +16,13 @@ from memplan.estimation.step import INSTANTS, Recordings
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
-from tests.laws.models import CONFIGS, RECORDINGS, models, peaks, setups
+from tests.laws.models import CONFIGS, RECORDINGS, all_setups, models, peaks, setups
 
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) -> None:
     """Unrolled event by event, a run reaches at every instant exactly the formula's peak, in both steps."""
     program = RECORDINGS[model].program(setup)
@@ -42,7 +42,7 @@ def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) ->
     assert highest[1] == peaks(model, setup).by_instant
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_every_release_names_a_block_that_is_there(model: str, setup: Setup) -> None:
     """No block is freed twice or before it exists, no name taken while in use; only the model outlives a step."""
     program = RECORDINGS[model].program(setup)
@@ -58,7 +58,7 @@ def test_every_release_names_a_block_that_is_there(model: str, setup: Setup) -> 
     assert sum(alive.values()) == resident
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_the_ledger_adds_up(model: str, setup: Setup) -> None:
     """Rows at the peak add up to the peak; rows of a kind to the total of the kind."""
     program = RECORDINGS[model].program(setup)
@@ -85,7 +85,7 @@ def test_bytes_never_fall_as_work_grows(model: str, setup: Setup, other: str) ->
     assert all(more_peaks[name] >= value for name, value in less_peaks.items())
 
 
-@given(name=models, setup=setups, layers=st.integers(1, 5))
+@given(name=models, setup=all_setups, layers=st.integers(1, 5))
 def test_bytes_never_fall_with_more_layers(name: str, setup: Setup, layers: int) -> None:
     """One more layer never needs fewer bytes."""
     key = "n_layer" if name == "gpt2" else "num_hidden_layers"
@@ -97,7 +97,7 @@ def test_bytes_never_fall_with_more_layers(name: str, setup: Setup, layers: int)
     assert totals[1] >= totals[0]
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
     """Kept activations: full <= every second layer <= none, and selective <= none.
 
@@ -112,7 +112,7 @@ def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
         assert kept["selective"] <= kept["none"]
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_the_first_step_never_needs_more(model: str, setup: Setup) -> None:
     """Without optimizer states no instant needs more than with them; at the optimizer step they are equal."""
     first, steady = peaks(model, setup, first_step=True).by_instant, peaks(model, setup).by_instant
@@ -120,7 +120,7 @@ def test_the_first_step_never_needs_more(model: str, setup: Setup) -> None:
     assert first["optimizer step"] == steady["optimizer step"]
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_a_grid_gives_what_single_points_give(model: str, setup: Setup) -> None:
     """Arrays of micro-batches and lengths give the very numbers that Python ints give one by one."""
     program = RECORDINGS[model].program(setup)

@@ -12,13 +12,13 @@ from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.values import replace
-from tests.laws.models import RECORDINGS, models, setups
+from tests.laws.models import RECORDINGS, all_setups, models
 
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_the_fast_replay_is_the_replay_of_the_timeline(model: str, setup: Setup) -> None:
     """Translated segment by segment, a run makes the very calls of its timeline, and comes to the same peaks."""
     setup = replace(setup, gradient_accumulation_steps=min(setup.gradient_accumulation_steps, 2))
@@ -32,7 +32,7 @@ def test_the_fast_replay_is_the_replay_of_the_timeline(model: str, setup: Setup)
     assert not fast.runs_out
 
 
-@given(model=models, setup=setups)
+@given(model=models, setup=all_setups)
 def test_a_replay_in_too_little_memory_runs_out(model: str, setup: Setup) -> None:
     """Less than the peak of the tensors cannot do, whatever the allocator gives back; its own peak always does."""
     program = RECORDINGS[model].program(setup)

@@ -24,7 +24,7 @@ from memplan.probes import launch
 from memplan.probes.launch import Launcher, ProbeError
 from memplan.specs.adapter import Lora, lora_record
 from memplan.specs.measurement import Trial
-from memplan.specs.training import Setup
+from memplan.specs.training import Setup, library_of
 from memplan.specs.values import replace
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
@@ -426,12 +426,15 @@ EQUAL = {
     "every-2": {"activation_checkpointing": "every-2"},
     "sgd with momentum": {"optimizer": "sgd-momentum"},
     "padding": {"padding": True},
+    "updates in the backward pass": {"optimizer": "adamw-in-backward"},
+    **{name: {"optimizer": name} for name in ("rmsprop", "adagrad", "muon", "adafactor", "lion")},
 }
 PEAK_BELOW = {"bf16-mixed, eager, full": 7_168}
 """The formula's peak is in the backward pass of eager attention, where CUDA's softmax_backward_data holds a product as
 large as the scores (`kernels.SCRATCH_BY_OPERATOR`), which a CPU does not: there another instant is the highest."""
 
 LATER = {"fp32, sdpa", "bf16-mixed, eager, full, short", "every-2", "sgd with momentum"}
+LATER |= {"rmsprop", "adagrad", "muon", "adafactor", "lion"}
 """Left out by default: each takes a second."""
 
 
@@ -441,6 +444,7 @@ LATER = {"fp32, sdpa", "bf16-mixed, eager, full, short", "every-2", "sgd with mo
 )
 def test_real_steps_take_the_bytes_of_the_formula(cpu, name):
     """To the byte: the CPU counts the tensors that a card would hold, and nothing else."""
+    pytest.importorskip(library_of(EQUAL[name].get("optimizer", "adamw")))
     trial = replace(TRIAL, setup=replace(TRIAL.setup, **EQUAL[name]))
     found = measured(cpu, trial)
     formula = measuring.predict(trial, None)

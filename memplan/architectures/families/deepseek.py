@@ -31,8 +31,9 @@ from memplan.errors import ConfigError
 from memplan.operators.attention import attention, softmax
 from memplan.operators.elementwise import add, keeps_result, mul, scale, sub
 from memplan.operators.layout import cat, split, take, write_slice
-from memplan.operators.matrix import embedding, linear, project
+from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
+from memplan.operators.products import project
 from memplan.operators.routing import fill_where, gather, normalise_in_place, top_k
 from memplan.specs.values import dataclass
 

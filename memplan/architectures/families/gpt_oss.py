@@ -12,16 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, Handed, int64
-from memplan.architectures.blocks import HIDDEN, causal_loss, heads, lm_head, merged, positions
+from memplan.architectures.blocks import HIDDEN, heads, merged, positions
 from memplan.architectures.experts import Experts, experts, spoken_of
 from memplan.architectures.families import llama
 from memplan.architectures.families.moe import read_experts
+from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.attention import softmax
 from memplan.operators.elementwise import add, dropout, mul, scale, sub
 from memplan.operators.layout import cat, copy, repeat_heads, split, take
-from memplan.operators.matrix import embedding, linear, matmul, project
+from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
+from memplan.operators.products import matmul, project
 from memplan.operators.routing import largest, top_k
 from memplan.specs.values import dataclass, replace
 
@@ -136,8 +138,7 @@ def head(m: GptOss, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("model"):
         x = rms_norm(t, x, "norm", gain_in_fp32=True)
-    logits = lm_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
-    return causal_loss(t, logits, held=x)
+    return causal_head(t, x, m.vocab_size, tied_to="model.embed_tokens.weight" if m.tied else None)
 
 
 def _layers(m: GptOss) -> tuple[LayerKind, ...]:
