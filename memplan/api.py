@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 from memplan.architectures.config import shown
 from memplan.architectures.registry import read_architecture
+from memplan.architectures.undescribed import DIFFUSERS, kind_of, most_positions, type_of, usual_length
 from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
-from memplan.errors import MemplanError, UsageError
+from memplan.errors import MemplanError, UnknownModelError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
 from memplan.specs.choices import as_count, setup_fields
 from memplan.specs.margin import Margin
@@ -79,12 +80,30 @@ class Model(NamedTuple):
 
 
 class UserModule(NamedTuple):
-    """A module of the user's own, ``package.module:factory``: nobody described it, so it is run (without numbers)."""
+    """A module that nobody described, so that it is run (without numbers).
+
+    One of the user's own, ``package.module:factory``, or a model that transformers or diffusers builds from its config.
+    """
 
     name: str
     origin: str = "as asked for"
     notify: Callable[[str], None] | None = None
     """Told what is being traced."""
+    values: dict[str, Any] | None = None
+    """Its config; None: a module of the user's own."""
+
+    @property
+    def model_type(self) -> str:
+        """What its config says; ``traced`` without one."""
+        return "traced" if self.values is None else type_of(self.values)
+
+    def check_length(self, seq_len: int) -> None:
+        """Raise `UsageError` where the model has too few positions."""
+        most = None if self.values is None else most_positions(self.values)
+        if most is not None and seq_len > most:
+            raise UsageError(
+                f"{self.name} has positions for {most} tokens, not for {seq_len}.", f"Use --seq-len {most} or less."
+            )
 
 
 class Traced(NamedTuple):
@@ -137,8 +156,32 @@ def find_model(
     if names_factory(asked):
         return UserModule(asked, origin)
     values, name = read_config(asked)
-    architecture = read_architecture(values, name, dropout=dropout)
+    try:
+        architecture = read_architecture(values, name, dropout=dropout)
+    except UnknownModelError:
+        _check_runs(values, name)
+        return UserModule(name, origin, values=values)
     return Model(architecture=architecture, name=name, origin=origin, values=values)
+
+
+def _check_runs(values: dict[str, Any], name: str) -> None:
+    """Raise for what memplan does not describe and what cannot be traced here in a short time; of the former its own.
+
+    Raises:
+        UnknownModelError: there is no library that could build it, or PyTorch runs it token by token.
+    """
+    from importlib.util import find_spec
+
+    library = "diffusers" if type_of(values) in DIFFUSERS else "transformers"
+    if find_spec("torch") is None or find_spec(library) is None:
+        raise  # noqa: PLE0704 -- what the description's reader said
+    kind = kind_of(values)
+    if kind.loops:
+        raise UnknownModelError(
+            f"{name} is {kind.name} ({type_of(values)}), which PyTorch runs token by token without its own kernels: a "
+            "plan would take many long traces.",
+            "Ask memplan trace about one size, with a short --seq-len.",
+        )
 
 
 def remembered(model: Model) -> RememberedReplays:
@@ -176,7 +219,7 @@ def find_speed(gpu: GpuSpec) -> GpuSpec:
 def default_seq_len(model: Model | UserModule) -> int:
     """2048, or as many tokens as the model has positions for or was made with; 1024 for a module nobody described."""
     if isinstance(model, UserModule):
-        return DEFAULT_MODULE_SEQ_LEN
+        return DEFAULT_MODULE_SEQ_LEN if model.values is None else usual_length(model.values)
     most = model.architecture.max_positions or model.architecture.usual_positions
     return DEFAULT_SEQ_LEN if most is None else min(DEFAULT_SEQ_LEN, most)
 
@@ -273,7 +316,9 @@ def estimate(
     safety = find_safety(spec, headroom, confidence)
     margin = _margin(spec, reserve, safety)
     if isinstance(found, UserModule):
-        return _module(found, spec).estimate(setup, margin)[1]
+        module = _module(found, spec)
+        setup = _settled(found, module, setup, choices)
+        return module.estimate(setup, margin, model_type=found.model_type)[1]
     estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
     return vouched(estimator.estimate(setup, margin=margin), as_bytes(reserve))
 
@@ -358,7 +403,7 @@ def suggest(
     )
     speed = find_speed(spec)
     if isinstance(found, UserModule):
-        return _plan_of_module(found, goal, spec, speed)
+        return _plan_of_module(found, goal, choices, spec, speed)
     estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
     plan = search(estimator, goal, spec, speed.label)
     return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
@@ -395,7 +440,7 @@ def trace(
     """
     asked, origin, described = _find_traced(model, dropout=choices.get("dropout"), diff=diff)
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
-    setup = make_setup(described or UserModule(""), num, choices)
+    setup = make_setup(described or asked, num, choices)
     target = find_target(setup, target_batch, target_tokens)
     if target is not None:
         setup = reach(setup, target, choices.get("accumulation"))
@@ -403,14 +448,9 @@ def trace(
     if described is not None:
         described.architecture.check_length(setup.seq_len, described.name)
     module = _traced_module(asked, spec, sdpa_kernel, notify)
-    model_type = "traced"
-    if not isinstance(asked, UserModule):
-        model_type = str(asked[0].get("model_type"))
-        if described is None and choices.get("attention") is None:
-            from memplan.probes.modules import fallback_attention
-
-            setup = replace(setup, attention=fallback_attention(module.model, setup))
-    found, answer = module.estimate(setup, margin, model_type=model_type)
+    if described is None:
+        setup = _settled(asked, module, setup, choices)
+    found, answer = module.estimate(setup, margin, model_type=asked.model_type)
     if not diff:
         return Traced(found, answer, None, origin)
     from memplan.probes.differences import difference
@@ -422,8 +462,8 @@ def trace(
 
 def _find_traced(
     model: str | os.PathLike[str] | UserModule | None, *, dropout: float | None, diff: bool
-) -> tuple[UserModule | tuple[dict[str, Any], str], str, Model | None]:
-    """A factory, or the values of a config and their name; why it is this one; memplan's description, if it has one."""
+) -> tuple[UserModule, str, Model | None]:
+    """What is run; why it is this one; memplan's description, if it has one."""
     if isinstance(model, UserModule):
         asked, origin = model.name, model.origin
     else:
@@ -431,19 +471,30 @@ def _find_traced(
     if isinstance(model, UserModule) or names_factory(asked):
         if diff:
             raise UsageError(f"memplan has no formula for {asked}.", "Leave --diff out, or name a described model.")
-        return UserModule(asked, origin), origin, None
+        return model if isinstance(model, UserModule) else UserModule(asked, origin), origin, None
     values, name = read_config(asked)
+    own = UserModule(name, origin, values=values)
     try:
         architecture = read_architecture(values, name, dropout=dropout)
     except MemplanError:
         if diff:
             raise
-        return (values, name), origin, None
-    return (values, name), origin, Model(architecture=architecture, name=name, origin=origin, values=values)
+        return own, origin, None
+    return own, origin, Model(architecture=architecture, name=name, origin=origin, values=values)
+
+
+def _settled(found: UserModule, module: TracedModule, setup: Setup, choices: Mapping[str, object]) -> Setup:
+    """The setup with an attention that the model has, where none was asked for."""
+    found.check_length(setup.seq_len)
+    if found.values is None or choices.get("attention") is not None:
+        return setup
+    from memplan.probes.modules import fallback_attention
+
+    return replace(setup, attention=fallback_attention(module.model, setup))
 
 
 def _traced_module(
-    asked: UserModule | tuple[dict[str, Any], str],
+    asked: UserModule,
     gpu: GpuSpec | None,
     sdpa_kernel: str | None,
     notify: Callable[[str], None] | None,
@@ -458,10 +509,10 @@ def _traced_module(
     if notify is not None:
         notify("starting PyTorch")
     require("torch")
-    from memplan.probes.models import transformers_model
+    from memplan.probes.models import model_of
     from memplan.probes.modules import TracedModule, own_module
 
-    model = own_module(asked.name) if isinstance(asked, UserModule) else transformers_model(*asked)
+    model = own_module(asked.name) if asked.values is None else model_of(asked.values, asked.name)
     return TracedModule(model, gpu=gpu, sdpa_kernel=sdpa_kernel, notify=notify)
 
 
@@ -469,7 +520,7 @@ def _module(found: UserModule, gpu: GpuSpec | None) -> TracedModule:
     return _traced_module(found, gpu, None, found.notify)
 
 
-def _plan_of_module(found: UserModule, goal: Goal, gpu: GpuSpec, speed: GpuSpec) -> Plan:
+def _plan_of_module(found: UserModule, goal: Goal, choices: Mapping[str, object], gpu: GpuSpec, speed: GpuSpec) -> Plan:
     """The plan for a module that only traces tell about; what it chooses is traced at its real size."""
     from memplan.catalog.programs import RememberedPrograms
     from memplan.planner.search import search
@@ -477,6 +528,7 @@ def _plan_of_module(found: UserModule, goal: Goal, gpu: GpuSpec, speed: GpuSpec)
 
     check_is_of_one_rank(goal.setup)
     module = _module(found, gpu)
+    goal = replace(goal, setup=_settled(found, module, goal.setup, choices))
     goal = replace(goal, checkpointings=module.checkpointings(goal.setup))
     estimator = module.estimator(speed, RememberedPrograms(os.environ))
     return confirm(search(estimator, goal, gpu, speed.label), module, goal)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.config import Config, shown
+from memplan.architectures.undescribed import KIND_BY_MODEL_TYPE
 from memplan.errors import ConfigError, UnknownModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -57,21 +58,6 @@ READER_BY_MODEL_TYPE = {
 """``module:function`` below `memplan.architectures.families`, by the config's ``model_type``."""
 
 
-KIND_BY_MODEL_TYPE = {
-    "t5": "an encoder-decoder",
-    "bart": "an encoder-decoder",
-    "vit": "a vision model",
-    "resnet": "a vision model",
-    "clip": "a vision and text model",
-    "whisper": "a speech model",
-    "wav2vec2": "a speech model",
-    "mamba": "a state-space model",
-    "rwkv": "a recurrent model",
-    "UNet2DConditionModel": "a network of a diffusion model",
-    "FluxTransformer2DModel": "a network of a diffusion model",
-}
-"""What a model of an architecture without a description is, by ``model_type`` or by diffusers' ``_class_name``."""
-
 TRACE_IT = "Where PyTorch and transformers are installed, memplan trace runs the model itself."
 """The way out for what transformers can build and memplan does not describe."""
 
@@ -112,7 +98,7 @@ def _unknown(model_type: str, origin: str, key: str) -> UnknownModelError:
     known = sorted(READER_BY_MODEL_TYPE)
     listed = f"Known: {', '.join(known)}.{f' {TRACE_IT}' if key == 'model_type' else ''}"
     if model_type in KIND_BY_MODEL_TYPE:
-        kind = KIND_BY_MODEL_TYPE[model_type]
+        kind = KIND_BY_MODEL_TYPE[model_type].name
         return UnknownModelError(f"{origin} is {kind} ({model_type}), which is not modelled yet.", listed)
     near = did_you_mean(model_type, known, otherwise="") if key == "model_type" else ""
     return UnknownModelError(f"{key} {shown(model_type)} in {origin} is not modelled.", f"{near} {listed}".strip())

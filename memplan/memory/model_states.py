@@ -43,11 +43,12 @@ class Tensors(NamedTuple):
 
 
 class ModelStates(NamedTuple):
-    """What a model and its optimizer hold, for one dtype of parameters."""
+    """What a model and its optimizer hold."""
 
     groups: tuple[tuple[Parameter, int], ...]
     """Rows of the parameter table and how many layers have them alike."""
     dtype: str
+    """Of parameters that do not say theirs."""
     optimizer: str
     order: tuple[int, ...] = ()
     """The rows in the order of the model, one for each layer."""
@@ -64,10 +65,18 @@ class ModelStates(NamedTuple):
         """Those that are trained."""
         return sum(count(p.shape).factor * times for p, times in self.groups if p.trainable)
 
+    def dtype_of(self, p: Parameter) -> str:
+        """The dtype of a parameter, its gradient, and what is made like it."""
+        return p.dtype or self.dtype
+
     def _each(self, tensor: str, kind: str, *, trained_only: bool = False, reason: str = "") -> Tensors:
         return Tensors(
             tuple(
-                (Row(p.name, tensor, kind, p.shape, p.dtype, reason), num_bytes(p.shape, p.dtype), times)
+                (
+                    Row(p.name, tensor, kind, p.shape, self.dtype_of(p), reason),
+                    num_bytes(p.shape, self.dtype_of(p)),
+                    times,
+                )
                 for p, times in self.groups
                 if (p.trainable or not trained_only) and not p.stored
             )
@@ -122,7 +131,7 @@ class ModelStates(NamedTuple):
     def _trained(self) -> dict[int, Trained]:
         """The rows that are trained, as an optimizer sees them."""
         return {
-            number: Trained(p.name, p.shape, p.dtype, p.of_embedding, number in self.in_layers)
+            number: Trained(p.name, p.shape, self.dtype_of(p), p.of_embedding, number in self.in_layers)
             for number, (p, _) in enumerate(self.groups)
             if p.trainable
         }
@@ -180,6 +189,6 @@ class ModelStates(NamedTuple):
         """DistributedDataParallel's flat copies of all gradients (none on one GPU)."""
         if data_parallel_size == 1:
             return Tensors(())
-        total = sum(num_bytes(p.shape, p.dtype).factor * times for p, times in self.groups if p.trainable)
+        total = sum(num_bytes(p.shape, self.dtype_of(p)).factor * times for p, times in self.groups if p.trainable)
         row = Row("DistributedDataParallel", GRADIENT_BUCKETS, "gradient", None, self.dtype, DDP_SOURCE)
         return Tensors(((row, Size(total), 1),))

@@ -99,7 +99,7 @@ class Parameter(NamedTuple):
     of_embedding: bool = False
     """Whether it is the table of an ``nn.Embedding`` (some optimizers treat those differently)."""
     dtype: str = ""
-    """In which it is stored."""
+    """In which it is stored; empty: that of the model."""
     stored: tuple[Stored, ...] = ()
     """What holds it in memory where it is quantised; empty: one tensor of its shape and dtype."""
 

@@ -26,7 +26,8 @@ from torch import nn
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.probes.faults import EXIT_CURE, FactoryError
-from memplan.probes.models import PARAMETER_DTYPES, Built, TracedModel, token_inputs
+from memplan.probes.inputs import token_inputs
+from memplan.probes.models import PARAMETER_DTYPES, Built, TracedModel
 from memplan.specs.training import PRECISIONS
 
 if TYPE_CHECKING:

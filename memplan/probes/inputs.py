@@ -43,8 +43,8 @@ class Inputs(NamedTuple):
     """(micro-batch, length) -> keyword arguments, on the default device."""
     loss_of: Loss | None = None
     """Output of the model -> loss; None: it has its own."""
-    has_ids: bool = False
-    """Whether it takes ``input_ids``, to which a mask of padding belongs."""
+    said: tuple[str, ...] = ()
+    """What there is to say about them."""
 
 
 def token_inputs(vocab_size: int) -> Maker:
@@ -73,7 +73,7 @@ def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
         return Inputs(_log_mel(config, dtype))
     if main == "input_values":
         return Inputs(_samples(config, dtype), _log_probabilities)
-    return Inputs(token_inputs(int(config.get_text_config().vocab_size)), has_ids=True)
+    return Inputs(token_inputs(int(config.get_text_config().vocab_size)))
 
 
 def _pixels(config: Any, num: int, dtype: torch.dtype) -> torch.Tensor:
@@ -196,7 +196,7 @@ DIFFUSERS_INPUTS_BY_CLASS: dict[str, Callable[[Any, torch.dtype], Inputs]] = {
 """diffusers' ``_class_name`` -> what it is trained on."""
 
 
-def diffusers_model(values: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
+def diffusion_network(values: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
     """The network of a diffusion model, built by diffusers, and what it is trained on."""
     import diffusers
 

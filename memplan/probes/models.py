@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, type_of
 from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
+from memplan.probes.inputs import diffusion_network, transformers_inputs
 from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -33,6 +35,8 @@ class Built(NamedTuple):
     """(micro-batch, sequence length) -> the arguments of one forward pass: a dict, a tuple or one tensor."""
     loss_of: Callable[[Any], Any] | None
     """Output of the module -> loss; None: it is, or has, its own."""
+    said: tuple[str, ...] = ()
+    """What there is to say about the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +50,24 @@ class TracedModel:
     """Whether it can be given an ``attention_mask``."""
 
 
-def token_inputs(vocab_size: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """What language models are trained on: int64 ids and labels at random, on the default device."""
+def model_of(config: Mapping[str, Any], name: str = "") -> TracedModel:
+    """The model that a config describes, as transformers builds it or, of a network of a diffusion model, diffusers."""
+    return diffusers_model(config, name) if type_of(config) in DIFFUSERS else transformers_model(config, name)
 
-    def inputs(micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
-        shape = (micro_batch_size, seq_len)
-        return {name: torch.randint(vocab_size, shape, dtype=torch.int64) for name in ("input_ids", "labels")}
 
-    return inputs
+def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
+    """The network that diffusers builds from a config with a ``_class_name``."""
+    values = dict(config)
+
+    def build(setup: Setup) -> Built:
+        require("diffusers")
+        dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module, inputs = diffusion_network(values, dtype)
+        return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
+
+    return TracedModel(name=name or values["_class_name"], build=build)
 
 
 def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class: str | None = None) -> TracedModel:
@@ -69,14 +83,15 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
         raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
 
     def build(setup: Setup) -> Built:
-        module, vocab_size = _build(values, setup, auto_class)
-        return Built(prepared(module, setup), token_inputs(vocab_size), None)
+        module = _build(values, setup, auto_class)
+        inputs = transformers_inputs(module, PARAMETER_DTYPES[PRECISIONS[setup.precision][0]])
+        return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    return TracedModel(name=name or values["model_type"], build=build, accepts_padding=True)
+    takes_ids = kind_of(values).usual != NO_LENGTH
+    return TracedModel(name=name or values["model_type"], build=build, accepts_padding=takes_ids)
 
 
-def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tuple[nn.Module, int]:
-    """The model and the number of its token ids."""
+def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.Module:
     require("transformers")
     import transformers
 
@@ -89,6 +104,8 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
             f"transformers {transformers.__version__} does not accept this config: {text}", "Correct the config.json."
         ) from error
     config.use_cache = False  # TrainingArguments.use_cache
+    if getattr(config, "apply_spec_augment", False):
+        config.apply_spec_augment = False  # masks at random: see `memplan.probes.inputs`
     _set_dropout(config, setup.dropout)
     dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
     implementation = _register_flash() if setup.attention == "flash" else setup.attention
@@ -105,7 +122,7 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
             f"transformers {transformers.__version__} cannot build this model with {setup.attention} attention: {text}",
             "Correct the config.json, or try --attention eager.",
         ) from error
-    return model, int(config.get_text_config().vocab_size)
+    return model
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:
@@ -128,17 +145,22 @@ def _auto_class(values: Mapping[str, Any]) -> str:
     named = (values.get("architectures") or [""])[0]
     if named.endswith("ForCausalLM"):
         return "AutoModelForCausalLM"
+    seq2seq = bool(values.get("is_encoder_decoder", model_type in {"t5", "bart"}))
     tables = (
         ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "text_config" in values),
+        ("AutoModel", auto.MODEL_MAPPING_NAMES, model_type in {"clip", "siglip"}),
+        ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, seq2seq),
+        ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, True),
+        ("AutoModelForCTC", auto.MODEL_FOR_CTC_MAPPING_NAMES, True),
+        ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, True),
         ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, not values.get("is_decoder")),
         ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, True),
-        ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, True),
     )
     for name, table, applies in tables:
         if applies and model_type in table:
             return name
     raise UsageError(
-        f"transformers has no language model of type {model_type!r}.",
+        f"transformers has no model of type {model_type!r} that memplan knows how to train.",
         "Trace it with a factory of your own: package.module:factory.",
     )
 

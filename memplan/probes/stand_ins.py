@@ -123,7 +123,7 @@ class StandInBackward(StandIn):
 def states_of(rows: Iterable[Trained], name: str) -> ModelStates:
     """The formulas for these parameters, in this order."""
     listed = list(rows)
-    groups = tuple((Parameter(row.name, row.shape, True, 0, 0, row.of_embedding), 1) for row in listed)
+    groups = tuple((Parameter(row.name, row.shape, True, 0, 0, row.of_embedding, row.dtype), 1) for row in listed)
     layered = frozenset(number for number, row in enumerate(listed) if row.in_layers)
     dtype = listed[0].dtype if listed else "fp32"
     return ModelStates(groups, dtype, name, tuple(range(len(listed))), layered)
