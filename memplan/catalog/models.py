@@ -50,6 +50,9 @@ DEADLINE_S = 20
 NAME_CURE = "Name one that `memplan models` lists, a config.json, a folder holding one, or a hub id such as org/model."
 
 
+FORMULA = "formula"
+
+
 class KnownModel(NamedTuple):
     """A row of the catalogue."""
 
@@ -76,10 +79,19 @@ class KnownModel(NamedTuple):
 
     @property
     def is_modelled(self) -> bool:
-        """Whether a formula answers for it; else its architecture has no description yet."""
-        from memplan.architectures.registry import READER_BY_MODEL_TYPE
+        """Whether a formula answers for it."""
+        return self.answered_by == FORMULA
 
-        return self.model_type in READER_BY_MODEL_TYPE
+    @property
+    def answered_by(self) -> str:
+        """``formula``; else ``trace``, or ``one trace`` where PyTorch runs the model token by token."""
+        from memplan.architectures.registry import READER_BY_MODEL_TYPE
+        from memplan.architectures.undescribed import KIND_BY_MODEL_TYPE
+
+        if self.model_type in READER_BY_MODEL_TYPE:
+            return FORMULA
+        kind = KIND_BY_MODEL_TYPE.get(self.model_type)
+        return "one trace" if kind is not None and kind.loops else "trace"
 
 
 # -- the catalogue -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from memplan.report.document import envelope
 def models(format: str, output: str | None, quiet: bool, traceback: bool) -> int:  # noqa: A002 -- the option's name
     """List the models of the catalogue; any other can be given as a config.json or a hub id.
 
-    "not yet" marks those whose architecture has no formula yet.
+    A dash marks those that a trace of the model answers for, which takes PyTorch and transformers or diffusers; two
+    dashes those that are traced one size at a time.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -29,6 +30,7 @@ def models(format: str, output: str | None, quiet: bool, traceback: bool) -> int
             "num_parameters": model.parameters,
             "published_parameters": model.published_parameters,
             "is_modelled": model.is_modelled,
+            "answered_by": model.answered_by,
             "config_kind": model.config_kind,
             "status": model.status,
             "note": model.note,

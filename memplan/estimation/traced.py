@@ -30,11 +30,29 @@ if TYPE_CHECKING:
 
     from memplan.allocator.settings import AllocatorSettings
 
-POINTS = ((2, 16), (3, 16), (2, 24), (3, 24), (2, 40), (3, 40), (4, 56))
-"""(micro-batch, length) of the traces for micro-batches from two on; the last is held out."""
+    Point = tuple[int, int]
 
-POINTS_OF_ONE = ((1, 16), (1, 24), (1, 40), (1, 56))
-"""The same for a micro-batch of one."""
+ALIGNMENT = 16
+"""Kernels of attention take a bias in rows of such a multiple, and PyTorch pads others (attention.cu)."""
+
+LONG_ALIGNED, LONG = (48, 176, 304, 432), (40, 168, 296, 424)
+"""Lengths of the traces, the last held out: each in another tile of 128, so that rounding up to one is found out."""
+
+SHORT = (16, 24, 40, 56)
+"""Of those that stand for a length shorter than these: a module may have no more positions."""
+
+
+def points_for(micro_batch_size: int, seq_len: int) -> tuple[Point, ...]:
+    """(micro-batch, length) of the traces that stand for one size.
+
+    Micro-batches of one are traced by themselves, and so are lengths that are no multiple of `ALIGNMENT`.
+    """
+    longer = LONG if seq_len % ALIGNMENT else LONG_ALIGNED
+    lengths = longer if seq_len >= longer[-1] else SHORT
+    if micro_batch_size == 1:
+        return tuple((1, s) for s in lengths)
+    return (*((b, s) for s in lengths[:-1] for b in (2, 3)), (4, lengths[-1]))
+
 
 TRACED_MICRO_STEPS = 2
 TRACED_STEPS = 2
@@ -192,7 +210,7 @@ class TracedProgram:
 
 
 def fit_program(traces: Mapping[tuple[int, int], Sequence[Event]]) -> TracedProgram:
-    """The program behind traces at several sizes (`POINTS` or `POINTS_OF_ONE`, in their order).
+    """The program behind traces at several sizes (`points_for` one, in their order).
 
     Raises:
         MemplanError: the traces differ in more than sizes, or a storage is no such polynomial.
@@ -293,7 +311,7 @@ def as_values(program: TracedProgram) -> dict[str, Any]:
         for s in program.steps
     ]
     return {
-        "polynomials": [[str(c) for c in p.coefficients] for p in program.polynomials],
+        "polynomials": [[p.tile, *(str(c) for c in p.coefficients)] for p in program.polynomials],
         "words": list(words),
         "steps": steps,
     }
@@ -302,7 +320,7 @@ def as_values(program: TracedProgram) -> dict[str, Any]:
 def from_values(values: Mapping[str, Any]) -> TracedProgram:
     """The program that `as_values` wrote."""
     words = values["words"]
-    polynomials = [Polynomial(tuple(Fraction(c) for c in p)) for p in values["polynomials"]]
+    polynomials = [Polynomial(tuple(Fraction(c) for c in p[1:]), p[0]) for p in values["polynomials"]]
     steps = [
         Step(key, size, sign, words[phase], step, micro, *(words[n] for n in rest))
         for key, size, sign, phase, step, micro, *rest in values["steps"]

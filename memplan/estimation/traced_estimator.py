@@ -26,7 +26,7 @@ from memplan.estimation.estimate import (
     workspace_bytes,
 )
 from memplan.estimation.ledger import LedgerRow
-from memplan.estimation.traced import POINTS, POINTS_OF_ONE, TRACED_MICRO_STEPS, TracedProgram, digest, fit_program
+from memplan.estimation.traced import TRACED_MICRO_STEPS, TracedProgram, digest, fit_program, points_for
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import replace
@@ -83,11 +83,11 @@ class TracedEstimator:
 
     def program(self, setup: Setup) -> TracedProgram:
         """The traced step of `setup`; its size is left open."""
-        one = setup.micro_batch_size == 1
+        points = points_for(setup.micro_batch_size, setup.seq_len)
         choices = replace(setup, micro_batch_size=1, gradient_accumulation_steps=TRACED_MICRO_STEPS, seq_len=1)
-        key = f"{'one' if one else 'many'} {choices!r}"
+        key = f"{points} {choices!r}"
         if key not in self._found:
-            self._found[key] = self._fitted(key, choices, POINTS_OF_ONE if one else POINTS)
+            self._found[key] = self._fitted(key, choices, points)
         return self._found[key]
 
     def _fitted(self, key: str, choices: Setup, points: Sequence[tuple[int, int]]) -> TracedProgram:

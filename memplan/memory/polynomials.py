@@ -4,6 +4,8 @@ A storage of a training step holds a number of bytes that is a polynomial in the
 
     bytes = c0 + c1 b + c2 s + c3 b s + c4 s^2 + c5 b s^2          (linear in b, at most quadratic in s)
 
+Kernels that work on tiles round the length up to their multiple: such a storage is a polynomial in the rounded length.
+
 Six sizes, two micro-batches by three lengths, determine it; every further size has to agree, or the program is not of
 this form and that is said.  All arithmetic is exact (fractions); coefficients of real programs come out whole.
 
@@ -13,6 +15,7 @@ sequence of events, which is found out when sizes are compared.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,15 +28,21 @@ if TYPE_CHECKING:
 
 NUM_COEFFICIENTS = 6
 
+TILES = (1, 16, 32, 128)
+"""Multiples up to which kernels round a length (attention's), the plain one first."""
+
 
 class Polynomial(NamedTuple):
     """Bytes (or FLOPs) as a function of micro-batch and length."""
 
     coefficients: tuple[Fraction, ...]
     """Of 1, b, s, b s, s^2 and b s^2."""
+    tile: int = 1
+    """Up to whose multiple the length is rounded first."""
 
     def value(self, b: Any, s: Any) -> Any:
         """At one size (exact int) or at arrays of sizes."""
+        s = rounded_up(s, self.tile)
         terms = (1, b, s, b * s, s * s, b * s * s)
         zero = b * s * 0
         if all(c.denominator == 1 for c in self.coefficients):
@@ -46,7 +55,8 @@ class Polynomial(NamedTuple):
 
     def formula(self) -> str:
         """As text: ``512 + 8192*b*s``."""
-        names = ("", "b", "s", "b*s", "s^2", "b*s^2")
+        s = "s" if self.tile == 1 else f"[s to {self.tile}]"
+        names = ("", "b", s, f"b*{s}", f"{s}^2", f"b*{s}^2")
         terms = [f"{c}*{name}" if name else str(c) for c, name in zip(self.coefficients, names, strict=True) if c]
         return " + ".join(terms) or "0"
 
@@ -55,6 +65,11 @@ def _gcd(a: int, b: int) -> int:
     while b:
         a, b = b, a % b
     return a
+
+
+def rounded_up(s: Any, tile: int) -> Any:
+    """`s`, or the next multiple of `tile`."""
+    return s if tile == 1 else -(-s // tile) * tile
 
 
 def monomials(b: int, s: int) -> tuple[int, ...]:
@@ -78,26 +93,38 @@ class Fitter:
         self._terms = (0, 2, 4) if one_batch else tuple(range(NUM_COEFFICIENTS))
         if len(self.points) < len(self._terms):
             raise MemplanError("A polynomial needs more sizes.", "Trace at two micro-batches and three lengths.")
+        self._inverses = {1: self._inverse_of(1)}
+        for tile in TILES[1:]:
+            with suppress(MemplanError):  # the sizes are in too few tiles
+                self._inverses[tile] = self._inverse_of(tile)
+        self._known: dict[tuple[int, ...], Polynomial | None] = {}
+
+    def _inverse_of(self, tile: int) -> list[list[Fraction]]:
         first = self.points[: len(self._terms)]
-        self._inverse = _inverse([[monomials(*point)[i] for i in self._terms] for point in first])
-        self._known: dict[tuple[int, ...], Polynomial] = {}
+        return _inverse([[monomials(b, rounded_up(s, tile))[i] for i in self._terms] for b, s in first])
 
     def fit(self, values: Sequence[int]) -> Polynomial | None:
         """The polynomial through `values`, one a point; None where the held-out ones disagree."""
         key = tuple(values)
         if key not in self._known:
-            first = key[: len(self._terms)]
-            coefficients = [Fraction(0)] * NUM_COEFFICIENTS
-            for i, row in zip(self._terms, self._inverse, strict=True):
-                coefficients[i] = sum((r * v for r, v in zip(row, first, strict=True)), Fraction(0))
-            self._known[key] = Polynomial(tuple(coefficients))
-        found = self._known[key]
-        agrees = all(_exact(found, point) == value for point, value in zip(self.points, key, strict=True))
-        return found if agrees else None
+            candidates = (self._through(key, tile) for tile in self._inverses)
+            self._known[key] = next((found for found in candidates if self._agrees(found, key)), None)
+        return self._known[key]
+
+    def _through(self, values: tuple[int, ...], tile: int) -> Polynomial:
+        first = values[: len(self._terms)]
+        coefficients = [Fraction(0)] * NUM_COEFFICIENTS
+        for i, row in zip(self._terms, self._inverses[tile], strict=True):
+            coefficients[i] = sum((r * v for r, v in zip(row, first, strict=True)), Fraction(0))
+        return Polynomial(tuple(coefficients), tile)
+
+    def _agrees(self, found: Polynomial, values: tuple[int, ...]) -> bool:
+        return all(_exact(found, point) == value for point, value in zip(self.points, values, strict=True))
 
 
 def _exact(polynomial: Polynomial, point: Point) -> Fraction:
-    terms = zip(polynomial.coefficients, monomials(*point), strict=True)
+    b, s = point
+    terms = zip(polynomial.coefficients, monomials(b, rounded_up(s, polynomial.tile)), strict=True)
     return sum((c * m for c, m in terms), Fraction(0))
 
 

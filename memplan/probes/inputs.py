@@ -36,6 +36,10 @@ FLUX_TEXT_TOKENS = 512
 STABLE_DIFFUSION_TEXT_TOKENS = 77
 
 
+NO_LENGTH = "whatever --seq-len; cuDNN's workspaces are left out"
+SAMPLES = "one audio frame a token of --seq-len; no masks at random (SpecAugment), and CTC's table of paths is left out"
+
+
 class Inputs(NamedTuple):
     """How a model is called in training."""
 
@@ -66,19 +70,30 @@ def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
     config = module.config
     main = module.main_input_name
     if hasattr(config, "vision_config") and hasattr(config, "projection_dim"):
-        return Inputs(_image_text(config, dtype))
+        length = config.text_config.max_position_embeddings
+        said = f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_LENGTH}"
+        return Inputs(_image_text(config, dtype), said=(said,))
     if main == "pixel_values":
-        return Inputs(_images(config, dtype))
+        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_LENGTH}",))
     if main == "input_features":
-        return Inputs(_log_mel(config, dtype))
+        return Inputs(_log_mel(config, dtype), said=(f"{2 * config.max_source_positions:,} log-mel frames a sequence",))
     if main == "input_values":
-        return Inputs(_samples(config, dtype), _log_probabilities)
-    return Inputs(token_inputs(int(config.get_text_config().vocab_size)))
+        return Inputs(_samples(config, dtype), _log_probabilities, said=(SAMPLES,))
+    targets = ("targets are as long as inputs",) if config.is_encoder_decoder else ()
+    return Inputs(token_inputs(int(config.get_text_config().vocab_size)), said=targets)
+
+
+def _height_and_width(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", 224)
+    return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def _size(config: Any) -> str:
+    return " x ".join(map(str, _height_and_width(config)))
 
 
 def _pixels(config: Any, num: int, dtype: torch.dtype) -> torch.Tensor:
-    size = getattr(config, "image_size", 224)
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    height, width = _height_and_width(config)
     return torch.randn(num, getattr(config, "num_channels", 3), height, width, dtype=dtype)
 
 
@@ -165,7 +180,8 @@ def unet_inputs(config: Any, dtype: torch.dtype) -> Inputs:
             }
         return made
 
-    return Inputs(inputs, _mean_squared_error)
+    size = f"latents of {config.sample_size} x {config.sample_size} and a text of {STABLE_DIFFUSION_TEXT_TOKENS} tokens"
+    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_LENGTH}",))
 
 
 def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
@@ -186,7 +202,8 @@ def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
             made["guidance"] = torch.ones(micro_batch_size, dtype=dtype)
         return made
 
-    return Inputs(inputs, _mean_squared_error)
+    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_LENGTH}"
+    return Inputs(inputs, _mean_squared_error, (said,))
 
 
 DIFFUSERS_INPUTS_BY_CLASS: dict[str, Callable[[Any, torch.dtype], Inputs]] = {
@@ -200,6 +217,7 @@ def diffusion_network(values: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Mo
     """The network of a diffusion model, built by diffusers, and what it is trained on."""
     import diffusers
 
+    diffusers.utils.logging.set_verbosity_error()
     name = values["_class_name"]
     maker = getattr(diffusers, name)
     model: nn.Module = maker.from_config({k: v for k, v in values.items() if not k.startswith("_")}).to(dtype)

@@ -7,7 +7,8 @@ On the meta device there are no numbers to quantise: the packed weight and its c
 from __future__ import annotations
 
 import contextlib
-import warnings
+import logging
+import sys
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -36,6 +37,7 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     if setup.quantize is None:
         return module
     require("bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of kernels for CPUs
     import bitsandbytes
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -148,11 +150,7 @@ def cuda_products() -> Iterator[None]:
 
     4 bits: ``_dequant_linear_fallback``; 8 bits: without outliers, of which nothing is known without numbers.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import bitsandbytes  # noqa: F401
-    except ImportError:
+    if "bitsandbytes" not in sys.modules:  # then there are none
         yield
         return
     own = torch.ops.bitsandbytes

@@ -144,7 +144,7 @@ def _run(
         layers=tuple(repeated_layers(module)),
         events=recorder.events(),
         spans=recorder.spans(),
-        assumptions=tuple(recorder.assumptions),
+        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions),
         host_bytes=getattr(optimizer, "host_bytes", 0),
     )
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 TYPE_WIDTH = 18
+MARK_BY_ANSWER = {"formula": "", "trace": " -", "one trace": " --"}
 LABEL_WIDTH = 28
 
 
@@ -25,14 +26,17 @@ def render_models(models: Sequence[Document]) -> list[Line]:
         (
             _shortest([*model["aliases"], model["id"]]),
             format_count(model["num_parameters"]),
-            clip(model["model_type"], TYPE_WIDTH) + ("" if model["is_modelled"] else " -"),
+            clip(model["model_type"], TYPE_WIDTH) + MARK_BY_ANSWER[model["answered_by"]],
             model["id"],
         )
         for model in models
     ]
     return [
         *table(rows, left=(0, 2, 3), shrink=3),
-        *_note("-: its architecture has no formula yet. Any other model: a config.json or a hub id."),
+        *_note(
+            "-: answered by a trace, which takes PyTorch and transformers or diffusers. --: by memplan trace alone, "
+            "one size at a time. Any other model: a config.json or a hub id."
+        ),
     ]
 
 
