@@ -99,7 +99,7 @@ def _check_output(options: Options) -> None:
     if find_spec("pyarrow") is None:
         raise MemplanError(
             "--format parquet needs pyarrow, which is not installed.",
-            "Install it with pip install pyarrow, or say --format csv.",
+            "Install it with pip install 'memplan[parquet]', or say --format csv.",
         )
 
 

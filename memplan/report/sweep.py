@@ -6,7 +6,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 from memplan.estimation.estimate import context_bytes, workspace_bytes
-from memplan.estimation.sweep import spread
+from memplan.estimation.sweep import MOST_LENGTHS_REPLAYED, spread
 from memplan.report.ansi import Line
 from memplan.report.document import (
     calibration_document,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 MOST_LINES = 16
-MOST_COLUMNS = 8
 SYMBOL_BY_VERDICT = {"fits": " +", "tight": " ~", "oom": " x", None: ""}
 LEGEND = "+ fits   ~ tight   x out of memory"
 SWEPT = ("micro_batch_size", "seq_len", "global_batch_size", "tokens_per_micro_batch", "tokens_per_step")
@@ -106,17 +105,17 @@ def _asked(sweep: Document) -> Iterator[Line]:
     steps, gpus = setup["gradient_accumulation_steps"], plural(setup["data_parallel_size"], "GPU")
     yield from paragraph(
         "sweep",
-        f"{_from_to(sweep['micro_batch_sizes'], 'micro-batch')} x {_from_to(sweep['seq_lens'], 'length')} = "
+        f"{_from_to(sweep['micro_batch_sizes'], 'micro-batch', 'micro-batches')} x "
+        f"{_from_to(sweep['seq_lens'], 'length', 'lengths')} = "
         f"{plural(len(sweep['points']), 'point')}, accumulation {steps:,} x {gpus}",
     )
 
 
-def _from_to(numbers: Sequence[int], noun: str) -> str:
-    """``7 micro-batches from 1 to 64``."""
+def _from_to(numbers: Sequence[int], noun: str, nouns: str) -> str:
+    """``7 micro-batches (1 to 64)``."""
     if len(numbers) == 1:
-        return f"1 {noun}, {numbers[0]:,}"
-    plurals = "micro-batches" if noun == "micro-batch" else f"{noun}s"
-    return f"{len(numbers):,} {plurals} from {numbers[0]:,} to {numbers[-1]:,}"
+        return f"1 {noun} ({numbers[0]:,})"
+    return f"{len(numbers):,} {nouns} ({numbers[0]:,} to {numbers[-1]:,})"
 
 
 def _budget(budget: Document) -> str:
@@ -132,11 +131,12 @@ def _budget(budget: Document) -> str:
 
 
 def _columns(sweep: Document) -> list[int]:
-    """Positions of the lengths that are shown: as many as 80 columns hold."""
+    """Positions of the lengths that are shown: as many as 80 columns hold of those that may have been replayed."""
     widest = max(len(_cell(point)) for point in sweep["points"])
     widest = max(widest, *(len(f"{length:,}") for length in sweep["seq_lens"]))
     first = 2 + max(len("micro"), len(f"{sweep['micro_batch_sizes'][-1]:,}"))
-    return spread(len(sweep["seq_lens"]), max(2, min(MOST_COLUMNS, (WIDTH - first) // (widest + 2))))
+    positions = spread(len(sweep["seq_lens"]), MOST_LENGTHS_REPLAYED)
+    return [positions[n] for n in spread(len(positions), max(2, (WIDTH - first) // (widest + 2)))]
 
 
 def _lines(sweep: Document, chosen: Sequence[int]) -> list[int]:

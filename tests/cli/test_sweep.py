@@ -60,6 +60,25 @@ def test_the_exit_status(run, command: str, status: int, said: str) -> None:
     assert run(f"{command} --json").status == status
 
 
+def test_a_sweep_that_only_expandable_segments_save(run) -> None:
+    """GIVEN one tight point, THEN the verdict is that of `estimate`, which fits with the same setting."""
+    size = "gpt2 --micro-batch 18 --seq-len 1000 --gpu 24GB"
+    ran = run(f"sweep {size}")
+    assert (ran.status, run(f"estimate {size}").status) == (0, 0)
+    assert "20.33 ~" in ran.out
+    assert "with expandable segments" in ran.out
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in ran.out
+
+
+def test_a_sweep_that_nothing_saves(run) -> None:
+    """GIVEN one tight point that no setting saves, THEN it does not fit, as for `estimate`."""
+    size = "gpt2 --micro-batch 17 --seq-len 1024 --gpu 24GB --headroom 11.6"
+    ran = run(f"sweep {size}")
+    assert (ran.status, run(f"estimate {size}").status) == (3, 3)
+    assert "19.70 ~" in ran.out
+    assert "Nothing fits as the allocator cuts its segments" in ran.out
+
+
 def test_without_a_gpu_there_is_no_verdict(run) -> None:
     document = json.loads(run("sweep gpt2 --json").out)
     assert (document["fits"], document["budget"], document["largest"], document["num_replays"]) == (None, None, [], 0)
@@ -116,7 +135,7 @@ def test_parquet_without_pyarrow(run, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("memplan.cli.sweep.find_spec", lambda name: None)
     ran = run(f"{SMALL} --format parquet --output points.parquet")
-    assert_two_lines(ran, 1, "needs pyarrow, which is not installed", "pip install pyarrow")
+    assert_two_lines(ran, 1, "needs pyarrow, which is not installed", "memplan[parquet]")
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,14 @@ def test_a_tight_point_may_fit_with_expandable_segments() -> None:
     assert verdicts[largest.at_the_least + 1] == "oom"
 
 
+def test_what_is_replayed_is_said() -> None:
+    """Somebody who waits is told; a later sweep remembers and says it again."""
+    said: list[str] = []
+    found = api.sweep("gpt2", gpu="24GB", micro_batches=(8, 16), seq_lens=(1024,), notify=said.append)
+    assert said == ["replaying 16 x 1,024 tokens through the allocator"]
+    assert found.num_replays == 1
+
+
 def boundary_of(monkeypatch, fits) -> _Boundary:
     """A search whose replays are a rule: (micro-batch, length, settings) -> whether it fits."""
     monkeypatch.setattr(_Boundary, "_fits", lambda self, n, length, conf: fits(self.batches[n], length, conf))
