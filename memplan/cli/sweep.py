@@ -60,7 +60,7 @@ def sweep(micro_batch: Sequence[int] | None, seq_len: Sequence[int] | None, **gi
     and by --json; on the screen are up to 16 micro-batches and 8 lengths of them.
 
     The bytes of the table are the least that the caching allocator can hold. Runs at the boundary are replayed through
-    it, and a point is tight (~) where it fits at the least and not, or not for sure, as the allocator would cut it.
+    it, at 8 lengths or 9: a point is tight (~) where the least fits, and the run as replayed does not or was not.
 
     MODEL is a name that `memplan models` lists, a config.json, a folder holding one, or a hub id.
     """
@@ -87,6 +87,14 @@ def answer(options: Options, micro_batches: Sequence[int] | None, seq_lens: Sequ
             **options.choices(),
         )
     _write(found, options, model.origin)
+    skipped = sum(not one.is_replayed for one in found.largest)
+    if skipped and options.format != "text":
+        replayed = len(found.largest) - skipped
+        say(
+            f"{replayed} of {len(found.largest)} lengths were replayed: at the others tight is also what fits at the "
+            "least and more than fits at the next longer one of them",
+            quiet=options.quiet,
+        )
     return DOES_NOT_FIT if found.fits is False else 0
 
 

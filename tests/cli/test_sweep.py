@@ -99,7 +99,10 @@ def test_a_large_grid_is_shown_in_part(run) -> None:
     shown = {line.split()[0] for line in lines if line.count(" +") + line.count(" x") + line.count(" ~") == 8}
     assert len(shown) == 16
     assert {"1", "300", str(document["largest"][-1]["micro_batch_size"])} <= shown
-    assert len(run(f"{command} --format csv").out.splitlines()) == 6001
+    table = run(f"{command} --format csv")
+    assert len(table.out.splitlines()) == 6001
+    assert "of 20 lengths were replayed" in table.err
+    assert run(command).err == run(f"{SMALL} --format csv").err == ""
 
 
 def test_quiet_is_the_largest_alone(run) -> None:
