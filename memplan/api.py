@@ -27,7 +27,7 @@ from memplan.specs.values import NamedTuple, replace
 from memplan.units import MAX_SIZE_BYTES, is_nothing, parse_count, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike
     from typing_extensions import Unpack
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate
     from memplan.estimation.grid import Grid
+    from memplan.estimation.sweep import Sweep
     from memplan.planner.goal import Goal, Target
     from memplan.planner.plan import Plan
     from memplan.probes.events import Trace
@@ -52,6 +53,9 @@ DEFAULT_MODULE_SEQ_LEN = 1024
 
 DEFAULT_HEADROOM_PERCENT = 5.0
 """Share of the usable bytes that stays free: no measurement on a GPU bounds what is not modelled yet."""
+
+DEFAULT_SWEEP = (tuple(2**n for n in range(7)), tuple(2**n for n in range(9, 14)))
+"""Micro-batches and lengths of a sweep where nobody gives any: 1 to 64, 512 to 8,192."""
 
 SPEED_STAND_INS = ((32 * 10**9, "rtx4090"), (None, "a100-80gb"))
 """Whose rates time a step on a card of which only the size is known: (largest size in bytes, catalogue name)."""
@@ -352,6 +356,57 @@ def estimate_grid(
         micro_batch,
         seq_len,
     )
+
+
+def sweep(
+    model: str | os.PathLike[str] | Model | UserModule | None = None,
+    *,
+    micro_batches: Sequence[int] | None = None,
+    seq_lens: Sequence[int] | None = None,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    reserve: str | int | None = None,
+    headroom: float | None = None,
+    confidence: float | None = None,
+    notify: Callable[[str], None] | None = None,
+    **choices: Any,
+) -> Sweep:
+    """The bytes of all pairs of some micro-batches and lengths, and which of them fit.
+
+    Everything is named as for `estimate`; `notify` is told what is being replayed.
+
+    Raises:
+        UsageError: a value or a combination has no meaning.
+        MemplanError: the model cannot be read or modelled.
+    """
+    from memplan.estimation.sweep import sweep as evaluate
+
+    found = find_model(model, dropout=choices.get("dropout"))
+    if isinstance(found, UserModule):
+        raise UsageError(
+            f"{shown(found.name)} has no formula, only traces of one size at a time: there is no sweep of it.",
+            "Ask memplan trace for one size, or memplan suggest for a plan.",
+        )
+    spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
+    lengths = default_seq_lens(found) if seq_lens is None else seq_lens
+    return evaluate(
+        Estimator(found.architecture, found.name, spec, replays=remembered(found)),
+        make_setup(found, num, {**choices, "micro_batch": 1, "seq_len": min(lengths)}),
+        DEFAULT_SWEEP[0] if micro_batches is None else micro_batches,
+        lengths,
+        margin=_margin(spec, reserve, find_safety(spec, headroom, confidence)),
+        notify=notify,
+    )
+
+
+def default_seq_lens(model: Model) -> tuple[int, ...]:
+    """512, 1024, 2048 and so on, as far as the model has positions; three doublings up to these where they are few."""
+    most = model.architecture.max_positions or model.architecture.usual_positions
+    if most is None:
+        return DEFAULT_SWEEP[1]
+    if most < 2 * DEFAULT_SWEEP[1][0]:
+        return tuple(length for length in (most // 8, most // 4, most // 2, most) if length)
+    return tuple(length for length in DEFAULT_SWEEP[1] if length <= most)
 
 
 def suggest(

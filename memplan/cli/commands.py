@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "estimate": "the bytes of one configuration",
     "suggest": "the fastest configuration that fits and keeps the batch",
+    "sweep": "a table over micro-batches and lengths, and which of them fit",
     "trace": "the same bytes as estimate, from the real module, without a GPU",
     "probe": "the same bytes and the step time, measured on a GPU",
     "validate": "predicted against measured",
@@ -29,7 +30,6 @@ COMMANDS = {
 """
 
 PLANNED = (
-    "sweep",
     "lengths",
     "same-update",
     "check",

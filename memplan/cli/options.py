@@ -89,8 +89,13 @@ def _option(row: Row) -> Callable[[Any], Any]:
 
 def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """MODEL and the options of a setup."""
+    return options_of(SETUP_ROWS)(command)
+
+
+def options_of(rows: Sequence[Row]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """MODEL and the options of a table."""
     model = click.argument(MODEL.field, required=False, type=Value(MODEL), metavar=MODEL.metavar)
-    return _with([model, *map(_option, SETUP_ROWS)], command)
+    return lambda command: _with([model, *map(_option, rows)], command)
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -132,13 +132,13 @@ def _forget(stream: TextIO) -> None:
         pass
 
 
-def write_file(path: str, text: str, *, flag: str = "--output") -> None:
-    """Write `text` to a temporary file beside `path` and rename it; what is no regular file is written as it is.
+def write_file(path: str, text: str | bytes, *, flag: str = "--output") -> None:
+    """Write to a temporary file beside `path` and rename it; what is no regular file is written as it is.
 
     Raises:
         MemplanError: it cannot be written; nothing is left behind.
     """
-    content = text.encode("utf-8", "backslashreplace")
+    content = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     try:
         target = os.path.realpath(path)
         if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):

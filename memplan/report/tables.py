@@ -1,4 +1,4 @@
-"""Rows as CSV and as Markdown."""
+"""Rows as CSV, as Markdown and as Parquet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import pandas as pd
 
 
 def render_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -43,3 +45,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, tuple | list):
         return " x ".join(str(part) for part in value)
     return str(value)
+
+
+def render_parquet(frame: pd.DataFrame) -> bytes:
+    """A table as Parquet; pyarrow has to be installed."""
+    import io
+
+    file = io.BytesIO()
+    frame.to_parquet(file, engine="pyarrow", index=False)
+    return file.getvalue()

@@ -68,6 +68,15 @@ def test_an_ordinary_command_line_is_read_without_click(command: str) -> None:
     assert modules_of(command) & (UNNEEDED | CLICKLESS) == set()
 
 
+@pytest.mark.parametrize("command", ["sweep gpt2 --gpu 24GB", "sweep gpt2 --seq-len 64 --format csv"])
+def test_a_sweep_needs_arrays_and_nothing_else_that_is_heavy(command: str) -> None:
+    assert {name.partition(".")[0] for name in modules_of(command)} & (HEAVY - {"tomli"}) == {"numpy"}
+
+
+def test_the_help_of_a_sweep_needs_no_arrays() -> None:
+    assert "numpy" not in modules_of("sweep --help")
+
+
 def test_a_command_imports_only_itself() -> None:
     loaded = modules_of("gpus --quiet")
     assert "memplan.cli.gpus" in loaded

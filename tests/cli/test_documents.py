@@ -21,6 +21,9 @@ COMMANDS = [
     ("plan", "suggest qwen2.5-0.5b --gpu 2xa100-80gb --target-tokens 4M --reserve 1GiB --optimizer sgd-momentum"),
     ("plan", "suggest llama-3-8b --gpu 24GB --target-batch 32"),
     ("plan", "suggest qwen2.5-1.5b --gpu 24GB --target-batch 32 --precision bf16-mixed"),
+    ("sweep", "sweep gpt2"),
+    ("sweep", "sweep gpt2 --gpu rtx4090 --micro-batch 8..24+4 --reserve 1GiB --lora-rank 4"),
+    ("sweep", "sweep llama-3.1-405b --gpu 24GB --seq-len 512 --dropout 0.1"),
     ("accuracy", "validate --records /dev/null"),
     ("models", "models"),
     ("gpus", "gpus"),
@@ -86,7 +89,7 @@ def test_bytes_are_whole(run, schema: str, command: str) -> None:
         check([{**gpu, "sources": {}} for gpu in document["gpus"]])
 
 
-@pytest.mark.parametrize("name", ["estimate", "plan", "models", "gpus"])
+@pytest.mark.parametrize("name", ["estimate", "plan", "sweep", "models", "gpus"])
 def test_the_contract(name: str) -> None:
     """The keys that scripts rely on are required."""
     contract = {
@@ -97,6 +100,7 @@ def test_the_contract(name: str) -> None:
             "ledger unmodelled",
         },
         "plan": {"schema_version kind model gpu target best alternatives rejections levers"},
+        "sweep": {"schema_version kind model setup gpu micro_batch_sizes seq_lens fits largest points unmodelled"},
         "models": {"schema_version kind models"},
         "gpus": {"schema_version kind gpus"},
     }

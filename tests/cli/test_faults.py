@@ -10,7 +10,7 @@ PLAN = "suggest gpt2 --gpu 24GB --target-batch 32"
 
 USAGE = [
     ("sugest", "no command 'sugest'", "Did you mean suggest?"),
-    ("banana", "no command 'banana'", "estimate, suggest, trace, probe, validate, calibrate, models, gpus"),
+    ("banana", "no command 'banana'", "estimate, suggest, sweep, trace, probe, validate, calibrate, models, gpus"),
     ("suggest", "--gpu is missing", "--gpu 24GB"),
     ("suggest --gpu 24GB", "--target-batch or --target-tokens is missing", "--target-batch 32"),
     ("suggest --gpu banana --target-batch 32", "'banana'", "memplan gpus"),
@@ -76,7 +76,7 @@ FAULTS = [
     ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
     ("estimate rwkv-4-3b", "(rwkv)", "Known: bert"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
-    ("sweep gpt2", "memplan sweep is not there yet", "estimate"),
+    ("lengths gpt2", "memplan lengths is not there yet", "estimate"),
     *[
         (f"{command} gpt2 --gpu 24GB --target-batch 32 {flag} 8", f"{flag} is not modelled yet", "Leave it out")
         for command in ("estimate", "suggest")

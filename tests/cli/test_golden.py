@@ -19,6 +19,7 @@ SCREENS = {
     "suggest_quiet": "suggest qwen2.5-0.5b --gpu rtx4090 --target-batch 64 --seq-len 1024 --quiet",
     "estimate": "estimate llama-3-8b --gpu a100-80gb --seq-len 4096",
     "estimate_does_not_fit": "estimate qwen2.5-1.5b --micro-batch 8 --gpu rtx3090",
+    "sweep": "sweep --gpu 24GB --micro-batch 1..8 --checkpointing full",
     "gpus": "gpus",
 }
 

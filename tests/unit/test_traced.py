@@ -16,7 +16,7 @@ from torch import nn
 
 from memplan.catalog.programs import FOLDER, RememberedPrograms
 from memplan.errors import MemplanError
-from memplan.estimation.traced import POINTS, POINTS_OF_ONE, as_values, digest, fit_program, from_values, traced_at
+from memplan.estimation.traced import as_values, digest, fit_program, from_values, points_for, traced_at
 from memplan.estimation.traced_estimator import TracedEstimator
 from memplan.probes import answers
 from memplan.probes.answers import estimate_of, pattern, with_micro_steps
@@ -72,6 +72,20 @@ class Branching(Model):
         return loss * 2 if input_ids.shape[1] > 32 else loss
 
 
+class Fused(Attention):
+    """The same by a fused kernel, with as many numbers a head as it takes."""
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = (y.unflatten(-1, (3, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Attentive(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Fused() for _ in range(3))
+
+
 def traced(module: Any = Model, **sizes: Any) -> Any:
     return trace_training(module_model(module), replace(SETUP, **sizes))
 
@@ -82,7 +96,7 @@ def events(b: int, s: int, module: Any = Model) -> Any:
 
 @cache
 def program(*, one: bool) -> Any:
-    return traced_at(POINTS_OF_ONE if one else POINTS, events)
+    return traced_at(points_for(1 if one else 2, 100), events)
 
 
 @pytest.mark.parametrize("size", [(1, 20), (1, 200), (2, 33), (5, 64), (7, 130)])
@@ -115,7 +129,7 @@ def test_rows_at_the_peak_add_up(accumulation: int) -> None:
 @pytest.mark.parametrize("module", [Branching, Windowed])
 def test_another_path_at_larger_sizes(module: Any) -> None:
     with pytest.raises(MemplanError, match=r"another path|no polynomial"):
-        traced_at(POINTS, lambda b, s: events(b, s, module))
+        traced_at(points_for(2, 100), lambda b, s: events(b, s, module))
 
 
 def test_a_program_as_values() -> None:
@@ -237,13 +251,13 @@ def test_a_changed_module_is_traced_anew(environment) -> None:
     setup = replace(SETUP, micro_batch_size=4, seq_len=100)
     first, sizes = estimator(Model)
     answer = first.memory(setup)
-    assert sizes == list(POINTS)
+    assert sizes == list(points_for(4, 100))
     again, sizes = estimator(Model)
     assert again.memory(setup) == answer
-    assert sizes == [POINTS[0]]
+    assert sizes == [points_for(4, 100)[0]]
     changed, sizes = estimator(Wider)
     assert changed.memory(setup) != answer
-    assert sizes == list(POINTS)
+    assert sizes == list(points_for(4, 100))
 
 
 def test_a_digest_names_the_content() -> None:
@@ -251,3 +265,21 @@ def test_a_digest_names_the_content() -> None:
     assert digest(events(2, 16)) != digest(events(2, 17))
     with pytest.raises(MemplanError):
         fit_program({(2, 16): events(2, 16)})
+
+
+@pytest.mark.parametrize("size", [(1, 1, 432), (2, 100, 512), (4, 423, 431)])
+def test_lengths_of_the_traces_stay_below_the_one_that_is_asked_for(size: tuple[int, int, int]) -> None:
+    """A module may have no more positions; of long ones each trace lies in another tile of 128."""
+    b, short, long = size
+    assert max(s for _, s in points_for(b, short)) <= 56
+    assert max(s for _, s in points_for(b, long)) <= long
+    assert len({-(-s // 128) for _, s in points_for(b, long)}) == 4
+
+
+@pytest.mark.parametrize("seq_len", [448, 512, 1000, 1024])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_kernels_of_tiles(seq_len: int, micro_batch: int) -> None:
+    """GIVEN a module with fused attention, whose backward rounds lengths up to 128, THEN the fit is exact."""
+    program = traced_at(points_for(micro_batch, seq_len), lambda b, s: events(b, s, Attentive))
+    exact = traced(Attentive, micro_batch_size=micro_batch, seq_len=seq_len, gradient_accumulation_steps=2)
+    assert program.peaks(micro_batch, seq_len, 2).peak == exact.peak_allocated_bytes

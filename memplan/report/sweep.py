@@ -1,0 +1,250 @@
+"""A sweep as plain data and as text: a map of what fits, and the largest micro-batch of each length."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
+
+from memplan.estimation.estimate import context_bytes, workspace_bytes
+from memplan.estimation.sweep import MOST_LENGTHS_REPLAYED, spread
+from memplan.report.ansi import Line
+from memplan.report.document import (
+    calibration_document,
+    envelope,
+    gpu_document,
+    model_document,
+    setup_document,
+)
+from memplan.report.layout import WIDTH, plural, wrap
+from memplan.report.text import (
+    calibration_lines,
+    choices,
+    exactly,
+    gpu_lines,
+    model_lines,
+    paragraph,
+    table,
+    title,
+    unmodelled_lines,
+)
+from memplan.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from memplan.estimation.sweep import Sweep
+
+    Document = dict[str, Any]
+
+MOST_LINES = 16
+SYMBOL_BY_VERDICT = {"fits": " +", "tight": " ~", "oom": " x", None: ""}
+LEGEND = "+ fits   ~ tight   x out of memory"
+SWEPT = ("micro_batch_size", "seq_len", "global_batch_size", "tokens_per_micro_batch", "tokens_per_step")
+"""Keys of a setup that differ from point to point."""
+
+
+def sweep_document(sweep: Sweep, *, origin: str = "") -> Document:
+    """The table.
+
+    Args:
+        sweep: The answer.
+        origin: Why it is this model.
+    """
+    setup = setup_document(sweep.grid.setup)
+    return {
+        **envelope("sweep"),
+        "model": model_document(sweep.model, origin),
+        "setup": {key: value for key, value in setup.items() if key not in SWEPT},
+        "gpu": None if sweep.gpu is None else gpu_document(sweep.gpu),
+        "calibration": calibration_document(sweep.gpu),
+        "budget": None
+        if sweep.gpu is None
+        else {
+            "usable_bytes": sweep.gpu.usable_bytes,
+            "free_bytes": sweep.margin.num_bytes,
+            "bound_ratio": sweep.margin.ratio,
+            "process_bytes": sweep.margin.budget(sweep.gpu.usable_bytes),
+        },
+        "context_bytes": context_bytes(sweep.gpu),
+        "workspace_bytes": workspace_bytes(sweep.gpu),
+        "micro_batch_sizes": list(sweep.micro_batch_sizes),
+        "seq_lens": list(sweep.seq_lens),
+        "fits": sweep.fits,
+        "largest": [one._asdict() for one in sweep.largest],
+        "num_replays": sweep.num_replays,
+        "points": sweep.records(),
+        "unmodelled": [{"what": what, "why": why} for what, why in sweep.unmodelled],
+    }
+
+
+def render_sweep(sweep: Document, *, quiet: bool = False) -> list[Line]:
+    """The text of a sweep document; `quiet`: the largest micro-batches alone, without a GPU the map."""
+    chosen = _columns(sweep)
+    answer = [*_map(sweep, chosen)] if sweep["gpu"] is None else [*_largest(sweep, chosen)]
+    if quiet:
+        return answer[1:]
+    return [
+        *_asked(sweep),
+        *(_map(sweep, chosen) if sweep["gpu"] else ()),
+        *answer,
+        *_basis(sweep),
+        *unmodelled_lines(sweep["unmodelled"], briefly=True),
+    ]
+
+
+def _asked(sweep: Document) -> Iterator[Line]:
+    setup, gpu = sweep["setup"], sweep["gpu"]
+    yield from model_lines(sweep["model"])
+    if gpu:
+        yield from gpu_lines(gpu, num=setup["data_parallel_size"], precision=setup["precision"])
+        yield from calibration_lines(sweep["calibration"])
+        yield from paragraph("budget", _budget(sweep["budget"]))
+    else:
+        yield from paragraph("GPU", "none in particular: say --gpu to see what fits")
+    yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
+    steps, gpus = setup["gradient_accumulation_steps"], plural(setup["data_parallel_size"], "GPU")
+    yield from paragraph(
+        "sweep",
+        f"{_from_to(sweep['micro_batch_sizes'], 'micro-batch', 'micro-batches')} x "
+        f"{_from_to(sweep['seq_lens'], 'length', 'lengths')} = "
+        f"{plural(len(sweep['points']), 'point')}, accumulation {steps:,} x {gpus}",
+    )
+
+
+def _from_to(numbers: Sequence[int], noun: str, nouns: str) -> str:
+    """``7 micro-batches (1 to 64)``."""
+    if len(numbers) == 1:
+        return f"1 {noun} ({numbers[0]:,})"
+    return f"{len(numbers):,} {nouns} ({numbers[0]:,} to {numbers[-1]:,})"
+
+
+def _budget(budget: Document) -> str:
+    text = f"{format_bytes(budget['process_bytes'])} for the process"
+    if budget["free_bytes"]:
+        text += f", {format_bytes(budget['free_bytes'])} of headroom and reserve stay free"
+    if budget["bound_ratio"]:
+        text += f", and a bound {100 * budget['bound_ratio']:.1f} % above the prediction has to hold"
+    return text
+
+
+# -- the map -----------------------------------------------------------------------------------------------------------
+
+
+def _columns(sweep: Document) -> list[int]:
+    """Positions of the lengths that are shown: as many as 80 columns hold of those that may have been replayed."""
+    widest = max(len(_cell(point)) for point in sweep["points"])
+    widest = max(widest, *(len(f"{length:,}") for length in sweep["seq_lens"]))
+    first = 2 + max(len("micro"), len(f"{sweep['micro_batch_sizes'][-1]:,}"))
+    positions = spread(len(sweep["seq_lens"]), MOST_LENGTHS_REPLAYED)
+    return [positions[n] for n in spread(len(positions), max(2, (WIDTH - first) // (widest + 2)))]
+
+
+def _lines(sweep: Document, chosen: Sequence[int]) -> list[int]:
+    """Positions of the micro-batches that are shown: the ends, those at the boundary, then doublings."""
+    batches = sweep["micro_batch_sizes"]
+    if len(batches) <= MOST_LINES:
+        return list(range(len(batches)))
+    found = [0, len(batches) - 1]
+    for key in ("micro_batch_size", "at_the_least"):
+        edges = [sweep["largest"][n][key] for n in chosen] if sweep["largest"] else []
+        found += [bisect_left(batches, edge) for edge in edges if edge is not None]
+    found += [bisect_left(batches, 1 << power) for power in range(batches[-1].bit_length())]
+    return sorted(list(dict.fromkeys(found))[:MOST_LINES])
+
+
+def _cell(point: Document) -> str:
+    """``12.34 +``: three digits at least, so that cells stay narrow."""
+    number = point["peak_process_bytes"] / GIB
+    if number >= 10**5:
+        return f"{format_bytes(point['peak_process_bytes'])}{SYMBOL_BY_VERDICT[point['verdict']]}"
+    return f"{number:,.{2 if number < 100 else 0}f}{SYMBOL_BY_VERDICT[point['verdict']]}"
+
+
+def _map(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
+    batches, lengths = sweep["micro_batch_sizes"], sweep["seq_lens"]
+    shown = _lines(sweep, chosen)
+    yield from title("GiB of the process at its peak: micro-batches down, tokens per sequence across")
+    if sweep["gpu"]:
+        yield Line(f"  {LEGEND}")
+    pad = " " * len(SYMBOL_BY_VERDICT["fits" if sweep["gpu"] else None])
+    rows = [("micro", *(f"{lengths[n]:,}{pad}" for n in chosen))]
+    for m in shown:
+        cells = [_cell(sweep["points"][m * len(lengths) + n]) for n in chosen]
+        rows.append((f"{batches[m]:,}", *cells))
+    yield from table(rows, left=())
+    if (len(shown), len(chosen)) != (len(batches), len(lengths)):
+        text = (
+            f"{len(shown)} of {len(batches):,} micro-batches and {len(chosen)} of {len(lengths):,} lengths; "
+            "all: --format csv or --json"
+        )
+        yield from (Line(line, "faint") for line in wrap(text, first="  "))
+
+
+# -- the largest -------------------------------------------------------------------------------------------------------
+
+
+def _largest(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
+    if not sweep["fits"]:
+        yield from _nothing(sweep)
+        return
+    yield from title("The largest micro-batch that fits", "good")
+    last = sweep["micro_batch_sizes"][-1]
+
+    def largest(batch: int | None) -> str:
+        return "none" if batch is None else f"{batch:,}{' or more' if batch == last else ''}"
+
+    rows = [("length", "micro-batch", "tokens", "with expandable segments", "")]
+    for n in chosen:
+        one = sweep["largest"][n]
+        plain, expandable = one["micro_batch_size"], one["with_expandable_segments"]
+        rows.append(
+            (
+                f"{one['seq_len']:,}",
+                largest(plain),
+                "" if plain is None else f"{plain * one['seq_len']:,}",
+                "" if plain == expandable else largest(expandable),
+                "" if one["is_replayed"] else "or more: not replayed",
+            )
+        )
+    filled = [n for n, heading in enumerate(rows[0]) if n < 3 or any(row[n] for row in rows[1:])]
+    yield from table([[row[n] for n in filled] for row in rows], left=())
+
+
+def _nothing(sweep: Document) -> Iterator[Line]:
+    """What the smallest point lacks; where it is tight, what decides."""
+    point = sweep["points"][0]
+    size = f"{point['micro_batch_size']:,} x {plural(point['seq_len'], 'token')}"
+    if point["verdict"] == "tight":
+        yield from title("Nothing fits as the allocator cuts its segments", "bad")
+        yield from paragraph("smallest", f"{size}: the tensors fit, and the segments around them do not")
+    else:
+        yield from title(f"Nothing fits: {exactly(-point['headroom_bytes'])} are missing", "bad")
+        text = f"{size} takes {format_bytes(point['peak_process_bytes'])} at the least"
+        yield from paragraph("smallest", text)
+    yield from paragraph("ways out", "memplan suggest and memplan estimate, with this --gpu, name them")
+
+
+def _basis(sweep: Document) -> Iterator[Line]:
+    """What the numbers of the map are, and what stands behind the symbols."""
+    yield from title("How it was found")
+    rest = sweep["context_bytes"] + sweep["workspace_bytes"]
+    yield from paragraph(
+        "GiB",
+        "tensors in whole segments of 2 MiB, the least that PyTorch's allocator can hold, and "
+        f"{format_bytes(rest)} of CUDA context and cuBLAS; memplan estimate replays the run and finds as much or more",
+    )
+    if not sweep["gpu"]:
+        return
+    yield from paragraph("x", "even that is more than the budget")
+    if sweep["num_replays"]:
+        text = (
+            f"at the boundary {plural(sweep['num_replays'], 'run')} went through a simulator of the allocator; "
+            "what fits is taken to fit with fewer sequences or shorter ones, too"
+        )
+        yield from paragraph("+", text)
+    if any(point["verdict"] == "tight" for point in sweep["points"]):
+        text = (
+            "the least fits, and the run as replayed with the allocator's default settings does not: it may run "
+            "out of memory; expandable segments (PYTORCH_ALLOC_CONF=expandable_segments:True) help some of them"
+        )
+        yield from paragraph("~", text)
