@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 ALIGNMENT = 16
 """Kernels of attention take a bias in rows of such a multiple, and PyTorch pads others (attention.cu)."""
 
-LONG_ALIGNED, LONG = (48, 176, 304, 432), (40, 168, 296, 424)
-"""Lengths of the traces, the last held out: each in another tile of 128, so that rounding up to one is found out."""
+LONG_ALIGNED, LONG = (48, 160, 352, 432), (41, 150, 343, 420)
+"""Lengths of the traces, the last held out: each in another tile of 128, and not by the same distance from its end, so
+that rounding up to one is no polynomial in the length itself."""
 
 SHORT = (16, 24, 40, 56)
 """Of those that stand for a length shorter than these: a module may have no more positions."""
