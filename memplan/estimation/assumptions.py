@@ -67,7 +67,7 @@ class _Case:
         self.estimator, self.setup, self.program = estimator, setup, program
         self.sizes, self.peaks, self.rows = sizes, peaks, rows
         self.optimizer = OPTIMIZERS[setup.optimizer]
-        self.dtype = PRECISIONS[setup.precision][0]
+        self.dtype = program.states.dtype_of_most()
 
     def effect(self, other: Setup) -> int:
         """Peak of another setup less that of this one."""
@@ -94,6 +94,8 @@ def assumptions(
         *_attention(case),
         *_padding(case),
         *_routing(case),
+        *_adapters(case),
+        *_quantised(case),
         *_logits(case),
         *_autocast_cache(case),
     ]
@@ -147,7 +149,8 @@ def _optimizer_states(case: _Case) -> Iterator[Assumption]:
         effect = case.effect(replace(case.setup, optimizer=kept.other))
         yield Assumption("optimizer states", f"{kept.how}: {format_bytes(held)}", kept.otherwise, effect, kept.why)
         return
-    own = f"{case.dtype}, as the parameters: {format_bytes(held)}"
+    trained = "parameters" if case.setup.lora is None else "adapters"
+    own = f"{case.dtype}, as the {trained}: {format_bytes(held)}"
     why = "torch.optim makes them with zeros_like of the parameter"
     if library_of(case.optimizer) != "torch":
         why = f"{library_of(case.optimizer)} makes them like the parameter"
@@ -158,14 +161,15 @@ def _optimizer_states(case: _Case) -> Iterator[Assumption]:
 
 
 def _master_weights(case: _Case) -> Iterator[Assumption]:
-    held = case.program.parameters.total(case.sizes)
+    held = case.program.layout.gradients.total(case.sizes)
+    trained = "parameters" if case.setup.lora is None else "adapters"
     if case.dtype == "fp32":
-        value = f"the parameters themselves, fp32: {format_bytes(held)}"
-        yield Assumption("master weights", value, "", None, "autocast computes with copies of them")
+        value = f"the {trained} themselves, fp32: {format_bytes(held)}"
+        yield Assumption("master weights", value, "", None, "the update goes to them as they are")
         return
     why = "the update goes to the parameters as loaded; DeepSpeed and Megatron keep a copy"
     copy = 4 * case.program.states.num_trained
-    yield Assumption("master weights", f"none beside the {case.dtype} parameters", "an fp32 copy", copy, why)
+    yield Assumption("master weights", f"none beside the {case.dtype} {trained}", "an fp32 copy", copy, why)
 
 
 def _optimizer_temporaries(case: _Case) -> Iterator[Assumption]:
@@ -303,6 +307,40 @@ def _padding(case: _Case) -> Iterator[Assumption]:
         return
     why = "the mask is left out where it would hide nothing: packed or equally long sequences"
     yield Assumption("padding", "none, so no mask", "padded batches", case.effect(other), why)
+
+
+def _adapters(case: _Case) -> Iterator[Assumption]:
+    lora = case.setup.lora
+    if lora is None:
+        return
+    if lora.dtype == "fp32" and PRECISIONS[case.setup.precision][0] != "fp32":
+        other = replace(case.setup, lora=replace(lora, dtype="base"))
+        value = "fp32, and so are the copies of what goes into them"
+        why = "peft casts them up (autocast_adapter_dtype)"
+        yield Assumption("adapters", value, "--lora-dtype base", case.effect(other), why)
+    if lora.dropout:
+        value = "before adapters: a mask of one byte an element, as CUDA's fused kernel makes it"
+        why = "written out, as on a CPU, it would be in the dtype of its input (Dropout.cpp)"
+        yield Assumption("dropout", value, "", None, why)
+
+
+def _quantised(case: _Case) -> Iterator[Assumption]:
+    """What few bits leave open."""
+    how = case.setup.quantize
+    if how is None:
+        return
+    if not case.setup.upcast:
+        other = replace(case.setup, upcast=True)
+        value = "norms, embeddings and head stay in the dtype of the model"
+        why = "TRL's trainers leave them so; prepare_model_for_kbit_training (--upcast) casts them to fp32"
+        yield Assumption("not quantised", value, "all in fp32", case.effect(other), why)
+    if how == "int8":
+        why = "how many columns have some depends on the data"
+        yield Assumption("outliers", "none, so that no column is multiplied in half precision", "", None, why)
+    else:
+        value = "made again for each product, one at a time, in the dtype of its input"
+        why = "bitsandbytes' kernels that need no such copy are for few rows (at most 1,536)"
+        yield Assumption("weights of 4 bits", value, "", None, why)
 
 
 def _routing(case: _Case) -> Iterator[Assumption]:

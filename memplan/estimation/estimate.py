@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions, left_out_of
 from memplan.estimation.ledger import LedgerRow, ledger
+from memplan.estimation.lints import Lint, lints
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
@@ -122,6 +123,8 @@ class Estimate(Tabular):
     """(what, why) of what the numbers leave out."""
     host_bytes: int = 0
     """Bytes of optimizer states in unified memory: on the host, as far as the card has no room for them."""
+    lints: tuple[Lint, ...] = ()
+    """What is worth knowing before the run."""
     confidence: float = 0.0
     """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
 
@@ -330,7 +333,12 @@ class Estimator:
             ledger=rows + process_rows(memory),
             assumptions=assumptions(self, setup, program, sizes, steady, rows),
             unmodelled=self.unmodelled(setup),
+            lints=lints(self, setup, program, sizes, steady),
         )
+
+    def longest_head(self, setup: Setup) -> int:
+        """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
+        return longest_head(self.program(setup).recording)
 
     def summary(self, setup: Setup) -> ModelSummary:
         """Name, type and size of the model."""

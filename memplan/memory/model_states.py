@@ -69,6 +69,14 @@ class ModelStates(NamedTuple):
         """The dtype of a parameter, its gradient, and what is made like it."""
         return p.dtype or self.dtype
 
+    def dtype_of_most(self) -> str:
+        """The dtype of most that is trained."""
+        totals: Counter[str] = Counter()
+        for p, times in self.groups:
+            if p.trainable:
+                totals[self.dtype_of(p)] += count(p.shape).factor * times
+        return max(totals, key=lambda dtype: totals[dtype], default=self.dtype)
+
     def _each(self, tensor: str, kind: str, *, trained_only: bool = False, reason: str = "") -> Tensors:
         return Tensors(
             tuple(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
-from memplan.specs.training import IN_BACKWARD
+from memplan.specs.adapter import Lora
+from memplan.specs.training import IN_BACKWARD, PRECISIONS
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -18,17 +19,30 @@ SHORTEST = 128
 """No lever makes sequences shorter than this."""
 
 
+SAME, ROUNDING, WEIGHTS, LESS, OTHER = range(5)
+"""How far a lever goes from the run that was asked for: the same update; other rounding of states or adapters; of
+weights; less is trained, or on less; another optimizer."""
+
+
 class Change(NamedTuple):
     """A lever before it is priced."""
 
     name: str
     flag: str
     setup: Setup
-    same_update: bool
+    departure: int = SAME
+    """One of `SAME` to `OTHER`."""
     price: str = ""
     """What it may do to the result of training; empty: nothing, or it is plain."""
 
 
+USUAL_RANK = 16
+"""The rank of the LoRA levers: what TRL's scripts take (`ModelConfig.lora_r`)."""
+
+LOW_RANK = (
+    "only corrections of low rank are trained: near full fine-tuning on small data as a rule, not in pre-training"
+)
+FOUR_BITS = "the frozen weights are rounded to 4 bits, and every product makes them anew"
 ROUNDED = "moments are rounded to 8 bits, block by block: near the loss of 32 bits as a rule, not the same"
 NO_MOMENTS = "without moments the learning rate has to be found anew, and transformers train worse as a rule"
 NARROW = "an update below 1/512 of a weight is lost in bf16: watch the loss at small learning rates"
@@ -67,7 +81,7 @@ def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Le
             candidate=candidate,
             delta_bytes=candidate.memory.peak_process_bytes - start.memory.peak_process_bytes,
             delta_step_time_s=candidate.step_time.total_s - start.step_time.total_s,
-            same_update=change.same_update,
+            departure=change.departure,
             price=change.price,
         )
         if lever.delta_bytes or abs(lever.delta_step_time_s) > 1e-6 * start.step_time.total_s:
@@ -81,37 +95,35 @@ def _changes(setup: Setup) -> Iterator[Change]:
             "recompute every layer in the backward pass",
             "--checkpointing full",
             replace(setup, activation_checkpointing="full"),
-            same_update=True,
         )
     if setup.activation_checkpointing != "none":
         yield Change(
             "keep all activations",
             "--checkpointing none",
             replace(setup, activation_checkpointing="none"),
-            same_update=True,
         )
     if setup.attention == "eager":
-        yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"), same_update=True)
+        yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"))
     yield from _losses(setup)
     yield from _other_optimizers(setup)
+    yield from _adapters(setup)
     if setup.precision in {"fp32", "bf16-mixed", "fp16-mixed"}:
         yield Change(
             "parameters, gradients and states in bf16",
             "--precision bf16",
             replace(setup, precision="bf16"),
-            same_update=False,
-            price=NARROW,
+            WEIGHTS,
+            NARROW,
         )
     if setup.seq_len // 2 >= SHORTEST:
         half = setup.seq_len // 2
-        yield Change("sequences half as long", f"--seq-len {half}", replace(setup, seq_len=half), same_update=False)
+        yield Change("sequences half as long", f"--seq-len {half}", replace(setup, seq_len=half), LESS)
     if setup.micro_batch_size % 2 == 0 and setup.optimizer not in IN_BACKWARD:
         micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
         yield Change(
             "half the micro-batch, twice the accumulation",
             f"--micro-batch {micro}",
             replace(setup, micro_batch_size=micro, gradient_accumulation_steps=steps),
-            same_update=True,
         )
 
 
@@ -120,21 +132,38 @@ def _losses(setup: Setup) -> Iterator[Change]:
     names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
     if setup.loss == "full":
         for loss, name in names.items():
-            yield Change(name, f"--loss {loss}", replace(setup, loss=loss), same_update=True)
+            yield Change(name, f"--loss {loss}", replace(setup, loss=loss))
+
+
+def _adapters(setup: Setup) -> Iterator[Change]:
+    """Adapters in place of the weights, and a base in few bits beside them."""
+    lora = setup.lora
+    if lora is None:
+        adapters = replace(setup, lora=Lora(rank=USUAL_RANK))
+        yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)
+        quantised = replace(adapters, quantize="nf4")
+        yield Change("QLoRA", f"--lora-rank {USUAL_RANK} --quantize nf4", quantised, LESS, f"{LOW_RANK}; {FOUR_BITS}")
+        return
+    if setup.quantize is None:
+        yield Change("a base of 4 bits", "--quantize nf4", replace(setup, quantize="nf4"), WEIGHTS, FOUR_BITS)
+    if lora.dtype == "fp32" and PRECISIONS[setup.precision][0] != "fp32":
+        narrow = replace(setup, lora=replace(lora, dtype="base"))
+        yield Change("adapters in the dtype of the weights", "--lora-dtype base", narrow, ROUNDING, NARROW)
+    if lora.dropout:
+        plain = replace(setup, lora=replace(lora, dropout=0.0))
+        yield Change("no dropout before adapters", "--lora-dropout 0", plain, ROUNDING, "less regularisation")
 
 
 def _other_optimizers(setup: Setup) -> Iterator[Change]:
     if setup.optimizer in {"adamw", "adamw-foreach", "adamw-forloop"}:
-        yield Change(
-            "fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"), same_update=True
-        )
+        yield Change("fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"))
     eight, paged = EIGHT_BITS_BY_OPTIMIZER.get(setup.optimizer), PAGED_BY_OPTIMIZER.get(setup.optimizer)
     if eight:
         other = replace(setup, optimizer=eight)
-        yield Change("8-bit optimizer states", f"--optimizer {eight}", other, same_update=False, price=ROUNDED)
+        yield Change("8-bit optimizer states", f"--optimizer {eight}", other, ROUNDING, ROUNDED)
     if paged:
         other = replace(setup, optimizer=paged)
-        yield Change("optimizer states in unified memory", f"--optimizer {paged}", other, same_update=True)
+        yield Change("optimizer states in unified memory", f"--optimizer {paged}", other)
     if setup.optimizer != "sgd":
         other = replace(setup, optimizer="sgd")
-        yield Change("no optimizer states", "--optimizer sgd", other, same_update=False, price=NO_MOMENTS)
+        yield Change("no optimizer states", "--optimizer sgd", other, OTHER, NO_MOMENTS)

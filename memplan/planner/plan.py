@@ -59,10 +59,15 @@ class Lever(NamedTuple):
     delta_bytes: int
     """Change of the process peak; negative frees."""
     delta_step_time_s: float
-    same_update: bool
-    """Whether the optimizer sees the same gradients: no change of mathematics, batch or data."""
+    departure: int
+    """How far it goes from the run that was asked for, from 0, the same update, to 4 (`memplan.planner.levers`)."""
     price: str = ""
     """What it may do to the result of training, where that is not plain."""
+
+    @property
+    def same_update(self) -> bool:
+        """Whether the optimizer sees the same gradients: no change of mathematics, batch or data."""
+        return self.departure == 0
 
     @property
     def gives_up_adam(self) -> bool:

@@ -176,8 +176,10 @@ def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[
     return ()
 
 
-def _cost(way: WayOut) -> tuple[int, float]:
-    return sum(not lever.same_update for lever in way.levers), way.candidate.step_time.total_s
+def _cost(way: WayOut) -> tuple[int, int, float]:
+    """What changes training least comes first: by its furthest lever, then by all of them, then by time."""
+    departures = [lever.departure for lever in way.levers]
+    return max(departures), sum(departures), way.candidate.step_time.total_s
 
 
 def _with_all(setup: Setup, levers: Sequence[Lever]) -> Setup | None:

@@ -81,6 +81,7 @@ def estimate_document(
         "headroom_bytes": estimate.headroom_bytes,
         "ways_out": [] if plan is None else ways_to_reach(plan, estimate.setup),
         "ledger": [row_document(row) for row in estimate.ledger],
+        "lints": lints_document(estimate),
         "assumptions": assumptions_document(estimate),
         "unmodelled": unmodelled_document(estimate),
     }
@@ -165,6 +166,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         "cards": list(cards),
         "peak_instant": plan.estimate.peak_instant,
         "instants": instants_document(plan.estimate),
+        "lints": lints_document(plan.estimate),
         "assumptions": assumptions_document(plan.estimate),
         "unmodelled": unmodelled_document(plan.estimate),
     }
@@ -345,6 +347,11 @@ def row_document(row: LedgerRow) -> Document:
 def assumptions_document(estimate: Estimate) -> list[Document]:
     """What was taken for granted; `effect_bytes` is the change of the peak in the case `otherwise`."""
     return [assumption._asdict() for assumption in estimate.assumptions]
+
+
+def lints_document(estimate: Estimate) -> list[Document]:
+    """What is worth knowing before the run; `effect_bytes` is the change of the peak where it is heeded."""
+    return [lint._asdict() for lint in estimate.lints]
 
 
 def unmodelled_document(estimate: Estimate) -> list[Document]:

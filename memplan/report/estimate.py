@@ -16,6 +16,7 @@ from memplan.report.text import (
     exactly,
     gib,
     gpu_lines,
+    lint_lines,
     model_lines,
     paragraph,
     table,
@@ -47,6 +48,7 @@ def render_estimate(estimate: Document, *, quiet: bool = False) -> list[Line]:
         *_kinds(estimate),
         *_instants(estimate),
         *_rows(estimate["ledger"]),
+        *lint_lines(estimate["lints"]),
         *assumption_lines(estimate["assumptions"]),
         *unmodelled_lines(estimate["unmodelled"]),
     ]

@@ -15,6 +15,7 @@ from memplan.report.text import (
     exactly,
     gib,
     gpu_lines,
+    lint_lines,
     model_lines,
     paragraph,
     signed,
@@ -26,7 +27,7 @@ from memplan.report.text import (
     usable,
     vouched,
 )
-from memplan.report.trainer import OPTIM_BY_OPTIMIZER
+from memplan.report.trainer import LOSSES_OF_TRAINER, OPTIM_BY_OPTIMIZER
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
         *verdict(plan),
         *_alternatives(_roomier(plan), bounded=plan["model"]["model_type"] != "traced"),
         *_rejections(plan),
+        *lint_lines(plan["lints"]),
         *assumption_lines(plan["assumptions"]),
         *_levers(plan),
         *unmodelled_lines(plan["unmodelled"], briefly=True),
@@ -156,13 +158,20 @@ def _time(plan: Document, best: Document) -> str:
 
 def _trainer(trainer: Document, model: Document) -> str:
     shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    arguments = _arguments(shown)
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
         return f"module.to(torch.{trainer['dtype']}), TrainingArguments({arguments})"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), TrainingArguments({arguments})"
+    if trainer["quantization"]:
+        asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
+    adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}TrainingArguments({arguments})"
+
+
+def _arguments(given: Document) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
 def _no_trainer(setup: Document) -> str:
@@ -170,6 +179,10 @@ def _no_trainer(setup: Document) -> str:
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
     if setup["activation_checkpointing"] == "selective":
         missing.append("selective checkpointing")
+    if setup["loss"] not in LOSSES_OF_TRAINER:
+        missing.append(f"the loss {setup['loss']}")
+    if setup["freeze"]:
+        missing.append("frozen parts")
     return f"TrainingArguments has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 
@@ -297,5 +310,5 @@ def _levers(plan: Document) -> Iterator[Line]:
     yield from table(rows, left=(0, 3))
     for lever in levers:
         if lever["price"]:
-            text = f"{lever['flag'].split()[-1]}: {lever['price']}"
+            text = f"{lever['flag']}: {lever['price']}"
             yield from (Line(line) for line in wrap(text, first="  ", rest="    "))

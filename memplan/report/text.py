@@ -98,6 +98,9 @@ def equation(setup: Document) -> str:
 def model_lines(model: Document) -> Iterator[Line]:
     """The model, and why it is this one where nobody named it."""
     text = f"{model['name']} ({model['model_type']}), {format_count(model['num_parameters'])} parameters"
+    trained = model["num_trainable_parameters"]
+    if trained < model["num_parameters"]:
+        text += f", {format_count(trained)} of them trained"
     text += HEAD_BY_TASK.get(model["task"], "")
     yield from paragraph("model", text)
     if model["origin"] not in {"", "as asked for"}:
@@ -182,6 +185,18 @@ def assumption_lines(assumptions: Iterable[Document]) -> Iterator[Line]:
         if assumption["effect_bytes"] is not None and assumption["otherwise"]:
             effect = f" [{assumption['otherwise']}: {_change(assumption['effect_bytes'])}]"
         for line in wrap(f"{assumption['value']}{effect}", first=f"  {assumption['what']:<18}"):
+            yield Line(line)
+
+
+def lint_lines(lints: Iterable[Document]) -> Iterator[Line]:
+    """What is worth knowing before the run, with who makes it so."""
+    lints = list(lints)
+    if not lints:
+        return
+    yield from title("Worth knowing")
+    for lint in lints:
+        effect = "" if not lint["effect_bytes"] else f" [{signed(lint['effect_bytes'])}]"
+        for line in wrap(f"{lint['what']}: {lint['says']}{effect} ({lint['source']})", first="  - "):
             yield Line(line)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.specs.recipe import ALL_LINEAR
 from memplan.specs.training import PRECISIONS
 
 if TYPE_CHECKING:
+    from memplan.specs.adapter import Lora
     from memplan.specs.training import Setup
 
 OPTIM_BY_OPTIMIZER = {
@@ -48,14 +50,20 @@ OPTIM_BY_OPTIMIZER = {
 TAKES_MODULES = ("galore_adamw", "apollo_adamw")
 """Those that have to be told which modules they project."""
 
+LOSSES_OF_TRAINER = ("full", "fused")
+"""The others are TRL's, or those of libraries that replace a model's forward."""
+
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
-    """`dtype` for from_pretrained and `arguments` for TrainingArguments; None where the Trainer cannot do it."""
+    """`dtype` for from_pretrained and `arguments` for TrainingArguments; None where the Trainer cannot do it.
+
+    `lora` is for peft's LoraConfig and `quantization` for BitsAndBytesConfig, None where there is none.
+    """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    if optim is None or mode == "selective":
+    if optim is None or mode == "selective" or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
         return None
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
@@ -72,7 +80,41 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments["optim_target_modules"] = "all-linear"
     arguments["bf16"] = autocast == "bf16"
     arguments["fp16"] = autocast == "fp16"
-    return {"dtype": DTYPE_NAMES[parameters], "attn_implementation": _attention(setup), "arguments": arguments}
+    if setup.loss == "fused":
+        arguments["use_liger_kernel"] = True
+        others = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy"), False)
+        arguments["liger_kernel_config"] = {"fused_linear_cross_entropy": True, **others}
+    return {
+        "dtype": DTYPE_NAMES[parameters],
+        "attn_implementation": _attention(setup),
+        "arguments": arguments,
+        "lora": None if setup.lora is None else _lora(setup.lora),
+        "quantization": _quantization(setup),
+    }
+
+
+def _lora(lora: Lora) -> dict[str, Any]:
+    """Arguments of LoraConfig; ``autocast_adapter_dtype`` is one of get_peft_model."""
+    targets = ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets)
+    found: dict[str, Any] = {"r": lora.rank, "target_modules": targets}
+    found |= {"lora_dropout": lora.dropout} if lora.dropout else {}
+    found |= {"use_dora": True} if lora.dora else {}
+    found |= {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+    return found
+
+
+def _quantization(setup: Setup) -> dict[str, Any] | None:
+    """Arguments of BitsAndBytesConfig."""
+    if setup.quantize is None:
+        return None
+    if setup.quantize == "int8":
+        return {"load_in_8bit": True}
+    parameters, autocast = PRECISIONS[setup.precision]
+    found: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    found["bnb_4bit_compute_dtype"] = DTYPE_NAMES[autocast or parameters]
+    if setup.quantize == "nf4-double":
+        found["bnb_4bit_use_double_quant"] = True
+    return found
 
 
 def _attention(setup: Setup) -> str:
