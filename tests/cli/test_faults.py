@@ -74,7 +74,7 @@ FAULTS = [
     ("estimate lama-3-8b", "'lama-3-8b'", "Did you mean llama-3-8b"),
     ("estimate no/such/config.json", "no/such/config.json", "memplan models"),
     ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
-    ("estimate rwkv-4-3b", "(rwkv)", "Known: bert"),
+    ("estimate rwkv-4-3b", "token by token", "memplan trace"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
     ("lengths gpt2", "memplan lengths is not there yet", "estimate"),
     *[

@@ -53,7 +53,7 @@ class OwnLoss(Mlp):
 
 class Longer(OwnLoss):
     def forward(self, x):
-        if x.shape[1] > 40:
+        if x.shape[1] > 300:
             x = torch.tanh(x)
         return super().forward(x)
 
@@ -248,15 +248,16 @@ def test_formula_against_trace(run) -> None:
 
 
 def test_what_is_not_described_can_be_traced(run, tmp_path) -> None:
-    """GIVEN a family without a description, THEN the fault of an estimate names the trace, which works."""
+    """GIVEN a family without a description, THEN a trace answers, whoever asks."""
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps(STARCODER))
-    ran = run("estimate config.json")
-    assert ran.status == 1
-    assert "memplan trace" in ran.err
     document = parsed(run("trace config.json --seq-len 16 --json"))
     check(document, "estimate")
     assert document["model"]["model_type"] == "starcoder2"
+    estimate = parsed(run("estimate config.json --seq-len 16 --json"))
+    check(estimate, "estimate")
+    assert estimate["peak_allocated_bytes"] == document["peak_allocated_bytes"]
+    assert parsed(run("suggest config.json --seq-len 16 --gpu 24GB --target-batch 4 --json"))["best"]
     assert run("trace config.json --diff").status == 1
 
 

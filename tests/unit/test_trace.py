@@ -639,7 +639,7 @@ def test_options_that_have_no_meaning() -> None:
     [
         ({}, ConfigError),
         ({"model_type": "no_such_type"}, ConfigError),
-        ({"model_type": "vit"}, MemplanError),
+        ({"model_type": "dpt"}, MemplanError),
         ({**LLAMA, "num_attention_heads": 5, "num_key_value_heads": 5}, MemplanError),
         ({"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2}, MemplanError),
     ],
