@@ -19,9 +19,9 @@ SHORTEST = 128
 """No lever makes sequences shorter than this."""
 
 
-SAME, ROUNDING, WEIGHTS, LESS, OTHER = range(5)
+SAME, ROUNDING, WEIGHTS, LESS, LESS_AND_ROUNDED, OTHER = range(6)
 """How far a lever goes from the run that was asked for: the same update; other rounding of states or adapters; of
-weights; less is trained, or on less; another optimizer."""
+weights; less is trained, or on less; both; another optimizer."""
 
 
 class Change(NamedTuple):
@@ -142,7 +142,13 @@ def _adapters(setup: Setup) -> Iterator[Change]:
         adapters = replace(setup, lora=Lora(rank=USUAL_RANK))
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)
         quantised = replace(adapters, quantize="nf4")
-        yield Change("QLoRA", f"--lora-rank {USUAL_RANK} --quantize nf4", quantised, LESS, f"{LOW_RANK}; {FOUR_BITS}")
+        yield Change(
+            "QLoRA",
+            f"--lora-rank {USUAL_RANK} --quantize nf4",
+            quantised,
+            LESS_AND_ROUNDED,
+            f"as --lora-rank {USUAL_RANK}, and {FOUR_BITS}",
+        )
         return
     if setup.quantize is None:
         yield Change("a base of 4 bits", "--quantize nf4", replace(setup, quantize="nf4"), WEIGHTS, FOUR_BITS)

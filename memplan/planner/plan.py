@@ -60,7 +60,7 @@ class Lever(NamedTuple):
     """Change of the process peak; negative frees."""
     delta_step_time_s: float
     departure: int
-    """How far it goes from the run that was asked for, from 0, the same update, to 4 (`memplan.planner.levers`)."""
+    """How far it goes from the run that was asked for, from 0, the same update, to 5 (`memplan.planner.levers`)."""
     price: str = ""
     """What it may do to the result of training, where that is not plain."""
 

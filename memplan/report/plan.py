@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 BAR_CELLS = 24
-MOST_LEVERS = 6
+MOST_LEVERS = 8
 MOST_REFUSED = 2
 REAL_SAVING = 0.01
 """Share of the usable bytes; a plan that frees less beside a faster one is not shown."""
