@@ -142,13 +142,8 @@ def _adapters(setup: Setup) -> Iterator[Change]:
         adapters = replace(setup, lora=Lora(rank=USUAL_RANK))
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)
         quantised = replace(adapters, quantize="nf4")
-        yield Change(
-            "QLoRA",
-            f"--lora-rank {USUAL_RANK} --quantize nf4",
-            quantised,
-            LESS_AND_ROUNDED,
-            f"as --lora-rank {USUAL_RANK}, and {FOUR_BITS}",
-        )
+        price = f"as --lora-rank {USUAL_RANK}, and {FOUR_BITS}"
+        yield Change("QLoRA", f"--lora-rank {USUAL_RANK} --quantize nf4", quantised, LESS_AND_ROUNDED, price)
         return
     if setup.quantize is None:
         yield Change("a base of 4 bits", "--quantize nf4", replace(setup, quantize="nf4"), WEIGHTS, FOUR_BITS)
