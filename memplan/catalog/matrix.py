@@ -57,6 +57,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "modules_to_save": (str,),
     "freeze": (str,),
     "quantize": (str,),
+    "offload": (str,),
     "upcast": (bool,),
     "limit": (str,),
     "find_max": (bool,),

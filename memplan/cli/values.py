@@ -17,6 +17,7 @@ from memplan.specs.training import (
     ATTENTIONS,
     LARGEST_COUNT,
     LOSSES,
+    OFFLOADS,
     OPTIMIZERS,
     PRECISIONS,
     QUANTIZATIONS,
@@ -33,10 +34,7 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "csv", "markdown")
 CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 
-NOT_MODELLED = (
-    "--zero-stage",
-    "--offload",
-)
+NOT_MODELLED = ("--zero-stage",)
 """Documented options that have no formula yet."""
 
 LONGEST_ECHO = 40
@@ -70,6 +68,7 @@ class Options(NamedTuple):
     modules_to_save: tuple[str, ...] | None = None
     freeze: tuple[str, ...] | None = None
     quantize: str | None = None
+    offload: str | None = None
     upcast: bool = False
     reserve: str | None = None
     headroom: float | None = None
@@ -333,6 +332,14 @@ SETUP_ROWS = (
     Row(("--freeze",), TRAINED, "Parameters or modules that are not: model.embed_tokens,...", read_names, "PATTERNS"),
     _named("--quantize", TRAINED, "Store the frozen linear weights in few bits.", QUANTIZATIONS),
     Row(("--upcast",), TRAINED, "What is not quantised in fp32 (prepare_model_for_kbit_training)."),
+    _named(
+        "--offload",
+        TRAINING,
+        "What checkpointing keeps waits on the host.",
+        OFFLOADS,
+        later=("optimizer", "params"),
+        metavar="activations",
+    ),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,
 )

@@ -321,7 +321,7 @@ class Estimator:
             parameter_bytes=program.parameters.total(sizes),
             gradient_bytes=program.gradients.total(sizes),
             optimizer_state_bytes=program.optimizer_states.total(sizes),
-            host_bytes=program.host_bytes,
+            host_bytes=program.host_bytes + program.offloaded_bytes(sizes),
             kept_activation_bytes=steady.kept_activation_bytes,
             kept_activation_bytes_per_layer=steady.kept_activation_bytes_per_layer,
             instants=tuple(

@@ -101,10 +101,11 @@ class Recordings:
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
         recording = self.recording(setup)
-        layout_key = (id(recording), setup.activation_checkpointing)
+        layout_key = (id(recording), setup.activation_checkpointing, setup.offload)
         if layout_key not in self._layouts:
             modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
-            self._layouts[layout_key] = Layout(recording, modes, self._pieces)
+            offloads = setup.offload == "activations"
+            self._layouts[layout_key] = Layout(recording, modes, self._pieces, offloads=offloads)
         key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         if key not in self._programs:
             layout = self._layouts[layout_key]
@@ -116,16 +117,25 @@ class Layout:
     """Which segment of events runs where, for one choice of checkpointing."""
 
     def __init__(
-        self, recording: Recording, modes: tuple[str, ...], known: dict[tuple[Any, ...], PieceLifetimes]
+        self,
+        recording: Recording,
+        modes: tuple[str, ...],
+        known: dict[tuple[Any, ...], PieceLifetimes],
+        *,
+        offloads: bool = False,
     ) -> None:
-        """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put."""
+        """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put.
+
+        `offloads`: what goes into layers that are computed again waits on the host.
+        """
         self.recording = recording
         self.modes = modes
+        self.offloads = offloads
 
         def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool) -> PieceLifetimes:
-            key = (id(piece), mode, owns_hidden)
+            key = (id(piece), mode, owns_hidden, offloads)
             if key not in known:
-                known[key] = PieceLifetimes(piece, checkpointing=mode, owns_hidden=owns_hidden)
+                known[key] = PieceLifetimes(piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads)
             return known[key]
 
         before = lifetimes(recording.stem, "none", owns_hidden=True)
@@ -331,6 +341,12 @@ class StepProgram:
     def optimizer_states(self) -> Tensors:
         """What the optimizer remembers between steps."""
         return self.states.optimizer_states()
+
+    def offloaded_bytes(self, sizes: Sizes) -> int:
+        """Bytes of hidden states that wait on the host from forward to backward pass, in blocks of 512."""
+        pieces = self.layout.layers if self.layout.offloads else []
+        waiting = [x.piece.hidden for x in pieces if x.offloads]
+        return sum(sizes[num_bytes(hidden.shape, hidden.dtype)] for hidden in waiting if hidden is not None)
 
     @cached_property
     def host_bytes(self) -> int:

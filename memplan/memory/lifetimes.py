@@ -42,6 +42,11 @@ def hidden_gradient_row(x: Tensor) -> Row:
     return Row("between layers", "gradient of the hidden states", "temporary", x.shape, x.dtype)
 
 
+def fetched_row(x: Tensor) -> Row:
+    """What comes back from the host to compute a layer again."""
+    return Row("between layers", "hidden states, back from the host", "temporary", x.shape, x.dtype)
+
+
 ROOT_ROW = Row("loss", "gradient of the loss", "temporary", (), "")
 
 OUTSIDE = frozenset({"parameter", "buffer", "input", "shared"})
@@ -58,8 +63,11 @@ class PieceLifetimes:
         checkpointing: str = "none",
         owns_hidden: bool = True,
         lasting: frozenset[str] = frozenset(),
+        offloads: bool = False,
     ) -> None:
         """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
+
+        `offloads`: with ``full``, what goes in is copied to the host and fetched when the piece is computed again.
 
         `owns_hidden`: whether the incoming hidden states die here (they do unless the piece before keeps its output).
         `lasting`: names of the shared tensors made here that other pieces need in their backward pass.
@@ -69,6 +77,7 @@ class PieceLifetimes:
         self.ends_in_loss = not piece.output.shape
         self.owns_hidden = owns_hidden
         self.lasting = lasting
+        self.offloads = offloads and checkpointing == "full"
         self.spans = self._spans(checkpointing)
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
@@ -79,7 +88,7 @@ class PieceLifetimes:
 
     def _spans(self, checkpointing: str) -> tuple[Span, ...]:
         if checkpointing == "full" and self.piece.hidden is not None:
-            return (Span("layer", 0, len(self.tape.ops), (self.piece.hidden,)),)
+            return (Span("layer", 0, len(self.tape.ops), () if self.offloads else (self.piece.hidden,)),)
         if checkpointing == "selective":
             return tuple(self.tape.spans)
         return ()
@@ -342,8 +351,8 @@ class _Backward:
             return
         storage = self.tape.storages[s]
         held[s] -= 1
-        if held[s] == 0 and self.lifetimes._is_kept_across(storage):
-            again = keys[s][0].startswith("again")
+        again = keys[s][0].startswith("again")
+        if held[s] == 0 and (again or self.lifetimes._is_kept_across(storage)):
             self.events.append(Event(keys[s], storage.size, -1, self.lifetimes.row(storage, again=again)))
 
     # -- the walk ----------------------------------------------------------------------------------------------------
@@ -358,12 +367,17 @@ class _Backward:
         stay |= {x.storage for op in ops for x in op.pins}  # by nodes of the second graph, which goes with its result
         made = {x.storage for op in ops for x in op.outputs if self.tape.storages[x.storage].role == "activation"}
         made -= {x.storage for x in span.inputs}
+        fetched = self.lifetimes.piece.hidden if self.lifetimes.offloads else None
+        if fetched is not None:
+            made.add(fetched.storage)
         held: dict[int, int] = {}
         for op in ops:
             _hold(held, [x for x in op.keeps if x.storage in made])
         tag = f"again {span.name}"
         stops_before = bool(ops) and not ops[-1].keeps_output
         events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before)
+        if fetched is not None:
+            events.insert(0, Event((tag, fetched.storage), fetched.bytes, +1, fetched_row(fetched)))
         alive = {event.key: event for event in events if event.sign > 0}
         for event in events:
             if event.sign < 0:

@@ -39,6 +39,7 @@ class Change(NamedTuple):
 USUAL_RANK = 16
 """The rank of the LoRA levers: what TRL's scripts take (`ModelConfig.lora_r`)."""
 
+COPIED = "copies over PCIe, there and back, on the compute stream: their time is not counted"
 LOW_RANK = (
     "only corrections of low rank are trained: near full fine-tuning on small data as a rule, not in pre-training"
 )
@@ -102,6 +103,9 @@ def _changes(setup: Setup) -> Iterator[Change]:
             "--checkpointing none",
             replace(setup, activation_checkpointing="none"),
         )
+    if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
+        offloaded = replace(setup, offload="activations")
+        yield Change("what checkpointing keeps on the host", "--offload activations", offloaded, SAME, COPIED)
     if setup.attention == "eager":
         yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"))
     yield from _losses(setup)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -39,14 +40,17 @@ def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
     return best
 
 
-def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None) -> None:
+def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None, *, offload: bool = False) -> None:
     """Compute activations again in the backward pass: ``none``, ``selective``, ``full`` or ``every-N`` layers.
 
-    ``selective`` is applied by `selective_checkpointing` while the model runs.
+    ``selective`` is applied by `selective_checkpointing` while the model runs.  `offload`: what is kept for it waits on
+    the host.
 
     Raises:
-        UsageError: the module is not one of transformers and has no repeated layers.
+        UsageError: the module is not one of transformers and has no repeated layers, or cannot offload.
     """
+    if offload and not hasattr(model, "activation_checkpointing_enable"):
+        raise UsageError("Models of transformers 5.23 and later can offload what they keep.", "Leave --offload out.")
     if how in {"none", "selective"}:
         return
     kwargs = _kwargs(autocast)
@@ -55,7 +59,7 @@ def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable(kwargs, **({"every_n_layers": every} if every > 1 else {}))
+            enable(kwargs, **({"every_n_layers": every} if every > 1 else {}), **({"offload": True} if offload else {}))
         return
     layers = repeated_layers(model)
     if not layers:
@@ -65,6 +69,29 @@ def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None) ->
     for layer, mode in zip(layers.values(), checkpointed_layers(how, len(layers)), strict=True):
         if mode == "full":
             layer.forward = _again(layer.forward, kwargs)
+
+
+def host_memory() -> contextlib.AbstractContextManager[Any]:
+    """While it holds, what transformers offloads from the meta device leaves it, and comes back as new tensors."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return contextlib.nullcontext()
+
+    def offloaded(**_: Any) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(_Offloaded, lambda packed: packed.fetched())
+
+    return mock.patch.object(modeling, "save_on_cpu", offloaded)
+
+
+class _Offloaded:
+    """What is left on the device of a tensor that waits on the host: nothing but its form."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.form = (x.size(), x.stride(), x.dtype, x.device)
+
+    def fetched(self) -> torch.Tensor:
+        size, stride, dtype, device = self.form
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def _run(
     import torch
 
     from memplan.probes.autocast import CudaAutocast
-    from memplan.probes.checkpointing import enable_checkpointing, repeated_layers, selective_checkpointing
+    from memplan.probes.checkpointing import enable_checkpointing, host_memory, repeated_layers, selective_checkpointing
     from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
     from memplan.probes.optimizers import build_optimizer
@@ -123,7 +123,7 @@ def _run(
     module = built.module.train()
     _refuse_recurrent(module)
     _load(module, recorder)
-    enable_checkpointing(module, setup.activation_checkpointing, autocast)
+    enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
     use_loss(module, setup.loss, autocast, setup.supervised)
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
@@ -131,6 +131,7 @@ def _run(
     with (
         cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel, compute_capability=compute_capability),
         selective_checkpointing(module, setup.activation_checkpointing, autocast),
+        host_memory(),
         recorder.trail.following(),
     ):
         for number in range(num_steps):

@@ -206,6 +206,7 @@ def setup_document(setup: Setup) -> Document:
         "lora": None if setup.lora is None else lora_record(setup.lora),
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
+        "offload": setup.offload,
         "upcast": setup.upcast,
     }
 

@@ -73,6 +73,11 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     }
     if mode.startswith("every-"):
         arguments["activation_checkpointing_kwargs"] = {"every_n_layers": int(mode[6:])}
+    if setup.offload is not None:
+        arguments["activation_checkpointing_kwargs"] = {
+            **arguments.get("activation_checkpointing_kwargs", {}),
+            "offload": True,
+        }
     arguments["optim"] = optim
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"

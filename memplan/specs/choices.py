@@ -55,6 +55,8 @@ class Choices(TypedDict, total=False):
     """Patterns of parameters or modules that are not trained."""
     quantize: str | None
     """How the frozen weights of linear layers are stored: nf4, nf4-double or int8 (as loaded)."""
+    offload: str | None
+    """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
 
@@ -73,6 +75,7 @@ FIELD_BY_ARGUMENT = {
     "padding": "padding",
     "freeze": "freeze",
     "quantize": "quantize",
+    "offload": "offload",
     "upcast": "upcast",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""

@@ -73,6 +73,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "lora": None if setup.lora is None else lora_record(setup.lora),
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
+        "offload": setup.offload,
         "upcast": setup.upcast,
     }
 
@@ -132,6 +133,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         lora=lora,
         freeze=tuple(record.get("freeze", ())),
         quantize=record.get("quantize"),
+        offload=record.get("offload"),
         upcast=record.get("upcast", False),
     )
 

@@ -86,6 +86,7 @@ LIBRARY_BY_PART = {
 
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
+OFFLOADS = ("activations",)
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 
@@ -131,6 +132,9 @@ class Setup:
     """Patterns of the names of parameters, or of modules, that are not trained: ``model.layers.[0-3]``."""
     quantize: str | None = None
     """How the frozen weights of linear layers are stored, one of `QUANTIZATIONS`; None: in the model's dtype."""
+    offload: str | None = None
+    """``activations``: what checkpointing keeps waits in the host's memory (`activation_checkpointing_kwargs`
+    ``{"offload": True}`` of transformers 5.23, Unsloth's checkpointing); None: all is kept on the device."""
     upcast: bool = False
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
 
@@ -145,6 +149,7 @@ class Setup:
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
         self._check_quantization()
+        self._check_offload()
         self._check_updates()
 
     def _check_quantization(self) -> None:
@@ -154,6 +159,16 @@ class Setup:
                 raise UsageError("A quantised model cannot be trained itself.", "Train adapters: give --lora-rank.")
         elif self.upcast:
             raise UsageError("Only what a quantised model leaves unquantised is cast up.", "Give --quantize nf4.")
+
+    def _check_offload(self) -> None:
+        if self.offload is None:
+            return
+        check_choice("offload", self.offload, OFFLOADS)
+        if self.activation_checkpointing in {"none", "selective"}:
+            raise UsageError(
+                "What is offloaded is what checkpointing keeps, and no layer is checkpointed.",
+                "Give --checkpointing full or every-2.",
+            )
 
     def _check_updates(self) -> None:
         """Raise `UsageError` where gradients are gone before they are needed."""
