@@ -183,10 +183,14 @@ def _question(
 
 def _setup(values: dict[str, Any]) -> Setup:
     """The fields of a setup as TOML has them: an adapter is a table, names are a list."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    fields = _frozen(values)
     if "lora" in fields:
-        fields["lora"] = Lora(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields["lora"].items()})
+        fields["lora"] = Lora(**_frozen(fields["lora"]))
     return Setup(**fields)
+
+
+def _frozen(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _measured_bytes(row: PublishedRow, measure: str) -> int:

@@ -121,7 +121,7 @@ def test_whole_models_trained_on_one_gpu_are_asked_about_or_have_their_own_reaso
 
 
 def test_adapters_of_peft_on_one_gpu_are_asked_about_or_have_their_own_reason() -> None:
-    """Adapters of peft beside transformers' models, with a base as loaded or of bitsandbytes: what memplan describes."""
+    """Beside models of transformers, with a base as loaded or of bitsandbytes: these are what memplan describes."""
     known = published._answers(profile_path("published", "answers.toml"))
     of_peft = {
         name
@@ -324,7 +324,7 @@ CASTS_OF_ADAPTERS = 2 * LAYERS * 4 * 2 * 16 * HIDDEN
 def test_forward_pass_of_the_loss_holds_the_final_norm_and_autocasts_copies(
     name: str, num_bytes: int, doubled: bool
 ) -> None:
-    """The loss of transformers 4.45 peaks there with as many bytes of logits as ours in the backward pass, which has neither."""
+    """The loss of transformers 4.45 peaks there, ours in the backward pass, with as many bytes of logits."""
     question = QUESTIONS[f"M{int(name[1:]) + 2 * doubled:04}", "allocated"]
     assert question.explained_bytes == 2 * question.setup.tokens_per_micro_batch * HIDDEN + num_bytes
 
