@@ -79,6 +79,9 @@ UNEXPLAINED_LEGEND = (
     "hold and the other not"
 )
 
+NOT_STATED = "not stated"
+"""In place of a card that the source does not name."""
+
 BOUNDS = {"floor": ("lower bounds", "above"), "ceiling": ("upper bounds", "below")}
 """Comparison -> its name, and where memplan's number is if it does not hold."""
 
@@ -352,7 +355,7 @@ def _published_lines(published: Document) -> Iterator[Line]:
         rows += [
             (
                 printable(one["model"]),
-                clip(printable(one["gpu"]).removeprefix("NVIDIA "), GPU_WIDTH),
+                clip(printable(one["gpu"] or NOT_STATED).removeprefix("NVIDIA "), GPU_WIDTH),
                 NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
                 gib(one["measured"]),
                 gib(one["predicted"]),
@@ -459,7 +462,7 @@ def _markdown_row(one: Document) -> Document:
     rest = one["explained_error"]
     return {
         "model": _markdown(one["model"]),
-        "GPU": _markdown(one["gpu"]),
+        "GPU": _markdown(one["gpu"] or NOT_STATED),
         "quantity": NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
         "measured": f"{gib(one['measured'])} GiB",
         "predicted": f"{gib(one['predicted'])} GiB",
