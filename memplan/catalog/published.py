@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.catalog.profiles import parse_toml, profile_path
 from memplan.errors import MemplanError
+from memplan.specs.adapter import Lora
 from memplan.specs.training import Setup
 from memplan.specs.values import NamedTuple
 from memplan.units import MIB
@@ -30,7 +31,7 @@ ROWS_FILE = "measurements.csv"
 ANSWERS_FILE = "answers.toml"
 
 QUANTITIES = ("allocated", "reserved", "process")
-COMPARISONS = ("value", "floor")
+COMPARISONS = ("value", "floor", "ceiling")
 
 NOBODY_LOOKED = "nobody has looked at it yet"
 """Of a row that no rule knows; a test holds that there is none."""
@@ -82,7 +83,7 @@ class Question(NamedTuple):
     quantity: str
     """One of `QUANTITIES`."""
     comparison: str
-    """``value``: an error means something; ``floor``: memplan's number can only be a lower bound."""
+    """``value``: an error means something; ``floor``, ``ceiling``: memplan can only give a lower, an upper bound."""
     measured_bytes: int
     unknown: tuple[str, ...]
     """What the source does not say, a short phrase each."""
@@ -170,7 +171,7 @@ def _question(
         model=answer["model"],
         config=configs.get(answer["model"]),
         gpu=answer["gpu"],
-        setup=Setup(**answer["setup"]),
+        setup=_setup(answer["setup"]),
         quantity=quantity,
         comparison=comparison,
         measured_bytes=_measured_bytes(row, asked.get("measure", "")),
@@ -178,6 +179,18 @@ def _question(
         explanation=asked.get("explanation", ""),
         explained_bytes=asked.get("explained_bytes", 0),
     )
+
+
+def _setup(values: dict[str, Any]) -> Setup:
+    """The fields of a setup as TOML has them: an adapter is a table, names are a list."""
+    fields = _frozen(values)
+    if "lora" in fields:
+        fields["lora"] = Lora(**_frozen(fields["lora"]))
+    return Setup(**fields)
+
+
+def _frozen(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _measured_bytes(row: PublishedRow, measure: str) -> int:
@@ -213,13 +226,27 @@ SHARDINGS = {
 """What is split over GPUs, the most fundamental first -> the words for it in `parallelism`, without their degrees."""
 
 METHODS = {
-    "lora": "LoRA is not modelled yet",
-    "ia3": "(IA)3 is not modelled yet",
-    "ln_tuning": "training norms only is not modelled yet",
-    "adapter": "LLaMA-Adapter is not modelled yet",
-    "adapterv2": "LLaMA-Adapter is not modelled yet",
+    "ia3": "(IA)3 is not modelled",
+    "ln_tuning": "LayerNorm tuning of peft is not modelled: trained copies of the norms beside the frozen ones",
+    "adapter": "LLaMA-Adapter is not modelled",
+    "adapterv2": "LLaMA-Adapter is not modelled",
 }
-"""Reason by what is trained.  ``QLoRA`` is not among them: its quantised base is named before."""
+"""Reason by what is trained.  LoRA and QLoRA are not among them: they are modelled."""
+
+OWN_CODE = {
+    "litgpt": "litgpt's own model, adapters and chunked loss are other code",
+    "torchtune": "torchtune's own model and adapters are other code",
+    "Qwen README": "DeepSpeed's ZeRO-2 holds buckets of its own, and the source does not say which memory it means",
+    "ms-swift": "Qwen's own model code under ms-swift's trainer: the peak is at their loss, which is other code",
+}
+"""Start of a source's name -> what trains adapters there, which is neither peft's code nor transformers'."""
+
+QUANTISERS = {
+    "GPTQ": "a GPTQ base is not modelled: its kernels and buffers are other code than bitsandbytes'",
+    "torchao": "a torchao base is not modelled",
+    "float8": "training in float8 is not modelled",
+}
+"""What quantised the base, as `quantization` names it -> the reason; bitsandbytes' nf4 and int8 are modelled."""
 
 
 def why_not_answered(row: PublishedRow) -> str:
@@ -236,7 +263,8 @@ def why_not_answered(row: PublishedRow) -> str:
         "offloading is not modelled" if row.offload not in {"", "none"} else None,
         _sharded(row.parallelism),
         f"its architecture is not described ({kind})" if kind else None,
-        _quantised(row.quantization),
+        _own_code(row),
+        next((why for name, why in QUANTISERS.items() if name in row.quantization), None),
         METHODS.get(row.ft_method.lower()),
     )
     return next(filter(None, reasons), NOBODY_LOOKED)
@@ -252,7 +280,8 @@ def _sharded(parallelism: str) -> str | None:
     return None
 
 
-def _quantised(quantization: str) -> str | None:
-    if not quantization:
+def _own_code(row: PublishedRow) -> str | None:
+    """The reason where adapters were trained by code that is not modelled."""
+    if row.ft_method.lower().split(" ")[0] not in {"lora", "qlora"}:
         return None
-    return f"{'an 8-bit' if quantization.endswith('8') else 'a 4-bit'} base is not modelled yet"
+    return next((why for name, why in OWN_CODE.items() if row.source.startswith(name)), None)

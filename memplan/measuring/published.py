@@ -27,6 +27,14 @@ class Answer(NamedTuple):
         return (self.predicted_bytes - self.question.measured_bytes) / self.question.measured_bytes
 
     @property
+    def trained(self) -> str:
+        """The model, and what of it was trained where that is not all: LoRA, or QLoRA on a quantised base."""
+        model, setup = self.question.row.model, self.question.setup
+        if setup.lora is None:
+            return model
+        return f"{model} ({'LoRA' if setup.quantize is None else 'QLoRA'})"
+
+    @property
     def explained_error(self) -> float | None:
         """The same with the tensors that are known to make a difference; None where there are none."""
         if not self.question.explained_bytes:

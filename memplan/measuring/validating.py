@@ -211,7 +211,7 @@ def _published(found: Validation) -> dict[str, Any]:
                 "source": one.question.row.source,
                 "source_ref": one.question.row.source_ref,
                 "date": one.question.row.date,
-                "model": one.question.row.model,
+                "model": one.trained,
                 "gpu": one.question.row.gpu,
                 "quantity": one.question.quantity,
                 "comparison": one.question.comparison,

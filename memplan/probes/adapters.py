@@ -38,6 +38,18 @@ def prepared(module: nn.Module, setup: Setup) -> nn.Module:
     return module
 
 
+def load_libraries(setup: Setup) -> None:
+    """Import what adapters and quantised weights come with: tensors of the libraries' own are not the run's.
+
+    Raises:
+        MissingLibraryError: one is not installed.
+    """
+    if setup.lora is not None:
+        require("peft")
+    if setup.quantize is not None:
+        require("bitsandbytes")
+
+
 def plain_name(name: str) -> str:
     """The name that a parameter has without peft's wrappers."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")

@@ -19,12 +19,14 @@ import torch
 
 from memplan.errors import MemplanError
 from memplan.operators.sizes import allocated
+from memplan.probes.adapters import load_libraries
 from memplan.probes.checkpointing import enable_checkpointing, selective_checkpointing
 from memplan.probes.devices import LimitReachedError, watching
 from memplan.probes.heads import use_library_loss
 from memplan.probes.meter import PhaseMeter, Unwatched
 from memplan.probes.models import PARAMETER_DTYPES, transformers_model
 from memplan.probes.optimizers import load_library, real_optimizer
+from memplan.probes.quantised import constants, num_elements
 from memplan.probes.training import Loop, TrainingRun
 from memplan.specs.measurement import DONE, FAILED, METERED_STEPS, OUT_OF_MEMORY
 from memplan.specs.records import step_record
@@ -80,6 +82,7 @@ def run_trial(
     try:
         report({"card": card._asdict(), "context_bytes": device.context_bytes, "process_basis": device.process_basis})
         load_library(OPTIMIZERS[trial.setup.optimizer])
+        load_libraries(trial.setup)
         with watching(device), history(snapshot, device):
             _train(trial, device, meter, report, ranks)
         report({"clocks": device.clocks(), "workspace_bytes": device.workspace_bytes()})
@@ -210,10 +213,11 @@ def history(path: str | None, device: Device) -> Iterator[None]:
 
 def _model(module: Any) -> dict[str, int]:
     parameters = list(module.parameters())
+    beside = [tensor for parameter in parameters for _, tensor in constants(parameter)]
     return {
-        "num_parameters": sum(p.numel() for p in parameters),
+        "num_parameters": sum(map(num_elements, parameters)),
         "num_trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "parameter_bytes": _held(parameters),
+        "parameter_bytes": _held([*parameters, *beside]),
     }
 
 

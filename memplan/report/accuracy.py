@@ -79,9 +79,15 @@ UNEXPLAINED_LEGEND = (
     "hold and the other not"
 )
 
-FLOOR_LEGEND = (
-    "bound: the run holds what memplan does not count, so that memplan's number can only be a lower bound; it holds "
-    "where it is not above what was measured"
+NOT_STATED = "not stated"
+"""In place of a card that the source does not name."""
+
+BOUNDS = {"floor": ("lower bounds", "above"), "ceiling": ("upper bounds", "below")}
+"""Comparison -> its name, and where memplan's number is if it does not hold."""
+
+BOUND_LEGEND = (
+    "bound: memplan's number can only be a lower bound, as the run holds what memplan does not count, or an upper one, "
+    "as only the longest a sequence may be is known; it holds where what was measured is not on its other side"
 )
 
 VERDICTS = {
@@ -155,15 +161,18 @@ def num_measured(document: Document, device: str) -> int:
 
 
 def is_broken(comparison: Document) -> bool:
-    """Whether what can only be a lower bound is above what was measured."""
-    return bool(comparison["comparison"] == "floor" and comparison["error"] > 0)
+    """Whether what can only be a lower bound is above what was measured, or an upper one below it."""
+    kind, error = comparison["comparison"], comparison["error"]
+    return bool((kind == "floor" and error > 0) or (kind == "ceiling" and error < 0))
 
 
 def error_of(comparison: Document) -> str:
-    """The error of a published number; of a lower bound, whether it holds."""
+    """The error of a published number; of a bound, whether it holds."""
     if comparison["comparison"] == "value":
         return percent(comparison["error"])
-    return f"above {percent(comparison['error'])}" if is_broken(comparison) else "bound holds"
+    if not is_broken(comparison):
+        return "bound holds"
+    return f"{'above' if comparison['error'] > 0 else 'below'} {percent(comparison['error'])}"
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
@@ -229,10 +238,11 @@ def _on_published(published: Document) -> Iterator[str]:
     text = f"{plural(len(compared), 'GPU number')} that others published"
     if errors:
         text += f": {percent(min(errors))} to {percent(max(errors))}, {percent(median(errors))} at the median"
-    floors = len(compared) - len(errors)
-    if floors:
-        broken = sum(map(is_broken, compared))
-        text += f"; lower bounds: {floors:,}, {f'{broken:,} above what was measured' if broken else 'all hold'}"
+    for kind, (name, beyond) in BOUNDS.items():
+        bounds = [one for one in compared if one["comparison"] == kind]
+        if bounds:
+            broken = sum(map(is_broken, bounds))
+            text += f"; {name}: {len(bounds):,}, {f'{broken:,} {beyond} what was measured' if broken else 'all hold'}"
     yield f"{text}."
 
 
@@ -345,7 +355,7 @@ def _published_lines(published: Document) -> Iterator[Line]:
         rows += [
             (
                 printable(one["model"]),
-                clip(printable(one["gpu"]).removeprefix("NVIDIA "), GPU_WIDTH),
+                clip(printable(one["gpu"] or NOT_STATED).removeprefix("NVIDIA "), GPU_WIDTH),
                 NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
                 gib(one["measured"]),
                 gib(one["predicted"]),
@@ -366,8 +376,8 @@ def _published_legend(compared: Iterable[Document]) -> Iterator[str]:
     compared = list(compared)
     if any(one["explained_error"] is not None for one in compared):
         yield UNEXPLAINED_LEGEND
-    if any(one["comparison"] == "floor" for one in compared):
-        yield FLOOR_LEGEND
+    if any(one["comparison"] in BOUNDS for one in compared):
+        yield BOUND_LEGEND
 
 
 def _reason_lines(heading: str, reasons: Sequence[Document]) -> Iterator[Line]:
@@ -452,7 +462,7 @@ def _markdown_row(one: Document) -> Document:
     rest = one["explained_error"]
     return {
         "model": _markdown(one["model"]),
-        "GPU": _markdown(one["gpu"]),
+        "GPU": _markdown(one["gpu"] or NOT_STATED),
         "quantity": NAME_BY_QUANTITY.get(one["quantity"], one["quantity"]),
         "measured": f"{gib(one['measured'])} GiB",
         "predicted": f"{gib(one['predicted'])} GiB",

@@ -79,6 +79,7 @@ MARKS = {
     "cpu": Mark("measured on a CPU: tensors alone", "s", CPU, True, "M2.5 2.5h7v7h-7z"),
     "value": Mark("published by others, on a GPU", "^", PUBLISHED, True, "M6 2l4.5 8h-9z"),
     "floor": Mark("published; memplan's number is a lower bound", "v", PUBLISHED, False, "M6 10L1.5 2h9z"),
+    "ceiling": Mark("published; memplan's number is an upper bound", "^", PUBLISHED, False, "M6 2l4.5 8h-9z"),
 }
 """Device of a measurement, or comparison of a published number -> its mark."""
 
@@ -160,7 +161,7 @@ def _source(name: str, rows: list[Document]) -> Document:
         reference = references.setdefault((row["source_ref"], row["date"]), len(references) + 1)
         lines.append((row, number, reference))
     errors = [row["error"] for row in rows if row["comparison"] == "value"]
-    spread = f"{accuracy.percent(min(errors))} to {accuracy.percent(max(errors))}" if errors else "lower bounds alone"
+    spread = f"{accuracy.percent(min(errors))} to {accuracy.percent(max(errors))}" if errors else "bounds alone"
     return {
         "name": name,
         "summary": f"{plural(len(rows), 'number')}, {spread}",
@@ -271,7 +272,7 @@ def _strip(points: Sequence[Point]) -> str:
     for x, text in ((0.25, "\u2190 predicted too little"), (0.75, "predicted too much \u2192")):
         axes.text(x, len(rows) - 0.5 + 20 / 44, text, **in_row, ha="center")
     _plain(axes)
-    return _svg(figure, "e", "Signed errors", _described([one for one in points if one.kind != "floor"]))
+    return _svg(figure, "e", "Signed errors", _described([one for one in points if one.kind not in accuracy.BOUNDS]))
 
 
 def _error_ticks(most: float) -> list[float]:

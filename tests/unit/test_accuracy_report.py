@@ -300,6 +300,24 @@ def test_text_of_everything() -> None:
     assert "records.jsonl, line 7: is no JSON" in text
 
 
+def test_upper_bounds_and_cards_that_are_not_stated() -> None:
+    """A bound holds, or is said to be on the wrong side."""
+    document = full()
+    document["published"]["compared"] = [
+        comparison(171, 0.117, comparison="ceiling"),
+        comparison(119, -0.02, comparison="ceiling"),
+        comparison(1078, -0.005, gpu=""),
+    ]
+    text = text_of(document)
+    assert "upper bounds: 2, 1 below what was measured." in flat(text)
+    found = [line.split("  ")[1:] for line in text.splitlines() if "PowerLM" in line]
+    assert [[cell.strip() for cell in line if cell][-1] for line in found] == ["bound holds", "below -2.0 %", "-0.5 %"]
+    assert "| ibm/PowerLM-3b | not stated | process |" in accuracy_markdown(document)
+    page = render_accuracy_page(document)
+    assert "<td>ibm/PowerLM-3b</td><td>not stated</td>" in page
+    assert "below -2.0 %" in page
+
+
 def test_groups_without_a_measurement_are_not_shown() -> None:
     text = text_of(full())
     assert "By card" in text
