@@ -73,6 +73,13 @@ class _Case:
         """Peak of another setup less that of this one."""
         return self.estimator.memory(other).peak_allocated_bytes - int(self.peaks.peak)
 
+    def effect_if(self, other: Setup) -> int | None:
+        """The same; None where there is no such setup."""
+        try:
+            return self.effect(other)
+        except UsageError:
+            return None
+
     def effect_at(self, instant: str, change: int) -> int:
         """The same, where one instant changes by so many bytes."""
         moved = {**self.peaks.by_instant, instant: self.peaks.by_instant[instant] + change}
@@ -317,7 +324,7 @@ def _adapters(case: _Case) -> Iterator[Assumption]:
         other = replace(case.setup, lora=replace(lora, dtype="base"))
         value = "fp32, and so are the copies of what goes into them"
         why = "peft casts them up (autocast_adapter_dtype)"
-        yield Assumption("adapters", value, "--lora-dtype base", case.effect(other), why)
+        yield Assumption("adapters", value, "--lora-dtype base", case.effect_if(other), why)
     if lora.dropout:
         value = "before adapters: a mask of one byte an element, as CUDA's fused kernel makes it"
         why = "written out, as on a CPU, it would be in the dtype of its input (Dropout.cpp)"
@@ -333,7 +340,7 @@ def _quantised(case: _Case) -> Iterator[Assumption]:
         other = replace(case.setup, upcast=True)
         value = "norms, embeddings and head stay in the dtype of the model"
         why = "TRL's trainers leave them so; prepare_model_for_kbit_training (--upcast) casts them to fp32"
-        yield Assumption("not quantised", value, "all in fp32", case.effect(other), why)
+        yield Assumption("not quantised", value, "all in fp32", case.effect_if(other), why)
     if how == "int8":
         why = "how many columns have some depends on the data"
         yield Assumption("outliers", "none, so that no column is multiplied in half precision", "", None, why)
