@@ -387,7 +387,7 @@ def _logits(case: _Case) -> Iterator[Assumption]:
         "loss",
         f"{value}, {format_bytes(largest)} the largest of them",
         f"--loss {OTHER_LOSS}, TRL's from 1.15 on" if known else "",
-        case.effect(replace(case.setup, loss=OTHER_LOSS)) if known else None,
+        case.effect_if(replace(case.setup, loss=OTHER_LOSS)) if known else None,
         "so transformers computes it; TRL, Liger and others go chunk by chunk",
     )
 
