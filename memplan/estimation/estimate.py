@@ -214,7 +214,7 @@ class Estimator:
 
     def sizes(self, setup: Setup) -> Sizes:
         """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
-        key = (setup.micro_batch_size, setup.seq_len, setup.supervised)
+        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised)
         if key not in self._sizes:
             self._sizes[key] = Sizes(bind(*key))
         return self._sizes[key]
@@ -282,13 +282,13 @@ class Estimator:
         recording = self.program(setup).recording
         key = id(recording)
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed)
+            self._timed[key] = TimedModel(recording, self._speed, self._recordings.reference(setup))
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:
         program = self.program(setup)
         return {
-            "env": bind(setup.micro_batch_size, setup.seq_len, setup.supervised),
+            "env": bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised),
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],
@@ -315,7 +315,7 @@ class Estimator:
             setup=setup,
             gpu=self.gpu,
             memory=memory,
-            parameter_bytes=program.parameters.total(sizes),
+            parameter_bytes=program.parameter_bytes(sizes),
             gradient_bytes=program.gradients.total(sizes),
             optimizer_state_bytes=program.optimizer_states.total(sizes),
             host_bytes=program.host_bytes,

@@ -154,7 +154,7 @@ class _Calls:
             if kind == 0:
                 yield base + slot, num_bytes, sign
             elif kind == 1:
-                yield self._hidden(place), num_bytes, sign
+                yield self._hidden(place, slot), num_bytes, sign
             elif kind == 2:
                 yield self.hidden_gradient, num_bytes, sign
             else:
@@ -168,12 +168,12 @@ class _Calls:
             else:
                 self.gradients.pop(key, None)
 
-    def _hidden(self, place: int) -> int:
+    def _hidden(self, place: int, tag: str) -> int:
         layers = len(self.program.recording.order)
         before = STEM if place == 0 or (place == HEAD and not layers) else layers - 1 if place == HEAD else place - 1
-        recording = self.program.recording
+        recording = self.program.layout.recording_of(tag)
         piece = recording.stem if before == STEM else recording.kinds[recording.order[before]]
-        return self.base_of[before] + self._slot(("", piece.output.storage))
+        return self.base_of[before] + self._slot((tag, piece.output.storage))
 
     def _slot(self, key: Any) -> int:
         return self.slots.setdefault(key, len(self.slots))
@@ -189,8 +189,8 @@ class _Calls:
         for event in segment.events:
             key = event.key
             tied = key[0] == "tied"
-            if key == ("hidden",):
-                kind, slot = 1, 0
+            if key[0] == "hidden":
+                kind, slot = 1, key[1] if len(key) > 1 else ""
             elif key == ("gradient of output",):
                 kind, slot = 2, 0
             else:
