@@ -114,7 +114,7 @@ def add_fused_head(
     """Let the model return log-probabilities of its labels instead of logits (``add_fused_lm_head``), in place."""
     model = language_model(module, "the objective")
     def forward(self: Any, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> dict[str, Any]:
-        outputs = self.base_model(input_ids=input_ids, **kwargs)
+        outputs = self.base_model(input_ids=input_ids, use_cache=False, **kwargs)
         numbers = tiled_numbers(outputs[0], head_of(self, autocast, setup.supervised), labels, reported)
         loss = -numbers["log_probs"].sum() / numbers["mask"].sum().clamp(min=1)
         return {"loss": loss, **numbers}

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import copy
 import importlib.util
+import warnings
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
@@ -254,7 +255,9 @@ def cpu_model(*, adapters: bool) -> Any:
     if not adapters:
         return model
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
 
 
 def story(take: Any, inputs: dict[str, Any], models: list[Any]) -> dict[str, int]:
