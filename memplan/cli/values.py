@@ -17,6 +17,7 @@ from memplan.specs.training import (
     ATTENTIONS,
     LARGEST_COUNT,
     LOSSES,
+    OBJECTIVES,
     OPTIMIZERS,
     PRECISIONS,
     QUANTIZATIONS,
@@ -59,6 +60,7 @@ class Options(NamedTuple):
     optimizer: str | None = None
     attention: str | None = None
     loss: str | None = None
+    objective: str | None = None
     supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
@@ -322,6 +324,7 @@ SETUP_ROWS = (
     ),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
+    _named("--objective", TRAINING, "What is trained for; dpo's micro-batch counts pairs (lm).", OBJECTIVES),
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),

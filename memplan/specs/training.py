@@ -174,6 +174,11 @@ class Setup:
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
             )
+        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+            raise UsageError(
+                "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
+                "Leave --lora-dropout out.",
+            )
 
     def _check_quantization(self) -> None:
         if self.quantize is not None:
