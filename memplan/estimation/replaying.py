@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.allocator.replay import new_allocator
 from memplan.allocator.rounding import fitting
 from memplan.estimation.step import HEAD, STEM
+from memplan.memory.lifetimes import WITHOUT_GRAPH
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ class _Calls:
         for kind, slot, num_bytes, sign in events:
             if kind == 0:
                 yield base + slot, num_bytes, sign
-            elif kind == 1:
-                yield self._hidden(place, slot), num_bytes, sign
+            elif kind in {1, 4}:
+                yield self._hidden(place, WITHOUT_GRAPH if kind == 4 else ""), num_bytes, sign
             elif kind == 2:
                 yield self.hidden_gradient, num_bytes, sign
             else:
@@ -190,7 +191,7 @@ class _Calls:
             key = event.key
             tied = key[0] == "tied"
             if key[0] == "hidden":
-                kind, slot = 1, key[1] if len(key) > 1 else ""
+                kind, slot = (4 if WITHOUT_GRAPH in key else 1), 0
             elif key == ("gradient of output",):
                 kind, slot = 2, 0
             else:

@@ -200,15 +200,9 @@ class PieceLifetimes:
             if not stop_here:
                 events += self._moments(op, "", op.loop.moments if op.loop else ())
                 events += self._scratch(op, "", op.scratch, +1)
-                for x in op.outputs:
-                    storage = storages[x.storage]
-                    if (
-                        storage.role == "activation"
-                        and x.storage not in born
-                        and x.storage not in {y.storage for y in op.inputs}
-                    ):
-                        born.add(x.storage)
-                        events.append(Event((tag, x.storage), storage.size, +1, self.row(storage, tag=tag)))
+                for storage in self._made(op, born):
+                    born.add(storage.number)
+                    events.append(Event((tag, storage.number), storage.size, +1, self.row(storage, tag=tag)))
                 events += self._scratch(op, "", op.scratch, -1)
             for s in dies.get(i, ()):
                 storage = storages[s]
@@ -218,6 +212,12 @@ class PieceLifetimes:
                     events.append(Event(key, storage.size, -1, self.row(storage, tag=tag)))
                     born.discard(s)
         return events
+
+    def _made(self, op: Op, born: set[int]) -> list[Storage]:
+        """The storages that an operator makes, those that are there already (`born`) left out."""
+        before = born | {x.storage for x in op.inputs}
+        new = dict.fromkeys(x.storage for x in op.outputs if x.storage not in before)
+        return [self.tape.storages[s] for s in new if self.tape.storages[s].role == "activation"]
 
     @cached_property
     def forward(self) -> Segment:

@@ -60,7 +60,8 @@ class Preference:
         self.reference: Any = reference
         self.setup = setup
         self._autocast = autocast
-        self._words = int(self.policy.config.get_text_config().vocab_size)
+        model: Any = policy
+        self._words = int(model.config.get_text_config().vocab_size)
 
     def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
         """What DataCollatorForPreference gives: the chosen sequences, then the rejected ones."""
@@ -108,11 +109,10 @@ class Preference:
                 enable_checkpointing(self.policy, how, self._autocast)
 
 
-def add_fused_head(
-    module: nn.Module, setup: Setup, autocast: CudaAutocast | None, reported: tuple[str, ...]
-) -> None:
+def add_fused_head(module: nn.Module, setup: Setup, autocast: CudaAutocast | None, reported: tuple[str, ...]) -> None:
     """Let the model return log-probabilities of its labels instead of logits (``add_fused_lm_head``), in place."""
     model = language_model(module, "the objective")
+
     def forward(self: Any, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> dict[str, Any]:
         outputs = self.base_model(input_ids=input_ids, use_cache=False, **kwargs)
         numbers = tiled_numbers(outputs[0], head_of(self, autocast, setup.supervised), labels, reported)

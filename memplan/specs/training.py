@@ -103,7 +103,7 @@ class Setup:
     """One training configuration."""
 
     micro_batch_size: int = 1
-    """Sequences in one forward and backward pass on one data-parallel rank; pairs of them where there are (`PAIRED`)."""
+    """Sequences in one forward and backward pass on one data-parallel rank; of `PAIRED` objectives pairs of them."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     data_parallel_size: int = 1
@@ -132,8 +132,8 @@ class Setup:
     """What is trained for, one of `OBJECTIVES`:
 
     ``lm``               the language model's own loss (pre-training, SFT)
-    ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second model,
-                         or with adapters the same one without them; it runs after each forward pass of the policy
+    ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
+                         model, or with adapters the same one without them; it runs after each pass of the policy
     ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
     """
     supervised: float = 1.0

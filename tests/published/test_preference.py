@@ -117,7 +117,7 @@ def _height(trace: Trace, phase: str) -> int:
 def test_the_reference_runs_on_top_of_what_the_policy_keeps(
     config: dict[str, Any], precision: str, checkpointing: str, trained: str, size: tuple[int, int]
 ) -> None:
-    """A tenth of the tokens has a label: the high point of the forward pass is the reference's, and both agree on it."""
+    """A tenth of the tokens has a label: both agree on the high point of the forward pass, the reference's."""
     setup = setup_of(
         "dpo",
         micro_batch_size=size[0],
@@ -157,7 +157,7 @@ def test_every_family(model_type: str, trained: str) -> None:
     try:
         both = compare(config, setup, sdpa_kernel=kernel_to_force(config))
     except UsageError as refused:
-        assert "causal" in refused.cause  # noqa: PT017 -- some families are refused, the others go on
+        assert "causal" in refused.cause
         return
     assert both.formula == both.trace
     assert abs(both.peak_error) <= 0.01
@@ -328,7 +328,9 @@ def test_the_trace_does_what_dpo_trainer_does(objective: str, adapters: bool) ->
         _total_train_tokens=0,
         _tp_size=1,
     )
-    said = story(lambda given: scope["_compute_loss"](trainer, theirs, given, False), inputs, [theirs, their_reference or theirs])
+    said = story(
+        lambda given: scope["_compute_loss"](trainer, theirs, given, False), inputs, [theirs, their_reference or theirs]
+    )
     found = story(lambda given: ours.loss(given, contextlib.nullcontext), inputs, [policy, reference or policy])
     assert head_of(theirs.get_base_model() if adapters else theirs, None, 1.0).weight.shape == (500, 128)
     assert found == said

@@ -15,7 +15,6 @@ from memplan.memory.events import Sizes
 from memplan.operators.sizes import allocated, bind
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import dropout_of, setup_fields
-from memplan.specs.gpu import GpuSpec
 from memplan.specs.training import OBJECTIVES, PAIRED, Setup
 
 WIDTH, WORDS, LENGTH, PAIRS = 64, 40000, 256, 3
@@ -127,7 +126,7 @@ def test_the_reference_takes_time() -> None:
     """GIVEN rates THEN a step with a reference takes the time of one forward pass more."""
     from memplan.catalog.gpus import read_gpu
 
-    card: GpuSpec = read_gpu("a100-80gb")
+    card = read_gpu("a100-80gb")
     timed = Estimator(read_architecture(LLAMA, "config"), "llama", card)
     with_it, without = timed.step_time(pairs()), timed.step_time(pairs("dpo-precomputed"))
     assert with_it is not None
