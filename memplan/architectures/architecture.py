@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
@@ -73,6 +74,8 @@ class Architecture:
     hidden_size: int
     usual_positions: int | None = None
     """Positions that a model without such a limit was made with; None where its config names none."""
+    classes: Classes = Classes()
+    """Of a model that tells them apart, in place of words."""
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
@@ -199,6 +202,7 @@ def record(
             padded=padded,
             loss=loss,
             objective=objective,
+            classes=architecture.classes,
             grad=grad,
             recipe=recipe,
             prefix=prefix,

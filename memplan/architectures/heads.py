@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
+from memplan.architectures.classifiers import CLASSIFIERS, generic_head
 from memplan.errors import UsageError
 from memplan.operators.attention import softcapped
 from memplan.operators.elementwise import scale
 from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
 from memplan.operators.losses import causal_lm_loss
 from memplan.operators.preference import dpo_loss
-from memplan.specs.training import PAIRED
+from memplan.specs.training import CLASSIFICATIONS, PAIRED
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -40,6 +41,11 @@ def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> 
         raise UsageError(
             f"--objective {objective} trains causal language models; {model_type} is trained on another task ({task}).",
             "Leave --objective out.",
+        )
+    if objective in CLASSIFICATIONS and model_type not in CLASSIFIERS:
+        raise UsageError(
+            f"--objective {objective} is not modelled for {model_type}.",
+            f"Known: {', '.join(sorted(CLASSIFIERS))}; memplan trace runs the others.",
         )
     if loss != "full" and task != "causal-lm":
         raise UsageError(
@@ -76,6 +82,8 @@ def causal_head(
         logits: What happens to them before the loss: a key of `BENT_BY_NAME`, empty for nothing.
         holds_hidden: Whether the model's output holds the last hidden states until the loss is there.
     """
+    if t.objective in CLASSIFICATIONS:
+        return generic_head(t, hidden)
     if t.objective == "lm" and t.loss in ALL_LOGITS:
         made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
         if logits:

@@ -372,6 +372,14 @@ OBJECTIVE_WORDS = {
         "no reference while training; a micro-batch of n is n pairs, 2n sequences",
         "DPOTrainer of TRL from 1.15 on, precompute_ref_log_probs=True",
     ),
+    "sequence-classification": (
+        "a class of each sequence, one of those that the config names",
+        "AutoModelForSequenceClassification of transformers, trained by Trainer",
+    ),
+    "token-classification": (
+        "a class of each token, one of those that the config names",
+        "AutoModelForTokenClassification of transformers, trained by Trainer",
+    ),
 }
 """What each objective takes for granted, and whose it is."""
 

@@ -154,8 +154,14 @@ class Layout:
 
         before = lifetimes(recording.stem, "none", owns_hidden=True)
         self.layers: list[PieceLifetimes] = []
-        for kind, mode in zip(recording.order, modes, strict=True):
-            before = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
+        self.held_by_model = False
+        """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
+        for place, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
+            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
+            if place == 0 and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
+                layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
+                self.held_by_model = True
+            before = layer
             self.layers.append(before)
         self.head = lifetimes(recording.head, "none", owns_hidden=not before.keeps_output())
         pieces = {id(x): x for x in (*self.layers, self.head)}
@@ -187,6 +193,7 @@ class Layout:
             Part(FORWARD, self.stem.forward, (STEM,)),
             *self._in_layers(FORWARD, lambda x: x.forward),
             Part(FORWARD, self._release_shared(kept=False), (STEM,)),
+            *((Part(FORWARD, self.stem.output_released, (STEM,)),) if self.held_by_model else ()),
             Part(LOSS, self.head.forward, (HEAD,)),
             Part(LOSS, self.stem.autocast_exit, (STEM,)),
             *self._in_layers(LOSS, lambda x: x.autocast_exit),
@@ -295,14 +302,18 @@ def run_without_graph(recording: Recording, instant: str) -> tuple[Part, ...]:
     stem = PieceLifetimes(recording.stem)
     kinds = [PieceLifetimes(piece) for piece in recording.kinds]
     head = PieceLifetimes(recording.head)
+    held = recording.stem.tape.holds_output
+    first = PieceLifetimes(recording.kinds[recording.order[0]], owns_hidden=False) if held else None
     runs = [(kind, tuple(n for n, _ in run)) for kind, run in groupby(enumerate(recording.order), key=lambda p: p[1])]
     layers = [(kinds[kind], places) for kind, places in runs]
+    if first is not None:
+        layers = [(first, (0,)), (layers[0][0], layers[0][1][1:]), *layers[1:]]
     body = [(stem, (STEM,)), *layers]
     pieces = [*body, (head, (HEAD,))]
-    exits = {id(piece): piece.released_without_graph(cached=True) for piece, _ in pieces}
+    exits = {id(piece): piece.released_without_graph(cached=True, result=piece is head) for piece, _ in pieces}
     return (
         *(Part(instant, piece.without_graph, places) for piece, places in body),
-        Part(instant, stem.released_without_graph(cached=False), (STEM,)),
+        Part(instant, stem.released_without_graph(cached=False, result=held), (STEM,)),
         Part(instant, head.without_graph, (HEAD,)),
         *(Part(instant, exits[id(piece)], places) for piece, places in pieces),
     )

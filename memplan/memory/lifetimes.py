@@ -138,6 +138,10 @@ class PieceLifetimes:
         """Whether the piece itself keeps the tensor it hands on."""
         return self.piece.output.storage in self.keepers
 
+    def keeps_hidden(self) -> bool:
+        """Whether the piece keeps what comes in for its backward pass."""
+        return self.piece.hidden is not None and self.piece.hidden.storage in self.keepers
+
     # -- events ------------------------------------------------------------------------------------------------------
 
     def row(self, storage: Storage, *, tag: str = "") -> Row:
@@ -247,10 +251,10 @@ class PieceLifetimes:
         """The forward pass under ``torch.no_grad()``, once: nothing is kept, only handed on."""
         return Segment("forward without graph", tuple(self._run(self.tape.ops, {}, tag=WITHOUT_GRAPH, stay=self._stay)))
 
-    def released_without_graph(self, *, cached: bool) -> Segment:
+    def released_without_graph(self, *, cached: bool, result: bool) -> Segment:
         """What a run without a graph has left of the piece goes: autocast's copies (`cached`), or what layers share.
 
-        Of the last piece its result goes with the copies, at the end of the model's forward pass.
+        `result`: its result, too, where no other piece lets that go.
         """
         alive: dict[tuple[Any, ...], Event] = {}
         for event in self.without_graph.events:
@@ -258,18 +262,22 @@ class PieceLifetimes:
                 alive[event.key] = event
             else:
                 alive.pop(event.key, None)
-        storages = self.tape.storages
-        result = self.piece.output.storage
-        is_head = storages[result].module.startswith("loss")
+        storages, output = self.tape.storages, self.piece.output.storage
 
         def goes(s: int) -> bool:
-            return (cached and is_head) if s == result else storages[s].cached == cached
+            return result if s == output else storages[s].cached == cached
 
         return Segment("released without graph", tuple(e._replace(sign=-1) for k, e in alive.items() if goes(k[-1])))
 
     @property
     def _stays(self) -> set[int]:
         return {x.storage for x in self.piece.shared.values()}
+
+    @cached_property
+    def output_released(self) -> Segment:
+        """The result of the piece goes, where a variable held it longer than the next piece needed it."""
+        storage = self.tape.storages[self.piece.output.storage]
+        return Segment("output released", (Event(("", storage.number), storage.size, -1, self.row(storage)),))
 
     @cached_property
     def autocast_exit(self) -> Segment:

@@ -188,6 +188,7 @@ class Tape:
         prefix: str = "",
         loss: str = "full",
         objective: str = "lm",
+        classes: Any = None,
         grad: bool = True,
     ) -> None:
         self.numerics = numerics
@@ -195,6 +196,8 @@ class Tape:
         """Whether autograd records; False within ``torch.no_grad()``."""
         self.objective = objective
         """What is trained for: one of `memplan.specs.training.OBJECTIVES`."""
+        self.classes = classes
+        """Of a model that tells them apart (`memplan.architectures.classifiers.Classes`)."""
         self.recipe = recipe
         """What is trained."""
         self.prefix = prefix
@@ -219,6 +222,8 @@ class Tape:
         self.spans: list[Span] = []
         self.outlive: list[Tensor] = []
         """What the caller of the model holds until the backward pass is over."""
+        self.holds_output = False
+        """Whether a variable of the model holds what this piece hands on until the last layer has run."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}

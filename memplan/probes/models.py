@@ -56,6 +56,22 @@ def token_inputs(vocab_size: int) -> Callable[[int, int], dict[str, torch.Tensor
     return inputs
 
 
+def class_inputs(vocab_size: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """Ids at random, and the first class for each sequence."""
+
+    def inputs(micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(vocab_size, (micro_batch_size, seq_len), dtype=torch.int64)
+        return {"input_ids": ids, "labels": torch.zeros((micro_batch_size,), dtype=torch.int64)}
+
+    return inputs
+
+
+AUTO_CLASS_BY_OBJECTIVE = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+
+
 def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class: str | None = None) -> TracedModel:
     """The model that a Hugging Face config.json describes, as the installed transformers library builds it.
 
@@ -70,7 +86,8 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
 
     def build(setup: Setup) -> Built:
         module, vocab_size = _build(values, setup, auto_class)
-        return Built(prepared(module, setup), token_inputs(vocab_size), None)
+        makers = {"sequence-classification": class_inputs}
+        return Built(prepared(module, setup), makers.get(setup.objective, token_inputs)(vocab_size), None)
 
     return TracedModel(name=name or values["model_type"], build=build, accepts_padding=True)
 
@@ -92,7 +109,10 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> tupl
     _set_dropout(config, setup.dropout)
     dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
     implementation = _register_flash() if setup.attention == "flash" else setup.attention
-    maker = getattr(transformers, auto_class or _auto_class(values))
+    named = auto_class or AUTO_CLASS_BY_OBJECTIVE.get(setup.objective)
+    if named in AUTO_CLASS_BY_OBJECTIVE.values():
+        _prepare_for_classes(config, setup.dropout)
+    maker = getattr(transformers, named or _auto_class(values))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,6 +138,14 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
     text = getattr(config, "text_config", None)
     if text is not None:
         _set_dropout(text, dropout)
+
+
+def _prepare_for_classes(config: Any, dropout: float | None) -> None:
+    """A padding token, without which transformers tells no sequences of a batch apart; dropout where none is named."""
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    if dropout is not None and getattr(config, "classifier_dropout", None) is None:
+        config.classifier_dropout = dropout
 
 
 def _auto_class(values: Mapping[str, Any]) -> str:

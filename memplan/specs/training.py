@@ -88,10 +88,16 @@ ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
-OBJECTIVES = ("lm", "dpo", "dpo-precomputed")
+OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
+CLASSIFICATIONS = ("sequence-classification", "token-classification")
 PAIRED = ("dpo", "dpo-precomputed")
 """Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
-LOSSES_BY_OBJECTIVE = {"dpo": ("tiled",), "dpo-precomputed": ("tiled",)}
+LOSSES_BY_OBJECTIVE = {
+    "dpo": ("tiled",),
+    "dpo-precomputed": ("tiled",),
+    "sequence-classification": ("full",),
+    "token-classification": ("full",),
+}
 """How the losses of objectives are computed, the default first, where not in all of the ways of `LOSSES`.
 
 DPOTrainer of TRL up to 1.14 had all logits, and kernels of its own for them, which are not modelled.
@@ -135,6 +141,8 @@ class Setup:
     ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
                          model, or with adapters the same one without them; it runs after each pass of the policy
     ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
+    ``sequence-classification``, ``token-classification``
+                         classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
     supervised: float = 1.0
     """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
@@ -173,6 +181,10 @@ class Setup:
             raise UsageError(
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
+            )
+        if self.objective in CLASSIFICATIONS and self.lora is not None:
+            raise UsageError(
+                "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
             )
         if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
             raise UsageError(
