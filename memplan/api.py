@@ -20,7 +20,7 @@ from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
 from memplan.errors import MemplanError, UnknownModelError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
-from memplan.specs.choices import as_count, setup_fields
+from memplan.specs.choices import as_count, dropout_of, setup_fields
 from memplan.specs.margin import Margin
 from memplan.specs.training import Setup
 from memplan.specs.values import NamedTuple, replace
@@ -311,7 +311,7 @@ def estimate(
         UsageError: a value or a combination has no meaning.
         MemplanError: the model cannot be read or modelled.
     """
-    found = find_model(model, dropout=choices.get("dropout"))
+    found = find_model(model, dropout=dropout_of(choices))
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     setup = make_setup(found, num, choices)
     target = find_target(setup, target_batch, target_tokens)
@@ -346,7 +346,7 @@ def estimate_grid(
     """
     from memplan.estimation.grid import estimate_grid as evaluate
 
-    found = find_model(model, dropout=choices.get("dropout"))
+    found = find_model(model, dropout=dropout_of(choices))
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     if isinstance(found, UserModule):
         raise UsageError(f"{found.name} is not described: there is no grid of it.", "Ask for one size at a time.")
@@ -437,7 +437,7 @@ def suggest(
         raise UsageError(
             "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."
         )
-    found = find_model(model, dropout=choices.get("dropout"))
+    found = find_model(model, dropout=dropout_of(choices))
     spec, num = find_gpu(gpu, gpus)
     micro_batch, accumulation = choices.pop("micro_batch", None), choices.pop("accumulation", None)
     checkpointing = choices.get("checkpointing")
@@ -493,7 +493,7 @@ def trace(
         UsageError: a value or a combination has no meaning.
         MemplanError: a library is not installed, or the module cannot be traced.
     """
-    asked, origin, described = _find_traced(model, dropout=choices.get("dropout"), diff=diff)
+    asked, origin, described = _find_traced(model, dropout=dropout_of(choices), diff=diff)
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     setup = make_setup(described or asked, num, choices)
     target = find_target(setup, target_batch, target_tokens)

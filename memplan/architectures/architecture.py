@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
@@ -73,6 +74,8 @@ class Architecture:
     hidden_size: int
     usual_positions: int | None = None
     """Positions that a model without such a limit was made with; None where its config names none."""
+    classes: Classes = Classes()
+    """Of a model that tells them apart, in place of words."""
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
@@ -112,6 +115,11 @@ class Recording(NamedTuple):
     order: tuple[int, ...]
     """For each layer of the model, which of `kinds` it is."""
     head: Piece
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters stand beside the weights, which are the model without them."""
+        return self.stem.tape.recipe.lora is not None
 
     def pieces(self) -> tuple[Piece, ...]:
         """All distinct pieces."""
@@ -164,6 +172,8 @@ def record(
     padded: bool = False,
     recipe: Recipe = EVERYTHING,
     loss: str = "full",
+    objective: str = "lm",
+    grad: bool = True,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -171,12 +181,13 @@ def record(
     and where their hidden states are alike in dtype and in whether they require a gradient.
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where; `recipe`: what is trained.
+    hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
+    ``torch.no_grad()``, of a model that nothing is trained of.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
     """
-    check_loss(loss, architecture.model_type, architecture.task)
+    check_loss(loss, architecture.model_type, architecture.task, objective)
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",
@@ -190,6 +201,9 @@ def record(
             exceeded=exceeded,
             padded=padded,
             loss=loss,
+            objective=objective,
+            classes=architecture.classes,
+            grad=grad,
             recipe=recipe,
             prefix=prefix,
         )
@@ -234,8 +248,9 @@ def record(
         order=tuple(order),
         head=follow(architecture.head, hidden),
     )
-    _check_targets(recording, recipe)
-    _check_trained(recording)
+    if grad:
+        _check_targets(recording, recipe)
+        _check_trained(recording)
     return recording
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
+from memplan.architectures.classifiers import CLASSIFIERS, generic_head
 from memplan.errors import UsageError
 from memplan.operators.attention import softcapped
 from memplan.operators.elementwise import scale
 from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
 from memplan.operators.losses import causal_lm_loss
+from memplan.operators.preference import dpo_loss
+from memplan.specs.training import CLASSIFICATIONS, PAIRED
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -32,8 +35,18 @@ LIGER_MODEL_TYPES = frozenset(
 """Whose fused loss Liger Kernel 0.8.5 has (transformers/monkey_patch.py); it leaves others as they are."""
 
 
-def check_loss(loss: str, model_type: str, task: str) -> None:
+def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> None:
     """Raise `UsageError` where the loss of such a model is not computed in this way."""
+    if objective in PAIRED and task != "causal-lm":
+        raise UsageError(
+            f"--objective {objective} trains causal language models; {model_type} is trained on another task ({task}).",
+            "Leave --objective out.",
+        )
+    if objective in CLASSIFICATIONS and model_type not in CLASSIFIERS:
+        raise UsageError(
+            f"--objective {objective} is not modelled for {model_type}.",
+            f"Known: {', '.join(sorted(CLASSIFIERS))}; memplan trace runs the others.",
+        )
     if loss != "full" and task != "causal-lm":
         raise UsageError(
             f"--loss {loss} is a loss of causal language models; {model_type} is trained on another task ({task}).",
@@ -69,7 +82,9 @@ def causal_head(
         logits: What happens to them before the loss: a key of `BENT_BY_NAME`, empty for nothing.
         holds_hidden: Whether the model's output holds the last hidden states until the loss is there.
     """
-    if t.loss in ALL_LOGITS:
+    if t.objective in CLASSIFICATIONS:
+        return generic_head(t, hidden)
+    if t.objective == "lm" and t.loss in ALL_LOGITS:
         made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
         if logits:
             with t.scope(name):
@@ -88,9 +103,12 @@ def causal_head(
             f"Use --loss full, or leave {name} out of --lora-targets.",
         )
     weight, offset = output_parameters(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
+    head = OutputLayer(weight, offset, logits == "softcapped")
+    if t.objective in PAIRED:
+        with t.scope("loss"):
+            return dpo_loss(t, hidden, head)
     labels, num_items = _targets(t)
     with t.scope("loss"):
-        head = OutputLayer(weight, offset, logits == "softcapped")
         return LOSS_BY_NAME[t.loss](t, hidden, head, labels, num_items)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from memplan.architectures.classifiers import CLASSIFIERS, classes_of
 from memplan.architectures.config import Config, shown
 from memplan.architectures.undescribed import KIND_BY_MODEL_TYPE
 from memplan.errors import ConfigError, UnknownModelError, did_you_mean
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,7 +93,7 @@ def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float 
     module, function = READER_BY_MODEL_TYPE[model_type].split(":")
     reader = getattr(import_module(f"memplan.architectures.families.{module}"), function)
     architecture: Architecture = reader(config)
-    return architecture
+    return replace(architecture, classes=classes_of(config)) if model_type in CLASSIFIERS else architecture
 
 
 def _unknown(model_type: str, origin: str, key: str) -> UnknownModelError:

@@ -17,6 +17,7 @@ from memplan.specs.training import (
     ATTENTIONS,
     LARGEST_COUNT,
     LOSSES,
+    OBJECTIVES,
     OFFLOADS,
     OPTIMIZERS,
     PRECISIONS,
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "csv", "markdown")
 CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 
-NOT_MODELLED = ("--zero-stage",)
+NOT_MODELLED = ("--zero-stage", "--label-smoothing")
 """Documented options that have no formula yet."""
+
+OBJECTIVES_NOT_MODELLED = ("reward", "orpo", "kto", "grpo", "distillation", "contrastive")
+"""Objectives that have no formula yet."""
 
 LONGEST_ECHO = 40
 """Longer values are cut when they are quoted."""
@@ -57,6 +61,7 @@ class Options(NamedTuple):
     optimizer: str | None = None
     attention: str | None = None
     loss: str | None = None
+    objective: str | None = None
     supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
@@ -321,6 +326,14 @@ SETUP_ROWS = (
     ),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
+    _named(
+        "--objective",
+        TRAINING,
+        f"{', '.join(OBJECTIVES)}; dpo's micro-batch counts pairs (lm).",
+        OBJECTIVES,
+        later=OBJECTIVES_NOT_MODELLED,
+        metavar="NAME",
+    ),
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),

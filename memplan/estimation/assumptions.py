@@ -13,7 +13,7 @@ from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
 from memplan.memory.loops import RANK
 from memplan.memory.model_states import GRADIENT_BUCKETS
-from memplan.specs.training import OPTIMIZERS, PRECISIONS, library_of
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, OPTIMIZERS, PRECISIONS, library_of
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
 
@@ -369,6 +369,10 @@ def _routing(case: _Case) -> Iterator[Assumption]:
 
 
 def _logits(case: _Case) -> Iterator[Assumption]:
+    if case.setup.objective in LOSSES_BY_OBJECTIVE:
+        value, why = OBJECTIVE_WORDS[case.setup.objective]
+        yield Assumption("objective", value, "", None, why)
+        return
     if case.setup.loss != "full":
         value, why = LOSS_WORDS[case.setup.loss]
         effect = case.effect(replace(case.setup, loss="full"))
@@ -403,6 +407,26 @@ LOSS_WORDS = {
     "cut": ("no logits in memory", "cut cross-entropy: kernels keep logits in registers"),
 }
 """What each loss is, and whose."""
+
+OBJECTIVE_WORDS = {
+    "dpo": (
+        "the reference runs on top of what the policy keeps; a micro-batch of n is n pairs, 2n sequences",
+        "DPOTrainer of TRL from 1.15 on; a model of its own, or the same without its adapters",
+    ),
+    "dpo-precomputed": (
+        "no reference while training; a micro-batch of n is n pairs, 2n sequences",
+        "DPOTrainer of TRL from 1.15 on, precompute_ref_log_probs=True",
+    ),
+    "sequence-classification": (
+        "a class of each sequence, one of those that the config names",
+        "AutoModelForSequenceClassification of transformers, trained by Trainer",
+    ),
+    "token-classification": (
+        "a class of each token, one of those that the config names",
+        "AutoModelForTokenClassification of transformers, trained by Trainer",
+    ),
+}
+"""What each objective takes for granted, and whose it is."""
 
 _PASSING = ("activation", "loss", "temporary")
 

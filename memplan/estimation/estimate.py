@@ -14,7 +14,7 @@ from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.training import CLASSIFICATIONS, OPTIMIZERS, PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
@@ -63,7 +63,7 @@ class ModelSummary(NamedTuple):
     num_parameters: int
     num_trainable_parameters: int
     task: str = ""
-    """``causal-lm``, ``masked-lm`` or ``features``: which head and loss were estimated."""
+    """``causal-lm``, ``masked-lm``, ``features`` or a classification: which head and loss were estimated."""
     attentions: tuple[str, ...] = ()
     """Attention implementations that transformers has for it."""
 
@@ -217,7 +217,7 @@ class Estimator:
 
     def sizes(self, setup: Setup) -> Sizes:
         """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
-        key = (setup.micro_batch_size, setup.seq_len, setup.supervised)
+        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised)
         if key not in self._sizes:
             self._sizes[key] = Sizes(bind(*key))
         return self._sizes[key]
@@ -285,13 +285,13 @@ class Estimator:
         recording = self.program(setup).recording
         key = id(recording)
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed)
+            self._timed[key] = TimedModel(recording, self._speed, self._recordings.reference(setup))
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:
         program = self.program(setup)
         return {
-            "env": bind(setup.micro_batch_size, setup.seq_len, setup.supervised),
+            "env": bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised),
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],
@@ -318,7 +318,7 @@ class Estimator:
             setup=setup,
             gpu=self.gpu,
             memory=memory,
-            parameter_bytes=program.parameters.total(sizes),
+            parameter_bytes=program.parameter_bytes(sizes),
             gradient_bytes=program.gradients.total(sizes),
             optimizer_state_bytes=program.optimizer_states.total(sizes),
             host_bytes=program.host_bytes + program.offloaded_bytes(sizes),
@@ -348,7 +348,7 @@ class Estimator:
             model_type=self.architecture.model_type,
             num_parameters=program.states.num_parameters,
             num_trainable_parameters=program.states.num_trained,
-            task=self.architecture.task,
+            task=setup.objective if setup.objective in CLASSIFICATIONS else self.architecture.task,
             attentions=self.architecture.attentions,
         )
 

@@ -15,7 +15,7 @@ from memplan.estimation.estimate import SEGMENT_BYTES, context_bytes, workspace_
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import LARGEST_COUNT
+from memplan.specs.training import LARGEST_COUNT, sequences_of
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
     for points in _blocks(lengths, sorted(estimator.architecture.windows)):
         b, s = batches[points], lengths[points]
         program = estimator.program(replace(setup, seq_len=int(s[0])))
-        found = program.peaks(Sizes(bind(b, s, setup.supervised)), setup.gradient_accumulation_steps)
+        sequences = b * sequences_of(setup.objective)
+        found = program.peaks(Sizes(bind(sequences, s, setup.supervised)), setup.gradient_accumulation_steps)
         kept[points], peak[points] = found.kept_activation_bytes, found.peak
     reserved = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
     return Grid(

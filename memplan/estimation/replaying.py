@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.allocator.replay import new_allocator
 from memplan.allocator.rounding import fitting
 from memplan.estimation.step import HEAD, STEM
+from memplan.memory.lifetimes import WITHOUT_GRAPH
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ class _Calls:
         for kind, slot, num_bytes, sign in events:
             if kind == 0:
                 yield base + slot, num_bytes, sign
-            elif kind == 1:
-                yield self._hidden(place), num_bytes, sign
+            elif kind in {1, 4}:
+                yield self._hidden(place, WITHOUT_GRAPH if kind == 4 else ""), num_bytes, sign
             elif kind == 2:
                 yield self.hidden_gradient, num_bytes, sign
             else:
@@ -168,12 +169,12 @@ class _Calls:
             else:
                 self.gradients.pop(key, None)
 
-    def _hidden(self, place: int) -> int:
+    def _hidden(self, place: int, tag: str) -> int:
         layers = len(self.program.recording.order)
         before = STEM if place == 0 or (place == HEAD and not layers) else layers - 1 if place == HEAD else place - 1
-        recording = self.program.recording
+        recording = self.program.layout.recording_of(tag)
         piece = recording.stem if before == STEM else recording.kinds[recording.order[before]]
-        return self.base_of[before] + self._slot(("", piece.output.storage))
+        return self.base_of[before] + self._slot((tag, piece.output.storage))
 
     def _slot(self, key: Any) -> int:
         return self.slots.setdefault(key, len(self.slots))
@@ -189,8 +190,8 @@ class _Calls:
         for event in segment.events:
             key = event.key
             tied = key[0] == "tied"
-            if key == ("hidden",):
-                kind, slot = 1, 0
+            if key[0] == "hidden":
+                kind, slot = (4 if WITHOUT_GRAPH in key else 1), 0
             elif key == ("gradient of output",):
                 kind, slot = 2, 0
             else:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.architectures.architecture import record
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
 from memplan.memory.in_backward import updating
-from memplan.memory.lifetimes import PieceLifetimes
+from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
 from memplan.operators.tape import Numerics
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from memplan.architectures.architecture import Architecture, Piece, Recording
     from memplan.memory.optimizers import InBackward
+    from memplan.specs.recipe import Recipe
     from memplan.specs.training import Setup
 
 FORWARD = "forward"
@@ -39,6 +40,10 @@ CLIP = "gradient clip"
 OPTIMIZER = "optimizer step"
 INSTANTS = (FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER)
 """The instants of a step at which memory can be at its highest, in order."""
+REFERENCE = "reference forward"
+"""One more, of steps in which a reference model runs, between the forward pass and the loss."""
+REFERENCE_MODEL = "reference model"
+"""What the modules of a second model are listed under."""
 
 STEM = -1
 HEAD = -2
@@ -82,9 +87,18 @@ class Recordings:
 
     def recording(self, setup: Setup) -> Recording:
         """The tapes under the dtypes and the attention of `setup`."""
-        exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
+        return self._recorded(setup, setup.recipe, grad=True)
+
+    def reference(self, setup: Setup) -> Recording | None:
+        """The tapes of the reference that runs without a graph; None where none does."""
+        if not setup.has_reference:
+            return None
         recipe = setup.recipe
-        key = (setup.precision, setup.attention, exceeded, setup.padding, setup.loss, recipe)
+        return self._recorded(setup, recipe if recipe.lora is None else recipe._replace(disabled=True), grad=False)
+
+    def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool) -> Recording:
+        exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
+        key = (setup.precision, setup.attention, exceeded, setup.padding, setup.loss, setup.objective, recipe, grad)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -95,6 +109,8 @@ class Recordings:
                 padded=setup.padding,
                 recipe=recipe,
                 loss=setup.loss,
+                objective=setup.objective,
+                grad=grad,
             )
         return self._recordings[key]
 
@@ -104,8 +120,13 @@ class Recordings:
         layout_key = (id(recording), setup.activation_checkpointing, setup.offload)
         if layout_key not in self._layouts:
             modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
-            offloads = setup.offload == "activations"
-            self._layouts[layout_key] = Layout(recording, modes, self._pieces, offloads=offloads)
+            self._layouts[layout_key] = Layout(
+                recording,
+                modes,
+                self._pieces,
+                reference=self.reference(setup),
+                offloads=setup.offload == "activations",
+            )
         key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         if key not in self._programs:
             layout = self._layouts[layout_key]
@@ -122,13 +143,16 @@ class Layout:
         modes: tuple[str, ...],
         known: dict[tuple[Any, ...], PieceLifetimes],
         *,
+        reference: Recording | None = None,
         offloads: bool = False,
     ) -> None:
         """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put.
 
+        `reference`: what runs without a graph while the head pauses.
         `offloads`: what goes into layers that are computed again waits on the host.
         """
         self.recording = recording
+        self.reference = reference
         self.modes = modes
         self.offloads = offloads
 
@@ -140,8 +164,14 @@ class Layout:
 
         before = lifetimes(recording.stem, "none", owns_hidden=True)
         self.layers: list[PieceLifetimes] = []
-        for kind, mode in zip(recording.order, modes, strict=True):
-            before = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
+        self.held_by_model = False
+        """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
+        for place, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
+            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
+            if place == 0 and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
+                layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
+                self.held_by_model = True
+            before = layer
             self.layers.append(before)
         self.head = lifetimes(recording.head, "none", owns_hidden=not before.keeps_output())
         pieces = {id(x): x for x in (*self.layers, self.head)}
@@ -173,11 +203,27 @@ class Layout:
             Part(FORWARD, self.stem.forward, (STEM,)),
             *self._in_layers(FORWARD, lambda x: x.forward),
             Part(FORWARD, self._release_shared(kept=False), (STEM,)),
+            *((Part(FORWARD, self.stem.output_released, (STEM,)),) if self.held_by_model else ()),
             Part(LOSS, self.head.forward, (HEAD,)),
             Part(LOSS, self.stem.autocast_exit, (STEM,)),
             *self._in_layers(LOSS, lambda x: x.autocast_exit),
             Part(LOSS, self.head.autocast_exit, (HEAD,)),
+            *(() if self.reference is None else run_without_graph(self.reference, REFERENCE)),
+            *(() if self.head.after_pause is None else (Part(LOSS, self.head.after_pause, (HEAD,)),)),
         )
+
+    def recording_of(self, tag: str) -> Recording:
+        """The recording behind the events of this tag."""
+        return self.reference if tag == WITHOUT_GRAPH and self.reference is not None else self.recording
+
+    @cached_property
+    def reference_model(self) -> Tensors:
+        """Parameters and buffers of a reference that is a model of its own; none where it is the same one."""
+        reference = self.reference
+        if reference is None or self.recording.has_adapters:
+            return Tensors(())
+        tensors = (self.parameters, buffers_of(reference.architecture))
+        return Tensors(tuple((_of_reference(row), size, times) for some in tensors for row, size, times in some.rows))
 
     @cached_property
     def backward(self) -> tuple[Part, ...]:
@@ -258,6 +304,45 @@ class Layout:
         return Segment("shared tensors released", tuple(events))
 
 
+def run_without_graph(recording: Recording, instant: str) -> tuple[Part, ...]:
+    """A forward pass of a model under ``torch.no_grad()``: it keeps nothing, and leaves nothing behind.
+
+    `recording`: made with ``grad=False``; it need not be that of the model that is trained.
+    """
+    stem = PieceLifetimes(recording.stem)
+    kinds = [PieceLifetimes(piece) for piece in recording.kinds]
+    head = PieceLifetimes(recording.head)
+    held = recording.stem.tape.holds_output
+    first = PieceLifetimes(recording.kinds[recording.order[0]], owns_hidden=False) if held else None
+    runs = [(kind, tuple(n for n, _ in run)) for kind, run in groupby(enumerate(recording.order), key=lambda p: p[1])]
+    layers = [(kinds[kind], places) for kind, places in runs]
+    if first is not None:
+        layers = [(first, (0,)), (layers[0][0], layers[0][1][1:]), *layers[1:]]
+    body = [(stem, (STEM,)), *layers]
+    pieces = [*body, (head, (HEAD,))]
+    exits = {id(piece): piece.released_without_graph(cached=True, result=piece is head) for piece, _ in pieces}
+    return (
+        *(Part(instant, piece.without_graph, places) for piece, places in body),
+        Part(instant, stem.released_without_graph(cached=False, result=held), (STEM,)),
+        Part(instant, head.without_graph, (HEAD,)),
+        *(Part(instant, exits[id(piece)], places) for piece, places in pieces),
+    )
+
+
+def _of_reference(row: Row) -> Row:
+    return row._replace(module=f"{REFERENCE_MODEL}: {row.module}", reason="its log-probabilities are compared with")
+
+
+def buffers_of(architecture: Architecture) -> Tensors:
+    """Tensors of a model that are not trained."""
+    return Tensors(
+        tuple(
+            (Row(b.name, "buffer", "buffer", b.shape, b.dtype), num_bytes(b.shape, b.dtype), 1)
+            for b in architecture.buffers
+        )
+    )
+
+
 def _order_of(recording: Recording, num_groups: int) -> tuple[tuple[int, ...], frozenset[int]]:
     """The rows of the table of parameters in the order of the model, once for each layer; which belong to layers."""
     stem = len(recording.stem.tape.parameters)
@@ -286,12 +371,7 @@ class StepProgram:
     @cached_property
     def buffers(self) -> Tensors:
         """Tensors of the model that are not trained."""
-        return Tensors(
-            tuple(
-                (Row(b.name, "buffer", "buffer", b.shape, b.dtype), num_bytes(b.shape, b.dtype), 1)
-                for b in self.recording.architecture.buffers
-            )
-        )
+        return buffers_of(self.recording.architecture)
 
     def inputs(self, accumulation: int) -> Tensors:
         """Ids and labels of all micro-batches of a step: the Trainer fetches them before the first forward pass."""
@@ -306,6 +386,11 @@ class StepProgram:
     def parameters(self) -> Tensors:
         """The parameters."""
         return self.layout.parameters
+
+    def parameter_bytes(self, sizes: Sizes) -> int:
+        """Bytes of all parameters on the device, a reference model's among them."""
+        rows = tuple(row for row in self.layout.reference_model.rows if row[0].kind == "parameter")
+        return self.parameters.total(sizes) + Tensors(rows).total(sizes)
 
     @property
     def gradients(self) -> Tensors:
@@ -335,7 +420,8 @@ class StepProgram:
     def resident(self, accumulation: int, *, with_states: bool) -> tuple[Tensors, ...]:
         """What is allocated during the whole step."""
         states = (self.optimizer_states,) if with_states else ()
-        return (self.parameters, self.buffers, self._buckets, self.inputs(accumulation), *states)
+        always = (self.parameters, self.buffers, self.layout.reference_model, self._buckets)
+        return (*always, self.inputs(accumulation), *states)
 
     @cached_property
     def optimizer_states(self) -> Tensors:
@@ -367,7 +453,8 @@ class StepProgram:
         """
         sizes = Sizes({})
         clip, step = self.end_temporaries
-        always = self.parameters.total(sizes) + self.buffers.total(sizes) + self._buckets.total(sizes)
+        resident = (self.parameters, self.buffers, self.layout.reference_model, self._buckets)
+        always = sum(tensors.total(sizes) for tensors in resident)
         return (
             always,
             self.optimizer_states.total(sizes),
@@ -383,7 +470,8 @@ class StepProgram:
         fixed, states, gradients, clip, step = self._fixed
         born = states if first_step and not self.states.from_start else 0
         base: Any = fixed + self.inputs(accumulation).total(sizes) + states - born
-        peaks: dict[str, Any] = dict.fromkeys(INSTANTS, 0)
+        instants = INSTANTS if self.layout.reference is None else (FORWARD, REFERENCE, *INSTANTS[1:])
+        peaks: dict[str, Any] = dict.fromkeys(instants, 0)
 
         def climb(parts: Sequence[Part], start: Any) -> Any:
             live = start

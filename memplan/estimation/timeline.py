@@ -101,9 +101,9 @@ class _Run:
             self.gradient_keys.pop(moment.key, None)
 
     def _key(self, place: int, event: Event) -> tuple[Any, ...]:
-        if event.key == ("hidden",):
-            before = self._before(place)
-            return (self.micro_step, before, "", self._output(before))
+        if event.key[0] == "hidden":
+            before, tag = self._before(place), event.key[-1] if len(event.key) > 1 else ""
+            return (self.micro_step, before, tag, self._output(before, tag))
         if event.key == ("gradient of output",):
             return self.hidden_gradient
         if event.key[0] == "tied":
@@ -116,7 +116,7 @@ class _Run:
             return layers - 1 if layers else STEM
         return place - 1 if place > 0 else STEM
 
-    def _output(self, place: int) -> int:
-        recording = self.program.recording
+    def _output(self, place: int, tag: str) -> int:
+        recording = self.program.layout.recording_of(tag)
         piece = recording.stem if place == STEM else recording.kinds[recording.order[place]]
         return piece.output.storage

@@ -19,13 +19,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from memplan.memory.events import Event, Row, Segment
-from memplan.operators.tape import Span
+from memplan.operators.sizes import Size
+from memplan.operators.tape import PAUSE, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from memplan.architectures.architecture import Piece
-    from memplan.operators.sizes import Shape, Size
+    from memplan.operators.sizes import Shape
     from memplan.operators.tape import Gradient, Op, Storage, Tensor
 
     _Kept = tuple[int, dict[int, int], dict[int, tuple[Any, ...]]]
@@ -46,6 +47,9 @@ def fetched_row(x: Tensor) -> Row:
     """What comes back from the host to compute a layer again."""
     return Row("between layers", "hidden states, back from the host", "temporary", x.shape, x.dtype)
 
+
+WITHOUT_GRAPH = "without graph"
+"""Tag of what a forward pass under ``torch.no_grad()`` allocates, beside what the same pieces keep of another one."""
 
 ROOT_ROW = Row("loss", "gradient of the loss", "temporary", (), "")
 
@@ -143,14 +147,23 @@ class PieceLifetimes:
         """Whether the piece itself keeps the tensor it hands on."""
         return self.piece.output.storage in self.keepers
 
+    def keeps_hidden(self) -> bool:
+        """Whether the piece keeps what comes in for its backward pass."""
+        return self.piece.hidden is not None and self.piece.hidden.storage in self.keepers
+
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def row(self, storage: Storage, *, again: bool = False) -> Row:
-        """What a storage of this piece holds; `again`: it was computed a second time, in the backward pass."""
-        if again:
+    def row(self, storage: Storage, *, tag: str = "") -> Row:
+        """What a storage of this piece holds.
+
+        `tag`: in which run other than the first forward pass: one that computes it again, or one without a graph.
+        """
+        if tag and tag != WITHOUT_GRAPH:
             return Row(storage.module, f"{storage.name}, computed again", "temporary", storage.shape, storage.dtype)
         if storage.role == "hidden" or (storage.number == self.piece.output.storage and not self.ends_in_loss):
             return hidden_row(storage.shape, storage.dtype)
+        if tag:
+            return Row(storage.module, f"{storage.name}, {tag}", "temporary", storage.shape, storage.dtype)
         kept = storage.number in self.reasons or storage.cached
         kind = "temporary" if not kept else "loss" if self._belongs_to_loss(storage) else "activation"
         reason = "held by autocast's cache until the forward pass ends" if storage.cached else ""
@@ -172,9 +185,17 @@ class PieceLifetimes:
             yield from self._scratch(op, where, moment, -1)
 
     def _run(
-        self, ops: Sequence[Op], kept: Mapping[int, int], *, tag: str, stay: frozenset[int], skip_last_outputs: bool
+        self,
+        ops: Sequence[Op],
+        kept: Mapping[int, int],
+        *,
+        tag: str,
+        stay: frozenset[int],
+        skip_last_outputs: bool = False,
     ) -> list[Event]:
         """The forward of `ops`; what is in `kept` or `stay` is not freed."""
+        frees_hidden = self.owns_hidden and tag in {"", WITHOUT_GRAPH}
+        hidden_key = ("hidden", tag) if tag else ("hidden",)
         last: dict[int, int] = {}
         for i, op in enumerate(ops):
             for x in (*op.inputs, *op.outputs):
@@ -186,39 +207,86 @@ class PieceLifetimes:
         born: set[int] = set()
         storages = self.tape.storages
         for i, op in enumerate(ops):
+            if op.name == PAUSE:
+                events.append(Event((PAUSE,), Size(0), +1, Row(op.module, PAUSE, "temporary", (), "")))
             stop_here = skip_last_outputs and i == len(ops) - 1
             if not stop_here:
                 events += self._moments(op, "", op.loop.moments if op.loop else ())
                 events += self._scratch(op, "", op.scratch, +1)
-                for x in op.outputs:
-                    storage = storages[x.storage]
-                    if (
-                        storage.role == "activation"
-                        and x.storage not in born
-                        and x.storage not in {y.storage for y in op.inputs}
-                    ):
-                        born.add(x.storage)
-                        events.append(Event((tag, x.storage), storage.size, +1, self.row(storage, again=bool(tag))))
+                for storage in self._made(op, born):
+                    born.add(storage.number)
+                    events.append(Event((tag, storage.number), storage.size, +1, self.row(storage, tag=tag)))
                 events += self._scratch(op, "", op.scratch, -1)
             for s in dies.get(i, ()):
                 storage = storages[s]
                 dead = s not in kept and s not in stay and not storage.cached
-                if dead and (s in born or (storage.role == "hidden" and self.owns_hidden and tag == "")):
-                    key = (tag, s) if s in born else ("hidden",)
-                    events.append(Event(key, storage.size, -1, self.row(storage, again=bool(tag))))
+                if dead and (s in born or (storage.role == "hidden" and frees_hidden)):
+                    key = (tag, s) if s in born else hidden_key
+                    events.append(Event(key, storage.size, -1, self.row(storage, tag=tag)))
                     born.discard(s)
         return events
 
+    def _made(self, op: Op, born: set[int]) -> list[Storage]:
+        """The storages that an operator makes, those that are there already (`born`) left out."""
+        before = born | {x.storage for x in op.inputs}
+        new = dict.fromkeys(x.storage for x in op.outputs if x.storage not in before)
+        return [self.tape.storages[s] for s in new if self.tape.storages[s].role == "activation"]
+
     @cached_property
     def forward(self) -> Segment:
-        """The forward pass of the piece, once."""
-        kept = self.keepers
-        stay = frozenset({self.piece.output.storage} | (self._stays if self.piece.hidden is None else set()))
-        return Segment("forward", tuple(self._run(self.tape.ops, kept, tag="", stay=stay, skip_last_outputs=False)))
+        """The forward pass of the piece, once; up to the pause where it has one."""
+        return self._forward_and_rest[0]
+
+    @property
+    def after_pause(self) -> Segment | None:
+        """The rest of it, None where there is no pause."""
+        return self._forward_and_rest[1]
+
+    @cached_property
+    def _forward_and_rest(self) -> tuple[Segment, Segment | None]:
+        events = self._run(self.tape.ops, self.keepers, tag="", stay=self._stay)
+        pause = next((i for i, event in enumerate(events) if event.key == (PAUSE,)), None)
+        if pause is None:
+            return Segment("forward", tuple(events)), None
+        return Segment("forward", tuple(events[:pause])), Segment("after pause", tuple(events[pause + 1 :]))
+
+    @property
+    def _stay(self) -> frozenset[int]:
+        """What a forward pass of the piece does not free: its result and, of the stem, what the layers share."""
+        return frozenset({self.piece.output.storage} | (self._stays if self.piece.hidden is None else set()))
+
+    @cached_property
+    def without_graph(self) -> Segment:
+        """The forward pass under ``torch.no_grad()``, once: nothing is kept, only handed on."""
+        return Segment("forward without graph", tuple(self._run(self.tape.ops, {}, tag=WITHOUT_GRAPH, stay=self._stay)))
+
+    def released_without_graph(self, *, cached: bool, result: bool) -> Segment:
+        """What a run without a graph has left of the piece goes: autocast's copies (`cached`), or what layers share.
+
+        `result`: its result, too, where no other piece lets that go.
+        """
+        alive: dict[tuple[Any, ...], Event] = {}
+        for event in self.without_graph.events:
+            if event.sign > 0:
+                alive[event.key] = event
+            else:
+                alive.pop(event.key, None)
+        storages, output = self.tape.storages, self.piece.output.storage
+
+        def goes(s: int) -> bool:
+            return result if s == output else storages[s].cached == cached
+
+        return Segment("released without graph", tuple(e._replace(sign=-1) for k, e in alive.items() if goes(k[-1])))
 
     @property
     def _stays(self) -> set[int]:
         return {x.storage for x in self.piece.shared.values()}
+
+    @cached_property
+    def output_released(self) -> Segment:
+        """The result of the piece goes, where a variable held it longer than the next piece needed it."""
+        storage = self.tape.storages[self.piece.output.storage]
+        return Segment("output released", (Event(("", storage.number), storage.size, -1, self.row(storage)),))
 
     @cached_property
     def autocast_exit(self) -> Segment:
@@ -351,9 +419,9 @@ class _Backward:
             return
         storage = self.tape.storages[s]
         held[s] -= 1
-        again = keys[s][0].startswith("again")
+        again = keys[s][0] if keys[s][0].startswith("again") else ""
         if held[s] == 0 and (again or self.lifetimes._is_kept_across(storage)):
-            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes.row(storage, again=again)))
+            self.events.append(Event(keys[s], storage.size, -1, self.lifetimes.row(storage, tag=again)))
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 

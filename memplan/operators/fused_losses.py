@@ -200,21 +200,35 @@ def tiled_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_i
     SFTTrainer asks for it: log-probabilities, entropy and whether the label is the likeliest word.  Gradients are
     summed in fp32 and then cast.
     """
+    scattered, reported = tiled_log_probabilities(t, hidden, head, labels, REPORTED)
+    negative = t.op("neg", (scattered,), PREDICTING)
+    total = t.op("sum", (negative,), ())
+    loss = divide(t, total, t.op("clamp", (num_items,), (), dtype="int64"))
+    t.keep_alive(hidden, scattered, *reported)
+    return loss
+
+
+REPORTED = (("entropy", "fp32"), ("is the likeliest", "bool"))
+"""What SFTTrainer asks for besides, a number a token each."""
+
+
+def tiled_log_probabilities(
+    t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, reported: tuple[tuple[str, str], ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities of the labels, (b, s-1) in fp32, and what its caller holds besides.
+
+    `reported`: further numbers of each token and their dtypes; autograd keeps the entropy where it is among them.
+    """
     width = hidden.shape[-1]
     mask = t.op("ne", (labels,), PREDICTING, dtype="bool")
     gathered = gather(t, take(t, hidden, (*PREDICTING, width)), mask, ("n", width))
     targets = gather(t, labels, mask, ("n",))
     log_probs = _tiles(t, gathered, head, targets)
-    entropy = t.op("masked_scatter", (mask,), PREDICTING, dtype="fp32")
+    others = [t.op("masked_scatter", (mask,), PREDICTING, dtype=dtype) for name, dtype in reported]
     scattered = t.op(
         "masked_scatter", (log_probs, mask), PREDICTING, keeps=(mask,), reason="gradients are taken from where it put"
     )
-    best = t.op("masked_scatter", (mask,), PREDICTING, dtype="bool")
-    negative = t.op("neg", (scattered,), PREDICTING)
-    total = t.op("sum", (negative,), ())
-    loss = divide(t, total, t.op("clamp", (num_items,), (), dtype="int64"))
-    t.keep_alive(hidden, scattered, entropy, best, mask)
-    return loss
+    return scattered, [*others, mask]
 
 
 def _tiles(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from memplan.specs.recipe import Recipe
 
 
+PAUSE = "pause"
+"""The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
 MODULES_TO_SAVE = "modules_to_save"
 """Under this name peft keeps the trained copy of a module beside the frozen original."""
 
@@ -185,8 +187,17 @@ class Tape:
         recipe: Recipe = EVERYTHING,
         prefix: str = "",
         loss: str = "full",
+        objective: str = "lm",
+        classes: Any = None,
+        grad: bool = True,
     ) -> None:
         self.numerics = numerics
+        self.grad = grad
+        """Whether autograd records; False within ``torch.no_grad()``."""
+        self.objective = objective
+        """What is trained for: one of `memplan.specs.training.OBJECTIVES`."""
+        self.classes = classes
+        """Of a model that tells them apart (`memplan.architectures.classifiers.Classes`)."""
         self.recipe = recipe
         """What is trained."""
         self.prefix = prefix
@@ -211,6 +222,8 @@ class Tape:
         self.spans: list[Span] = []
         self.outlive: list[Tensor] = []
         """What the caller of the model holds until the backward pass is over."""
+        self.holds_output = False
+        """Whether a variable of the model holds what this piece hands on until the last layer has run."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
@@ -320,6 +333,10 @@ class Tape:
         """A variable of the layer holds this one until it returns (``out, _ = self.attention(...)``)."""
         self._held[0].append(tensor)
 
+    def pause(self) -> None:
+        """The model has returned; something else runs before its caller goes on (a reference model)."""
+        self._record(PAUSE, (), ())
+
     def close(self) -> None:
         """The piece has run."""
         self._let_variables_go()
@@ -334,6 +351,8 @@ class Tape:
 
         It is a leaf of the graph, which holds it to the end of the backward pass (``AccumulateGrad``).
         """
+        if not self.grad:
+            return x
         self.tensors[x.number] = x = x._replace(requires_grad=True)
         self._record("requires_grad_", (x,), (), keeps=(x,), reason="a leaf of the graph is held by it")
         return x
@@ -364,7 +383,7 @@ class Tape:
 
         `gradients` defaults to a new tensor for every input that requires one; those of other inputs are dropped.
         """
-        requires_grad = any(x.requires_grad for x in inputs)
+        requires_grad = self.grad and any(x.requires_grad for x in inputs)
         out = self._new(
             shape, dtype or inputs[0].dtype, role="activation", name=name, requires_grad=requires_grad, cached=cached
         )

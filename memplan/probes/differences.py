@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from memplan.probes.events import Trace
     from memplan.specs.training import Setup
 
-PASSES = ("forward", "loss", "backward")
-"""The formula's loss lies in both passes of a trace, so that the three are compared as one."""
+PASSES = ("forward", "reference forward", "loss", "backward")
+"""The formula's loss lies in both passes of a trace, so that these are compared as one."""
 
 
 def difference(estimator: Estimator, trace: Trace, traced: Estimate, setup: Setup) -> Difference:

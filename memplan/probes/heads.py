@@ -53,31 +53,41 @@ def use_library_loss(module: nn.Module, loss: str) -> None:
 
 
 def _causal_model(module: nn.Module, loss: str) -> Any:
+    return language_model(module, f"--loss {loss}")
+
+
+def language_model(module: nn.Module, what: str) -> Any:
+    """The causal language model that a module is, or has adapters of.
+
+    Raises:
+        UsageError: it is none; `what` would replace its loss.
+    """
     model: Any = module
     if hasattr(model, "peft_config"):
         model = model.get_base_model()
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         raise UsageError(
-            f"--loss {loss} takes the place of a causal language model's loss; this is a {type(model).__name__}.",
+            f"{what} takes the place of a causal language model's loss; this is a {type(model).__name__}.",
             "Use --loss full: what the module computes itself.",
         )
     return model
 
 
 def _replace_loss(model: Any, compute: Loss, autocast: CudaAutocast | None, supervised: float = 1.0) -> None:
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scaled = _is_scaled(config)
-
     def forward(
         self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         outputs = self.base_model(input_ids=input_ids, **kwargs)
-        layer = self.get_output_embeddings()
-        head = Head(layer.weight, layer.bias, softcap, scaled, autocast, supervised)
-        return compute(outputs[0], head, labels, num_items_in_batch)
+        return compute(outputs[0], head_of(self, autocast, supervised), labels, num_items_in_batch)
 
     model.forward = types.MethodType(forward, model)
+
+
+def head_of(model: Any, autocast: CudaAutocast | None, supervised: float) -> Head:
+    """The output layer of a causal language model."""
+    config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, softcap, _is_scaled(config), autocast, supervised)
 
 
 def _is_scaled(config: Any) -> bool:

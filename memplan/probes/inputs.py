@@ -65,6 +65,17 @@ def _ids(most: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randint(most, shape, dtype=torch.int64)
 
 
+def class_inputs(module: Any) -> Inputs:
+    """Ids at random, and the first class for each sequence."""
+    vocab_size = int(module.config.get_text_config().vocab_size)
+
+    def inputs(micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+        labels = torch.zeros((micro_batch_size,), dtype=torch.int64)
+        return {"input_ids": _ids(vocab_size, (micro_batch_size, seq_len)), "labels": labels}
+
+    return Inputs(inputs)
+
+
 def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
     """What a model of transformers is trained on, by its main input; floating-point inputs in `dtype`."""
     config = module.config

@@ -169,15 +169,23 @@ def _next_power_of_two(number: int) -> int:
 
 def tiled(hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, num_items: Any) -> dict[str, Any]:
     """TRL's: log-probabilities and entropy of every label, and whether it is the likeliest."""
+    numbers = tiled_numbers(hidden_states, head, labels, ("entropy", "best"))
+    mask, log_probs = numbers["mask"], numbers["log_probs"]
+    loss = -log_probs
+    loss = loss.sum() / torch.as_tensor(mask.sum() if num_items is None else num_items).clamp(min=1)
+    return {"loss": loss, **numbers}
+
+
+def tiled_numbers(
+    hidden_states: torch.Tensor, head: Head, labels: torch.Tensor, reported: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities of the labels (b, s-1), what else is `reported` of each, and where there is a label."""
     hidden_states, labels = hidden_states[:, :-1], labels[:, 1:]
     mask = labels != IGNORED
     numbers = _Tiled.apply(  # type: ignore[no-untyped-call]
-        _masked(hidden_states, mask, head), head.weight, head.bias, _masked(labels, mask, head), head.lower
+        _masked(hidden_states, mask, head), head.weight, head.bias, _masked(labels, mask, head), head.lower, reported
     )
-    log_probs, entropy, best = _scattered(numbers, mask)
-    loss = -log_probs
-    loss = loss.sum() / torch.as_tensor(mask.sum() if num_items is None else num_items).clamp(min=1)
-    return {"loss": loss, "log_probs": log_probs, "entropy": entropy, "best": best, "mask": mask}
+    return {**dict(zip(("log_probs", *reported), _scattered(numbers, mask), strict=True)), "mask": mask}
 
 
 def _scattered(numbers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -202,10 +210,10 @@ class _Masked(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """``ChunkedLogProbFunction`` on CUDA, asked for log-probabilities, entropy and the likeliest word."""
+    """``ChunkedLogProbFunction`` on CUDA, asked for log-probabilities and what is reported besides."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, lower: Any) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, lower: Any, reported: Any) -> Any:
         ctx.set_materialize_grads(False)
         dtype = lower or hidden.dtype
         num, vocab = hidden.shape[0], weight.shape[0]
@@ -220,13 +228,18 @@ class _Tiled(torch.autograd.Function):
         del part
         log_z = running[0] + torch.log(running[1])
         log_probs = running[6] - log_z
-        entropy = log_z - running[2] / running[1]
-        best = (running[6] >= running[0]) & (running[6] > running[5])
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
+        made = {}
+        if "entropy" in reported:
+            made["entropy"] = log_z - running[2] / running[1]
+        if "mean" in reported:
+            made["mean"] = running[4] / vocab
+        if "best" in reported:
+            made["best"] = (running[6] >= running[0]) & (running[6] > running[5])
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, made.get("entropy", log_z))
         ctx.dtype = dtype
-        ctx.mark_non_differentiable(best)
+        ctx.mark_non_differentiable(*(x for name, x in made.items() if name != "entropy"))
         del buffer
-        return log_probs, entropy, best
+        return log_probs, *(made[name] for name in reported)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -244,7 +257,7 @@ class _Tiled(torch.autograd.Function):
                     part.float(), words.float()
         made = tuple(None if total is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True))
         del buffer, part, words
-        return *made, None, None
+        return *made, None, None, None
 
 
 # -- cut ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, typ
 from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
-from memplan.probes.inputs import diffusion_network, transformers_inputs
+from memplan.probes.inputs import class_inputs, diffusion_network, transformers_inputs
 from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -70,6 +70,12 @@ def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
     return TracedModel(name=name or values["_class_name"], build=build)
 
 
+AUTO_CLASS_BY_OBJECTIVE = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+
+
 def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class: str | None = None) -> TracedModel:
     """The model that a Hugging Face config.json describes, as the installed transformers library builds it.
 
@@ -85,6 +91,8 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
     def build(setup: Setup) -> Built:
         module = _build(values, setup, auto_class)
         inputs = transformers_inputs(module, PARAMETER_DTYPES[PRECISIONS[setup.precision][0]])
+        if setup.objective == "sequence-classification":
+            inputs = class_inputs(module)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
     takes_ids = kind_of(values).usual != NO_LENGTH
@@ -109,7 +117,10 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.M
     _set_dropout(config, setup.dropout)
     dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
     implementation = _register_flash() if setup.attention == "flash" else setup.attention
-    maker = getattr(transformers, auto_class or _auto_class(values))
+    named = auto_class or AUTO_CLASS_BY_OBJECTIVE.get(setup.objective)
+    if named in AUTO_CLASS_BY_OBJECTIVE.values():
+        _prepare_for_classes(config, setup.dropout)
+    maker = getattr(transformers, named or _auto_class(values))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -135,6 +146,14 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
     text = getattr(config, "text_config", None)
     if text is not None:
         _set_dropout(text, dropout)
+
+
+def _prepare_for_classes(config: Any, dropout: float | None) -> None:
+    """A padding token, without which transformers tells no sequences of a batch apart; dropout where none is named."""
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    if dropout is not None and getattr(config, "classifier_dropout", None) is None:
+        config.classifier_dropout = dropout
 
 
 def _auto_class(values: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, UsageError
 from memplan.operators.sizes import allocated
 from memplan.probes.adapters import load_libraries
 from memplan.probes.checkpointing import enable_checkpointing, selective_checkpointing
@@ -105,6 +105,8 @@ def _ran_out(error: BaseException | None, device: Device) -> bool:
 
 def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, ranks: Ranks) -> None:
     setup = trial.setup
+    if setup.objective != "lm":
+        raise UsageError(f"--objective {setup.objective} is not measured yet.", "Use memplan trace.")
     torch.manual_seed(SEED)
     meter.position = "building the model"
     with torch.device(device.type), kernels(setup, device.type):

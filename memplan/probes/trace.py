@@ -111,6 +111,7 @@ def _run(
     from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
     from memplan.probes.optimizers import build_optimizer
+    from memplan.probes.preference import find_objective
     from memplan.probes.quantised import num_elements
     from memplan.probes.semantics import cuda_semantics
     from memplan.probes.training import TrainingRun
@@ -124,10 +125,14 @@ def _run(
     _refuse_recurrent(module)
     _load(module, recorder)
     enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
-    use_loss(module, setup.loss, autocast, setup.supervised)
+    objective = find_objective(model, module, setup, autocast)
+    if objective is None:
+        use_loss(module, setup.loss, autocast, setup.supervised)
+    elif objective.reference is not None:
+        _label(objective.reference, recorder, "reference model: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
-    run = TrainingRun(built, optimizer, recorder, region, loop)
+    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective)
     with (
         cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel, compute_capability=compute_capability),
         selective_checkpointing(module, setup.activation_checkpointing, autocast),
@@ -165,15 +170,19 @@ def _refuse_recurrent(module: nn.Module) -> None:
 
 def _load(module: nn.Module, recorder: StorageRecorder) -> None:
     """Name parameters and buffers; what making the model needed besides is not on the device."""
-    from memplan.probes.quantised import constants
-
     gc.collect()
     gc.freeze()
     recorder.trail.describe(module)
-    for name, buffer in module.named_buffers():
-        recorder.label(buffer, "buffer", name, "buffer")
-    for name, parameter in module.named_parameters():
-        recorder.label(parameter, "parameter", name, "parameter")
-        for what, constant in constants(parameter):
-            recorder.label(constant, "parameter", name, what)
+    _label(module, recorder)
     recorder.drop_dead()
+
+
+def _label(module: nn.Module, recorder: StorageRecorder, prefix: str = "") -> None:
+    from memplan.probes.quantised import constants
+
+    for name, buffer in module.named_buffers():
+        recorder.label(buffer, "buffer", prefix + name, "buffer")
+    for name, parameter in module.named_parameters():
+        recorder.label(parameter, "parameter", prefix + name, "parameter")
+        for what, constant in constants(parameter):
+            recorder.label(constant, "parameter", prefix + name, what)

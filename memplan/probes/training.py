@@ -52,6 +52,16 @@ class Witness(Protocol):
         """What a tensor is for."""
 
 
+class Objective(Protocol):
+    """What a model is trained for, where its own forward pass does not take the loss."""
+
+    def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+        """What the data collator gives, on the default device."""
+
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
+        """The loss; the model runs within `autocast`."""
+
+
 class Loop(NamedTuple):
     """What training loops differ in; the Trainer's choices."""
 
@@ -81,8 +91,13 @@ class TrainingRun:
         device: str = "meta",
         module: Any = None,
         scaler: Any = None,
+        objective: Objective | None = None,
     ) -> None:
-        """`module`: what is called, where that is a wrapper of the model; `scaler`: a torch.amp.GradScaler."""
+        """`module`: what is called, where that is a wrapper of the model; `scaler`: a torch.amp.GradScaler.
+
+        `objective`: what takes the loss, where the model does not do so itself.
+        """
+        self.objective = objective
         self.model: Any = built.module
         self.called: Any = built.module if module is None else module
         self.make_inputs = built.make_inputs
@@ -95,7 +110,7 @@ class TrainingRun:
         self.scaler = scaler
         self.names_tensors = True
         """Whether the witness is told what gradients and states are for: it takes the host some time."""
-        self.takes_num_items = accepts_num_items(self.model)
+        self.takes_num_items = objective is None and accepts_num_items(self.model)
         self.updates_in_backward = hasattr(optimizer, "fused_backward")
         """Whether a step consists of a call of ``fused_backward``, as LOMO has it."""
         self._outputs: Any = None
@@ -137,8 +152,9 @@ class TrainingRun:
 
     def _inputs(self, setup: Setup) -> Any:
         with torch.device(self.device):
-            inputs = self.make_inputs(setup.micro_batch_size, setup.seq_len)
-        if setup.padding:
+            make = self.make_inputs if self.objective is None else self.objective.make_inputs
+            inputs = make(setup.micro_batch_size, setup.seq_len)
+        if setup.padding and "attention_mask" not in inputs:
             inputs["attention_mask"] = _mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):
             self.witness.label(tensor, "input", "inputs", name)
@@ -151,6 +167,10 @@ class TrainingRun:
         return num_items
 
     def _forward(self, inputs: Any, num_items: torch.Tensor | None, setup: Setup) -> torch.Tensor:
+        if self.objective is not None:
+            loss = self.objective.loss(inputs, self.autocast or contextlib.nullcontext)
+            steps = setup.gradient_accumulation_steps
+            return loss if steps == 1 else loss / steps
         with self.autocast() if self.autocast else contextlib.nullcontext():
             outputs = self._call(inputs, num_items)
         kept = setup.loss == "full-kept"  # in a loop without accelerate

@@ -200,6 +200,7 @@ def setup_document(setup: Setup) -> Document:
         "activation_checkpointing": setup.activation_checkpointing,
         "attention": setup.attention,
         "loss": setup.loss,
+        "objective": setup.objective,
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,

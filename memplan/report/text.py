@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
 from memplan.report.layout import columns, plural, wrap
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import PAIRED, PRECISIONS
 from memplan.units import GIB, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ def split_of(setup: Document) -> str:
 
 def equation(setup: Document) -> str:
     """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``."""
+    unit = "pair" if setup["objective"] in PAIRED else "sequence"
     return (
-        f"{split_of(setup)} = {plural(setup['global_batch_size'], 'sequence')} = "
+        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit)} = "
         f"{plural(setup['tokens_per_step'], 'token')} per step"
     )
 
@@ -132,6 +133,8 @@ def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
 def choices(setup: Document) -> str:
     """How it is trained, in one line."""
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
+    if setup["objective"] != "lm":
+        parts.append(f"trained for {setup['objective']}")
     if setup["supervised"] < 1:
         parts.append(f"{100 * setup['supervised']:g} % of the tokens have a label")
     if setup["dropout"] is not None:

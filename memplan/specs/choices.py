@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from memplan.errors import UsageError, did_you_mean
 from memplan.specs.adapter import Lora
-from memplan.specs.training import check_count
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PAIRED, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +32,9 @@ class Choices(TypedDict, total=False):
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None
-    """Key of `memplan.specs.training.LOSSES` (full)."""
+    """Key of `memplan.specs.training.LOSSES` (full, or the first that the objective has)."""
+    objective: str | None
+    """Key of `memplan.specs.training.OBJECTIVES` (lm)."""
     supervised: float | None
     """Share of the tokens that have a label (1)."""
     dropout: float | None
@@ -70,6 +72,7 @@ FIELD_BY_ARGUMENT = {
     "checkpointing": "activation_checkpointing",
     "attention": "attention",
     "loss": "loss",
+    "objective": "objective",
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
@@ -110,6 +113,8 @@ def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: _read(name, value) for name, value in choices.items() if value is not None}
     fields = {FIELD_BY_ARGUMENT[name]: value for name, value in given.items() if name in FIELD_BY_ARGUMENT}
     lora = {LORA_FIELD_BY_ARGUMENT[name]: value for name, value in given.items() if name in LORA_FIELD_BY_ARGUMENT}
+    for name, default in _defaults_of(fields.get("objective")).items():
+        fields.setdefault(name, default)
     settings = [name for name, value in given.items() if name in LORA_FIELD_BY_ARGUMENT and value is not False]
     if "rank" in lora:
         fields["lora"] = Lora(**lora)
@@ -118,6 +123,22 @@ def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
             f"{_flag(settings[0])} is about adapters, and there is no rank of any.", "Say for example --lora-rank 16."
         )
     return fields
+
+
+def _defaults_of(objective: object) -> dict[str, Any]:
+    """Fields for which an objective has defaults of its own; none for what is no objective."""
+    if objective in PAIRED:
+        return {"loss": LOSSES_BY_OBJECTIVE[objective][0], "dropout": dropout_of({"objective": objective})}
+    return {}
+
+
+def dropout_of(choices: Mapping[str, Any]) -> float | None:
+    """What takes the place of all dropout of a model's config, None where it is kept.
+
+    DPOTrainer switches dropout off unless it is told otherwise (``disable_dropout=True``).
+    """
+    given: float | None = choices.get("dropout")
+    return 0.0 if given is None and choices.get("objective") in PAIRED else given
 
 
 def _flag(argument: str) -> str:

@@ -34,6 +34,8 @@ class Recipe(NamedTuple):
     """What is not quantised is cast to fp32 (``prepare_model_for_kbit_training``)."""
     input_gradients: bool = False
     """The result of the embedding is made to require a gradient (``enable_input_require_grads``)."""
+    disabled: bool = False
+    """Adapters are there and switched off (``disable_adapter``): the model is the one that they were added to."""
 
     def dtype(self, dtype: str) -> str:
         """The dtype of parameters that are not quantised, where the model is loaded in `dtype`."""
@@ -49,11 +51,14 @@ class Recipe(NamedTuple):
 
     def copies(self, module: str) -> bool:
         """Whether a trained copy of `module` stands beside the frozen original (``modules_to_save``)."""
+        return self._has_copy(module) and not self.disabled
+
+    def _has_copy(self, module: str) -> bool:
         return self.lora is not None and _is_named(module, self.lora.modules_to_save)
 
     def adapts(self, module: str) -> bool:
         """Whether the linear layer `module` gets an adapter."""
-        if self.lora is None or self.copies(module):
+        if self.lora is None or self.disabled or self.copies(module):
             return False
         return self.lora.targets == (ALL_LINEAR,) or _is_named(module, self.lora.targets)
 
@@ -63,7 +68,7 @@ class Recipe(NamedTuple):
 
     def quantises(self, module: str) -> bool:
         """Whether the weight of the linear layer `module`, which is not the head, is quantised."""
-        return self.quantize is not None and not self.copies(module)
+        return self.quantize is not None and not self._has_copy(module)
 
 
 EVERYTHING = Recipe()

@@ -52,6 +52,7 @@ SETUP_FIELDS = (
     "activation_checkpointing",
     "attention",
     "loss",
+    "objective",
     "dropout",
     "padding",
 )

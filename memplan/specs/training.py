@@ -89,13 +89,28 @@ LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
+OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
+CLASSIFICATIONS = ("sequence-classification", "token-classification")
+PAIRED = ("dpo", "dpo-precomputed")
+"""Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
+LOSSES_BY_OBJECTIVE = {
+    "dpo": ("tiled",),
+    "dpo-precomputed": ("tiled",),
+    "sequence-classification": ("full",),
+    "token-classification": ("full",),
+}
+"""How the losses of objectives are computed, the default first, where not in all of the ways of `LOSSES`.
+
+DPOTrainer of TRL up to 1.14 had all logits, and kernels of its own for them, which are not modelled.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """One training configuration."""
 
     micro_batch_size: int = 1
-    """Sequences in one forward and backward pass on one data-parallel rank."""
+    """Sequences in one forward and backward pass on one data-parallel rank; of `PAIRED` objectives pairs of them."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     data_parallel_size: int = 1
@@ -119,6 +134,16 @@ class Setup:
     ``tiled``     4096 tokens by 32768 words at a time (TRL from 1.15 on)
     ``fused``     logits of a chunk turned into gradients in the forward pass (Liger Kernel)
     ``cut``       no logits in memory at all (cut cross-entropy)
+    """
+    objective: str = "lm"
+    """What is trained for, one of `OBJECTIVES`:
+
+    ``lm``               the language model's own loss (pre-training, SFT)
+    ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
+                         model, or with adapters the same one without them; it runs after each pass of the policy
+    ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
+    ``sequence-classification``, ``token-classification``
+                         classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
     supervised: float = 1.0
     """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
@@ -145,12 +170,32 @@ class Setup:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("loss", self.loss, LOSSES)
+        self._check_objective()
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
         self._check_quantization()
         self._check_offload()
         self._check_updates()
+
+    def _check_objective(self) -> None:
+        """Raise `UsageError` where the loss of the objective is not computed like this."""
+        check_choice("objective", self.objective, OBJECTIVES)
+        known = LOSSES_BY_OBJECTIVE.get(self.objective, LOSSES)
+        if self.loss not in known:
+            raise UsageError(
+                f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
+                f"Use --loss {' or '.join(known)}.",
+            )
+        if self.objective in CLASSIFICATIONS and self.lora is not None:
+            raise UsageError(
+                "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
+            )
+        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+            raise UsageError(
+                "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
+                "Leave --lora-dropout out.",
+            )
 
     def _check_quantization(self) -> None:
         if self.quantize is not None:
@@ -199,18 +244,33 @@ class Setup:
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences per optimizer step, over all ranks."""
+        """Sequences (or pairs) per optimizer step, over all ranks."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+
+    @property
+    def sequences_per_micro_batch(self) -> int:
+        """Sequences in one forward pass on one rank: two a pair."""
+        return self.micro_batch_size * sequences_of(self.objective)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference runs in every micro-step."""
+        return self.objective == "dpo"
 
     @property
     def tokens_per_micro_batch(self) -> int:
         """Tokens in one forward pass on one rank."""
-        return self.micro_batch_size * self.seq_len
+        return self.sequences_per_micro_batch * self.seq_len
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, over all ranks."""
-        return self.global_batch_size * self.seq_len
+        return self.global_batch_size * sequences_of(self.objective) * self.seq_len
+
+
+def sequences_of(objective: str) -> int:
+    """Sequences that an example of the micro-batch consists of."""
+    return 2 if objective in PAIRED else 1
 
 
 def library_of(optimizer: str) -> str:

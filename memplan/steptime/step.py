@@ -17,7 +17,7 @@ from memplan.steptime.roofline import Speed, Term, Timed, seconds, terms, timed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from memplan.architectures.architecture import Recording
+    from memplan.architectures.architecture import Piece, Recording
 
 
 class Traffic(NamedTuple):
@@ -95,13 +95,14 @@ class StepTime(NamedTuple):
 class TimedModel:
     """The work of a recorded model, ready to be timed for any size."""
 
-    def __init__(self, recording: Recording, speed: Speed) -> None:
-        """`speed`: what the GPU can do."""
+    def __init__(self, recording: Recording, speed: Speed, reference: Recording | None = None) -> None:
+        """`speed`: what the GPU can do; `reference`: a model that runs forward in every micro-step, too."""
         self.speed = speed
         self.stem = timed(recording.stem.tape)
         self.head = timed(recording.head.tape)
         self.kinds = tuple(timed(kind.tape) for kind in recording.kinds)
         self.order = recording.order
+        self.reference = () if reference is None else tuple(timed(piece.tape) for piece in _each_run(reference))
         self._known: dict[tuple[int, int, int, int], tuple[float, float, float]] = {}
 
     def step(
@@ -137,6 +138,7 @@ class TimedModel:
         pieces = [of(kind) for kind in self.kinds]
         stem, head = of(self.stem), of(self.head)
         forward = stem[0] + head[0] + sum(pieces[kind][0] for kind in self.order)
+        forward += sum(of(piece)[0] for piece in self.reference)
         backward = stem[1] + head[1] + sum(pieces[kind][1] for kind in self.order)
         again = 0.0
         for kind, mode in zip(self.order, modes, strict=True):
@@ -160,6 +162,8 @@ class TimedModel:
         for piece in (self.stem, self.head):
             for work in (piece.forward, piece.backward):
                 found += terms(work, self.speed, env, accumulation)
+        for piece in self.reference:
+            found += terms(piece.forward, self.speed, env, accumulation)
         for number, kind in enumerate(self.kinds):
             layers = [mode for mode, of in zip(modes, self.order, strict=True) if of == number]
             found += terms(kind.forward, self.speed, env, accumulation * (len(layers) + layers.count("full")))
@@ -167,6 +171,11 @@ class TimedModel:
             found += terms(kind.spans, self.speed, env, accumulation * layers.count("selective"))
         moved = _accumulated(accumulation, trained_bytes) + bytes_of_update(optimizer, trained_bytes, trained)
         return (*(term for term in found if term.num), Term(0.0, moved / self.speed.bytes_per_s, 1, launches=False))
+
+
+def _each_run(recording: Recording) -> list[Piece]:
+    """The pieces of a model, each as often as it runs."""
+    return [recording.stem, *(recording.kinds[kind] for kind in recording.order), recording.head]
 
 
 def _accumulated(accumulation: int, trained_bytes: int) -> int:

@@ -81,7 +81,11 @@ FAULTS = [
     *[
         (f"{command} gpt2 --gpu 24GB --target-batch 32 {flag} 8", f"{flag} is not modelled yet", "Leave it out")
         for command in ("estimate", "suggest")
-        for flag in ("--zero-stage",)
+        for flag in ("--zero-stage", "--label-smoothing")
+    ],
+    *[
+        (f"estimate gpt2 --objective {name}", f"--objective {name} is not modelled yet", "Known: lm, dpo")
+        for name in ("reward", "orpo", "distillation", "contrastive")
     ],
 ]
 

@@ -42,12 +42,12 @@ class Both(NamedTuple):
 def compare(config: dict[str, Any], setup: Setup, *, sdpa_kernel: str | None = None) -> Both:
     """Evaluate and trace one setup."""
     program = Recordings(read_architecture(config, "config", dropout=setup.dropout)).program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised))
     peaks = program.peaks(sizes, setup.gradient_accumulation_steps)
     trace = trace_training(config, setup, sdpa_kernel=sdpa_kernel)
     return Both(
         Bytes(
-            program.parameters.total(sizes),
+            program.parameter_bytes(sizes),
             program.gradients.total(sizes),
             program.optimizer_states.total(sizes),
             peaks.kept_activation_bytes,

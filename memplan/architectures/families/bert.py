@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import HIDDEN, heads, merged
+from memplan.architectures.classifiers import sequence_labels, token_labels
 from memplan.operators.attention import attention
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
-from memplan.operators.losses import masked_lm_loss
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, keeps_result
+from memplan.operators.layout import take
+from memplan.operators.losses import cross_entropy, masked_lm_loss
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
 from memplan.operators.products import project
+from memplan.specs.training import CLASSIFICATIONS
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ def stem(m: Bert, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
         x = layer_norm(t, add(t, x, places), "LayerNorm")
         x = dropout(t, x, m.dropout)
         t.keep_alive(words, types, places)
+        t.holds_output = True  # embedding_output
     return x, {}
 
 
@@ -90,7 +94,9 @@ def output(m: Bert, t: Tape, x: Tensor, residual: Tensor) -> Tensor:
     """What closes both halves of a layer: project, drop, add, normalise."""
     with t.scope("output"):
         x = dropout(t, linear(t, x, m.hidden_size, "dense", bias=True), m.dropout)
-        return layer_norm(t, add(t, x, residual), "LayerNorm")
+        normed = layer_norm(t, add(t, x, residual), "LayerNorm")
+        t.keep_alive(x)
+        return normed
 
 
 def layer(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
@@ -104,16 +110,18 @@ def layer(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
             )
             attended = merged(t, attention(t, q, k, v, None, p=m.attention_dropout, softmax_dtype=None))
             t.keep_alive(q, k, v)
-        x = output(m, t, attended, x)
+        x = attention_output = output(m, t, attended, x)
     with t.scope("intermediate"):
         fed = ACTIVATION_BY_NAME[m.activation](t, linear(t, x, m.intermediate_size, "dense", bias=True))
     x = output(m, t, fed, x)
-    t.keep_alive(before)
+    t.keep_alive(before, attention_output)
     return x
 
 
 def head(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
-    """Transform, logits, loss."""
+    """Transform, logits, loss; or classes of the sequence, or of its tokens."""
+    if t.objective in CLASSIFICATIONS:
+        return (sequence_head if t.objective == "sequence-classification" else token_head)(m, t, x)
     scope, inner, norm = (
         ("lm_head", "", "layer_norm") if m.positions_from_ids else ("cls.predictions", "transform", "LayerNorm")
     )
@@ -133,6 +141,35 @@ def head(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("loss"):
         loss = masked_lm_loss(t, logits, labels, None)
     t.keep_alive(x)
+    return loss
+
+
+def sequence_head(m: Bert, t: Tape, x: Tensor) -> Tensor:
+    """A class of the sequence, from the first token: ``BertForSequenceClassification``, ``RobertaClassificationHead``.
+
+    BERT's pooler is part of the model, and has no dropout before it.
+    """
+    first = take(t, x, ("b", m.hidden_size))
+    if m.positions_from_ids:
+        first = dropout(t, first, t.classes.dropout)
+    name = "classifier.dense" if m.positions_from_ids else f"{m.body}.pooler.dense"
+    pooled = keeps_result(t, "tanh", linear(t, first, m.hidden_size, name, bias=True))
+    dropped = dropout(t, pooled, t.classes.dropout)
+    name = "classifier.out_proj" if m.positions_from_ids else "classifier"
+    logits = linear(t, dropped, t.classes.num, name, bias=True, makes_logits=True)
+    with t.scope("loss"):
+        loss = cross_entropy(t, logits, sequence_labels(t))
+        t.keep_alive(x, logits)
+    return loss
+
+
+def token_head(m: Bert, t: Tape, x: Tensor) -> Tensor:
+    """A class of each token, taken in the dtype of the logits: ``BertForTokenClassification``."""
+    dropped = dropout(t, x, t.classes.dropout)
+    logits = linear(t, dropped, t.classes.num, "classifier", bias=True, makes_logits=True)
+    with t.scope("loss"):
+        loss = cross_entropy(t, logits, token_labels(t))
+        t.keep_alive(x, dropped, logits)
     return loss
 
 
