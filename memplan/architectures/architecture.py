@@ -164,6 +164,7 @@ def record(
     padded: bool = False,
     recipe: Recipe = EVERYTHING,
     loss: str = "full",
+    evaluation: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -171,7 +172,7 @@ def record(
     and where their hidden states are alike in dtype and in whether they require a gradient.
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where; `recipe`: what is trained.
+    hold padding, and a mask says where; `recipe`: what is trained; `evaluation`: no dropout, and no graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -192,6 +193,7 @@ def record(
             loss=loss,
             recipe=recipe,
             prefix=prefix,
+            evaluation=evaluation,
         )
 
     stem_tape = tape()

@@ -71,6 +71,9 @@ class Options(NamedTuple):
     freeze: tuple[str, ...] | None = None
     quantize: str | None = None
     upcast: bool = False
+    eval_batch: int | None = None
+    eval_samples: int | None = None
+    eval_accumulation: int | None = None
     reserve: str | None = None
     headroom: float | None = None
     confidence: float | None = None
@@ -273,6 +276,7 @@ def _named(
 
 
 BATCH, TRAINING, TRAINED = "The batch", "How it is trained", "What is trained"
+EVALUATED = "Evaluation between the steps"
 CARD, OUTPUT = "The GPU", "Output"
 
 MODEL = Row(("MODEL",), "", "", read_text, "[MODEL]")
@@ -333,6 +337,9 @@ SETUP_ROWS = (
     Row(("--freeze",), TRAINED, "Parameters or modules that are not: model.embed_tokens,...", read_names, "PATTERNS"),
     _named("--quantize", TRAINED, "Store the frozen linear weights in few bits.", QUANTIZATIONS),
     Row(("--upcast",), TRAINED, "What is not quantised in fp32 (prepare_model_for_kbit_training)."),
+    Row(("--eval-batch",), EVALUATED, "Count one, with so many sequences per forward pass (8).", read_count, "N"),
+    Row(("--eval-samples",), EVALUATED, "Keep the logits of so many for metrics (none).", read_count, "N"),
+    Row(("--eval-accumulation",), EVALUATED, "Move them to the host after N batches (at the end).", read_count, "N"),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,
 )

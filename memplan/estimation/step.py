@@ -40,6 +40,9 @@ OPTIMIZER = "optimizer step"
 INSTANTS = (FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER)
 """The instants of a step at which memory can be at its highest, in order."""
 
+EVALUATION = "evaluation"
+"""What comes between two steps."""
+
 STEM = -1
 HEAD = -2
 """Places in `Part.places` that are no layers."""
@@ -69,6 +72,11 @@ class Peaks(NamedTuple):
             highest = maximum(highest, value)
         return highest
 
+    @property
+    def at_evaluation(self) -> bool:
+        """Whether an evaluation needs more than any instant of the step."""
+        return bool(self.by_instant.get(EVALUATION, 0) > max(self.by_instant[name] for name in INSTANTS))
+
 
 class Recordings:
     """The recordings of one architecture, each made once: a plan looks at many setups of the same model."""
@@ -80,11 +88,12 @@ class Recordings:
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._programs: dict[tuple[Any, ...], StepProgram] = {}
 
-    def recording(self, setup: Setup) -> Recording:
-        """The tapes under the dtypes and the attention of `setup`."""
+    def recording(self, setup: Setup, *, evaluation: bool = False) -> Recording:
+        """The tapes under the dtypes and the attention of `setup`, in training or in evaluation mode."""
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         recipe = setup.recipe
-        key = (setup.precision, setup.attention, exceeded, setup.padding, setup.loss, recipe)
+        loss = loss_of_evaluation(setup) if evaluation else setup.loss
+        key = (setup.precision, setup.attention, exceeded, setup.padding, loss, recipe, evaluation)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -94,9 +103,18 @@ class Recordings:
                 exceeded=exceeded,
                 padded=setup.padding,
                 recipe=recipe,
-                loss=setup.loss,
+                loss=loss,
+                evaluation=evaluation,
             )
         return self._recordings[key]
+
+    def evaluation_layout(self, setup: Setup) -> Layout:
+        """The forward pass in evaluation mode, where nothing is kept and no layer is checkpointed."""
+        recording = self.recording(setup, evaluation=True)
+        key = (id(recording), "evaluation")
+        if key not in self._layouts:
+            self._layouts[key] = Layout(recording, ("none",) * len(recording.order), self._pieces)
+        return self._layouts[key]
 
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
@@ -110,6 +128,12 @@ class Recordings:
             layout = self._layouts[layout_key]
             self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         return self._programs[key]
+
+
+def loss_of_evaluation(setup: Setup) -> str:
+    """The loss of an evaluation: the one of training, but all logits at once where they are kept."""
+    kept = setup.evaluation is not None and setup.evaluation.samples is not None
+    return "full" if kept or setup.loss == "full-kept" else setup.loss
 
 
 class Layout:
@@ -131,13 +155,22 @@ class Layout:
         before = lifetimes(recording.stem, "none", owns_hidden=True)
         self.layers: list[PieceLifetimes] = []
         for kind, mode in zip(recording.order, modes, strict=True):
-            before = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
+            held = before.keeps_output() or (self.holds_embedding and not self.layers)
+            before = lifetimes(recording.kinds[kind], mode, owns_hidden=not held)
             self.layers.append(before)
         self.head = lifetimes(recording.head, "none", owns_hidden=not before.keeps_output())
         pieces = {id(x): x for x in (*self.layers, self.head)}
         lasting = frozenset(name for x in pieces.values() for name in x.kept_shared())
         key = (id(recording.stem), lasting)
         self.stem = known.setdefault(key, PieceLifetimes(recording.stem, lasting=lasting))
+
+    @property
+    def holds_embedding(self) -> bool:
+        """Whether a variable of the model (``inputs_embeds``) is what holds the first hidden states to the last layer.
+
+        In training the first layer keeps them anyway.
+        """
+        return self.recording.stem.tape.evaluation and bool(self.recording.order)
 
     @cached_property
     def states(self) -> ModelStates:
@@ -237,6 +270,11 @@ class Layout:
         stem = self.recording.stem
         events = []
         done = {stem.output.storage}
+        if self.holds_embedding and not kept:
+            storage = stem.tape.storages[stem.output.storage]
+            events.append(Event(("hidden",), storage.size, -1, self.stem.row(storage)))
+            for x in stem.tape.in_model:
+                events.append(Event(("", x.storage), x.bytes, -1, self.stem.row(stem.tape.storages[x.storage])))
         for name, x in stem.shared.items():
             storage = stem.tape.storages[x.storage]
             goes_now = (name in self.stem.lasting) == kept and x.storage not in self.stem.keepers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import lora_record
+from memplan.specs.evaluation import evaluation_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -205,6 +206,7 @@ def setup_document(setup: Setup) -> Document:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "upcast": setup.upcast,
+        "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError
 from memplan.specs.adapter import Lora, lora_record
+from memplan.specs.evaluation import evaluation_record, parse_evaluation
 from memplan.specs.measurement import OUTCOMES, Card, Measurement, PhaseBytes, StepRecord, Trial
 from memplan.specs.training import Setup
 
@@ -74,6 +75,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "upcast": setup.upcast,
+        "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
 
@@ -133,6 +135,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         freeze=tuple(record.get("freeze", ())),
         quantize=record.get("quantize"),
         upcast=record.get("upcast", False),
+        evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
     )
 
 
