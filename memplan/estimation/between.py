@@ -57,9 +57,12 @@ def left_out_between_steps(setup: Setup) -> list[tuple[str, str]]:
     """(what, why) of what the numbers leave out."""
     if setup.evaluation is None:
         return []
-    found = [("what metrics make of the logits", "compute_metrics is the user's own")]
+    found = [
+        ("the allocator during evaluation", "reserved bytes are those of the steps, or at least what it allocates"),
+        ("generation during evaluation", "predict_with_generate fills a key-value cache, which is not counted"),
+    ]
     if setup.evaluation.samples is not None:
-        found.append(("generation during evaluation", "predict_with_generate fills a key-value cache, not counted"))
+        found.append(("what metrics make of the logits", "compute_metrics is the user's own"))
     return found
 
 
