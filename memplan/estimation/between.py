@@ -25,6 +25,7 @@ from memplan.estimation.step import EVALUATION
 from memplan.operators.sizes import num_bytes
 from memplan.specs.evaluation import DEFAULT_EVAL_BATCH, Evaluation
 from memplan.specs.training import OPTIMIZERS, library_of
+from memplan.specs.values import replace
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -86,10 +87,15 @@ def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) 
         num = setup.evaluation.samples
         value += f"; the logits of {num:,} sequences are concatenated, and {format_bytes(host)} on the host"
     step = max(value for name, value in peaks.by_instant.items() if name != EVALUATION)
+    otherwise = "no evaluation"
+    if host and setup.evaluation.accumulation != 1:
+        otherwise = "--eval-accumulation 1"
+        moved = replace(setup.evaluation, accumulation=1)
+        step = max(step, estimator.evaluation(setup, moved).peak(sizes))
     return Assumption(
         EVALUATION,
         value,
-        "no evaluation",
+        otherwise,
         int(step - peaks.peak),
         "evaluation_loop of transformers/trainer.py: states are there, gradients are not, nothing is kept",
     )

@@ -94,6 +94,15 @@ def test_the_peak_is_that_of_a_step_unless_an_evaluation_is_asked_for() -> None:
     assert asked.peak_instant == EVALUATION
 
 
+def test_moving_logits_early_is_the_way_out() -> None:
+    """The effect that is said is that of the option that is named."""
+    kept = memplan.estimate("gpt2", seq_len=128, eval_samples=400)
+    moved = memplan.estimate("gpt2", seq_len=128, eval_samples=400, eval_accumulation=1)
+    row = next(one for one in kept.assumptions if one.what == EVALUATION)
+    assert row.otherwise == "--eval-accumulation 1"
+    assert row.effect_bytes == moved.memory.peak_allocated_bytes - kept.memory.peak_allocated_bytes < 0
+
+
 @pytest.mark.parametrize("choices", [{"eval_batch": 16}, {"eval_samples": 100}, {"eval_batch": 1}])
 def test_the_rows_add_up(choices: dict) -> None:
     found = memplan.estimate("gpt2", seq_len=128, **choices)
