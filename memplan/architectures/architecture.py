@@ -174,6 +174,7 @@ def record(
     loss: str = "full",
     objective: str = "lm",
     grad: bool = True,
+    evaluation: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -182,7 +183,7 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
     hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of.
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -206,6 +207,7 @@ def record(
             grad=grad,
             recipe=recipe,
             prefix=prefix,
+            evaluation=evaluation,
         )
 
     stem_tape = tape()

@@ -75,6 +75,9 @@ class Options(NamedTuple):
     quantize: str | None = None
     offload: str | None = None
     upcast: bool = False
+    eval_batch: int | None = None
+    eval_samples: int | None = None
+    eval_accumulation: int | None = None
     reserve: str | None = None
     headroom: float | None = None
     confidence: float | None = None
@@ -277,6 +280,7 @@ def _named(
 
 
 BATCH, TRAINING, TRAINED = "The batch", "How it is trained", "What is trained"
+EVALUATED = "Evaluation between the steps"
 CARD, OUTPUT = "The GPU", "Output"
 
 MODEL = Row(("MODEL",), "", "", read_text, "[MODEL]")
@@ -353,6 +357,9 @@ SETUP_ROWS = (
         later=("optimizer", "params"),
         metavar="activations",
     ),
+    Row(("--eval-batch",), EVALUATED, "Count one, with so many sequences per forward pass (8).", read_count, "N"),
+    Row(("--eval-samples",), EVALUATED, "Keep the logits of so many for metrics (none).", read_count, "N"),
+    Row(("--eval-accumulation",), EVALUATED, "Move them to the host after N batches (at the end).", read_count, "N"),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,
 )

@@ -106,6 +106,11 @@ def assumptions(
         *_logits(case),
         *_autocast_cache(case),
     ]
+    return by_effect(*found)
+
+
+def by_effect(*found: Assumption) -> tuple[Assumption, ...]:
+    """The one that moves the peak most first."""
     return tuple(sorted(found, key=lambda a: -abs(a.effect_bytes or 0)))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
-from memplan.estimation.assumptions import Assumption, assumptions, left_out_of
-from memplan.estimation.ledger import LedgerRow, ledger
+from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
+from memplan.estimation.between import between_steps, left_out_between_steps
+from memplan.estimation.evaluation import EvaluationProgram
+from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
 from memplan.estimation.lints import Lint, lints
-from memplan.estimation.step import Recordings, StepProgram
+from memplan.estimation.step import EVALUATION, Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
     from memplan.architectures.architecture import Architecture, Recording
+    from memplan.estimation.step import Peaks
+    from memplan.specs.evaluation import Evaluation
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
@@ -184,6 +188,8 @@ class Estimator:
             )
         if setup.attention == "flash":
             self._check_flash(setup)
+        if setup.evaluation is not None and setup.evaluation.samples is not None:
+            self.evaluation(setup, setup.evaluation).results()
         if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
@@ -222,9 +228,23 @@ class Estimator:
             self._sizes[key] = Sizes(bind(*key))
         return self._sizes[key]
 
+    def peaks(self, setup: Setup, *, first_step: bool = False) -> Peaks:
+        """Allocated bytes at the instants of a step, and of an evaluation where the setup has one."""
+        sizes = self.sizes(setup)
+        found = self.program(setup).peaks(sizes, setup.gradient_accumulation_steps, first_step=first_step)
+        if setup.evaluation is None:
+            return found
+        highest = self.evaluation(setup, setup.evaluation).peak(sizes)
+        return found._replace(by_instant={**found.by_instant, EVALUATION: highest})
+
+    def evaluation(self, setup: Setup, evaluation: Evaluation) -> EvaluationProgram:
+        """Such an evaluation between the steps of `setup`."""
+        setup = replace(setup, evaluation=evaluation)
+        return EvaluationProgram(self.program(setup), self._recordings.evaluation_layout(setup), setup, evaluation)
+
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration in steady state; reserved bytes are the least that can be."""
-        peak = self.program(setup).peaks(self.sizes(setup), setup.gradient_accumulation_steps).peak
+        peak = self.peaks(setup).peak
         return self._memory(peak, -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES)
 
     def replayed_memory(self, setup: Setup, budget_bytes: int | None = None, alloc_conf: str | None = None) -> Memory:
@@ -308,11 +328,12 @@ class Estimator:
         program = self.program(setup)
         sizes = self.sizes(setup)
         accumulation = setup.gradient_accumulation_steps
-        steady = program.peaks(sizes, accumulation)
-        first = program.peaks(sizes, accumulation, first_step=True)
+        steady, first = self.peaks(setup), self.peaks(setup, first_step=True)
         budget = None if self.gpu is None else margin.budget(self.gpu.usable_bytes)
         memory = self.replayed_memory(setup, budget, alloc_conf)
         rows = ledger(program, sizes, accumulation)
+        if steady.at_evaluation and setup.evaluation is not None:
+            rows = at_evaluation(rows, self.evaluation(setup, setup.evaluation))
         return Estimate(
             model=self.summary(setup),
             setup=setup,
@@ -331,7 +352,9 @@ class Estimator:
             upper_bound_bytes=margin.upper_bound(memory.peak_process_bytes),
             step_time=self.step_time(setup),
             ledger=rows + process_rows(memory),
-            assumptions=assumptions(self, setup, program, sizes, steady, rows),
+            assumptions=by_effect(
+                *assumptions(self, setup, program, sizes, steady, rows), *between_steps(self, setup, sizes, steady)
+            ),
             unmodelled=self.unmodelled(setup),
             lints=lints(self, setup, program, sizes, steady),
         )
@@ -370,6 +393,7 @@ class Estimator:
         if setup.precision == "fp16-mixed":
             found.append(("the gradient scaler", "a few scalars"))
         found += left_out_of(OPTIMIZERS[setup.optimizer])
+        found += left_out_between_steps(setup, self.architecture.model_type)
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(
                 (

@@ -74,6 +74,8 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
     Raises:
         UsageError: a length beyond the model's positions, or a number below 1.
     """
+    if setup.evaluation is not None:
+        raise UsageError("A grid is of training steps, without an evaluation between them.", "Leave --eval-... out.")
     numbers = _whole("micro_batch", micro_batch_size), _whole("seq_len", seq_len)
     try:
         batches, lengths = np.broadcast_arrays(*numbers)

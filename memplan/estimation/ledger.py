@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from memplan.estimation.step import HEAD, STEM
+from memplan.estimation.step import EVALUATION, HEAD, STEM
+from memplan.memory.model_states import GRADIENT_BUCKETS
 from memplan.operators.sizes import BYTES_PER_ELEMENT, num_bytes
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from memplan.estimation.step import Part, StepProgram
+    from memplan.estimation.evaluation import EvaluationProgram
+    from memplan.estimation.step import Layout, Part, StepProgram
     from memplan.memory.events import Row, Segment, Sizes
     from memplan.memory.model_states import Tensors
     from memplan.operators.sizes import Shape, Size
@@ -75,7 +77,9 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
     for tensors in program.resident(accumulation, with_states=True):
         _add(whole, tensors)
     at_peak = Counter(whole)
-    _Peak(program, sizes, accumulation).add_to(at_peak)
+    peak = _Peak(program, sizes)
+    peak.climb_step(program, accumulation)
+    at_peak.update(peak.found)
     _add(whole, program.gradients)
     whole += _after(program, program.forward)
     rows = []
@@ -100,6 +104,44 @@ def ledger(program: StepProgram, sizes: Sizes, accumulation: int) -> tuple[Ledge
             )
     order = {kind: n for n, kind in enumerate(KIND_ORDER)}
     return tuple(sorted(rows, key=lambda r: (order.get(r.kind, 99), -r.num_bytes, r.module, r.tensor, r.dtype)))
+
+
+RESIDENT = frozenset({"parameter", "optimizer_state", "input", "buffer"})
+"""Kinds that are there between steps, too."""
+
+
+def at_evaluation(rows: Sequence[LedgerRow], evaluation: EvaluationProgram) -> tuple[LedgerRow, ...]:
+    """The rows of a step whose peak is that of an evaluation: what is resident, and what the evaluation makes."""
+    step = [
+        row if row.kind in RESIDENT or row.tensor == GRADIENT_BUCKETS else row._replace(bytes_at_peak=0) for row in rows
+    ]
+    high = evaluation.high()
+    sizes = evaluation.sizes(high.batch or 1)
+    start: Counter[Key] = Counter()
+    _add(start, high.held)
+    peak = _Peak(evaluation.layout, sizes)
+    if high.batch:
+        _add(start, evaluation.inputs())
+        peak.climb(evaluation.layout.forward, start)
+    else:
+        peak.consider(start)
+    found = [
+        LedgerRow(
+            EVALUATION if row.module == EVALUATION else f"{EVALUATION}: {row.module}",
+            row.tensor,
+            "temporary",
+            num,
+            row.shape,
+            row.dtype,
+            num * sizes[size],
+            num * sizes[size],
+            _formula(row, size, num),
+            row.reason or _source(row),
+        )
+        for (row, size), num in peak.found.items()
+        if num
+    ]
+    return (*step, *sorted(found, key=lambda r: (-r.num_bytes, r.module, r.tensor)))
 
 
 def _formula(row: Row, size: Size, num: int) -> str:
@@ -129,7 +171,7 @@ def _add(counts: Counter[Key], tensors: Tensors) -> None:
         counts[row, size] += times
 
 
-def _net(program: StepProgram, part: Part, events: Iterable[tuple[Row, Size, int]], runs: int) -> Counter[Key]:
+def _net(program: StepProgram | Layout, part: Part, events: Iterable[tuple[Row, Size, int]], runs: int) -> Counter[Key]:
     """What `runs` runs of a part leave behind, under the full paths of their modules."""
     prefix = _prefix(program, part)
     counts: Counter[Key] = Counter()
@@ -144,7 +186,7 @@ def _located(row: Row, prefix: str) -> Row:
     return row._replace(module=f"{prefix}.{row.module}" if row.module else prefix)
 
 
-def _prefix(program: StepProgram, part: Part) -> str:
+def _prefix(program: StepProgram | Layout, part: Part) -> str:
     place = part.places[0] if part.places else STEM
     return "" if place in {STEM, HEAD} else program.recording.pattern(program.recording.order[place])
 
@@ -153,7 +195,7 @@ def _events(segment: Segment) -> list[tuple[Row, Size, int]]:
     return [(event.row, event.size, event.sign) for event in segment.events]
 
 
-def _after(program: StepProgram, parts: Sequence[Part]) -> Counter[Key]:
+def _after(program: StepProgram | Layout, parts: Sequence[Part]) -> Counter[Key]:
     runs: dict[tuple[int, str], tuple[Part, int]] = {}
     for part in parts:
         key = (id(part.segment), _prefix(program, part))
@@ -167,34 +209,35 @@ def _after(program: StepProgram, parts: Sequence[Part]) -> Counter[Key]:
 class _Peak:
     """The tensors alive at the highest point, beside those that are always there."""
 
-    def __init__(self, program: StepProgram, sizes: Sizes, accumulation: int) -> None:
+    def __init__(self, program: StepProgram | Layout, sizes: Sizes) -> None:
         self.program = program
         self.sizes = sizes
         self.best = 0
         self.found: Counter[Key] = Counter()
+
+    def climb_step(self, program: StepProgram, accumulation: int) -> None:
+        """Go through a step of training."""
         first = (*program.forward, *program.backward)
-        self._climb(first, Counter())
+        self.climb(first, Counter())
         gradients: Counter[Key] = Counter()
         _add(gradients, program.gradients)
         if accumulation > 1:
-            self._climb((*program.forward, *program.backward_again), gradients)
+            self.climb((*program.forward, *program.backward_again), gradients)
         for tensors in program.end_temporaries:
             alive = Counter(gradients)
             _add(alive, tensors)
-            self._consider(self._bytes(alive), alive)
-
-    def add_to(self, counts: Counter[Key]) -> None:
-        """Add the tensors alive at the peak."""
-        counts.update(self.found)
+            self.consider(alive)
 
     def _bytes(self, counts: Counter[Key]) -> int:
         return sum(n * self.sizes[size] for (_, size), n in counts.items())
 
-    def _consider(self, height: int, alive: Counter[Key]) -> None:
+    def consider(self, alive: Counter[Key]) -> None:
+        """These are alive at a high point."""
+        height = self._bytes(alive)
         if height > self.best:
             self.best, self.found = height, alive
 
-    def _climb(self, parts: Sequence[Part], start: Counter[Key]) -> None:
+    def climb(self, parts: Sequence[Part], start: Counter[Key]) -> None:
         """Find the part and run with the highest point, then walk only that one."""
         live = self._bytes(start)
         highest, where = self.best, None
@@ -219,4 +262,4 @@ class _Peak:
             if height > top:
                 at, top = i + 1, height
         alive.update(_net(self.program, part, events[:at], 1))
-        self._consider(highest, alive)
+        self.consider(alive)

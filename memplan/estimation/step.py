@@ -45,6 +45,9 @@ REFERENCE = "reference forward"
 REFERENCE_MODEL = "reference model"
 """What the modules of a second model are listed under."""
 
+EVALUATION = "evaluation"
+"""What comes between two steps."""
+
 STEM = -1
 HEAD = -2
 """Places in `Part.places` that are no layers."""
@@ -74,6 +77,11 @@ class Peaks(NamedTuple):
             highest = maximum(highest, value)
         return highest
 
+    @property
+    def at_evaluation(self) -> bool:
+        """Whether an evaluation needs more than any instant of the step."""
+        return bool(self.by_instant.get(EVALUATION, 0) > max(self.by_instant[name] for name in INSTANTS))
+
 
 class Recordings:
     """The recordings of one architecture, each made once: a plan looks at many setups of the same model."""
@@ -85,9 +93,9 @@ class Recordings:
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._programs: dict[tuple[Any, ...], StepProgram] = {}
 
-    def recording(self, setup: Setup) -> Recording:
-        """The tapes under the dtypes and the attention of `setup`."""
-        return self._recorded(setup, setup.recipe, grad=True)
+    def recording(self, setup: Setup, *, evaluation: bool = False) -> Recording:
+        """The tapes under the dtypes and the attention of `setup`, in training or in evaluation mode."""
+        return self._recorded(setup, setup.recipe, evaluation=evaluation)
 
     def reference(self, setup: Setup) -> Recording | None:
         """The tapes of the reference that runs without a graph; None where none does."""
@@ -96,9 +104,11 @@ class Recordings:
         recipe = setup.recipe
         return self._recorded(setup, recipe if recipe.lora is None else recipe._replace(disabled=True), grad=False)
 
-    def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool) -> Recording:
+    def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False) -> Recording:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
-        key = (setup.precision, setup.attention, exceeded, setup.padding, setup.loss, setup.objective, recipe, grad)
+        loss = loss_of_evaluation(setup) if evaluation else setup.loss
+        how = (loss, setup.objective, recipe, grad, evaluation)
+        key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -108,11 +118,20 @@ class Recordings:
                 exceeded=exceeded,
                 padded=setup.padding,
                 recipe=recipe,
-                loss=setup.loss,
+                loss=loss,
                 objective=setup.objective,
                 grad=grad,
+                evaluation=evaluation,
             )
         return self._recordings[key]
+
+    def evaluation_layout(self, setup: Setup) -> Layout:
+        """The forward pass in evaluation mode, where nothing is kept and no layer is checkpointed."""
+        recording = self.recording(setup, evaluation=True)
+        key = (id(recording), "evaluation")
+        if key not in self._layouts:
+            self._layouts[key] = Layout(recording, ("none",) * len(recording.order), self._pieces)
+        return self._layouts[key]
 
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
@@ -132,6 +151,12 @@ class Recordings:
             layout = self._layouts[layout_key]
             self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         return self._programs[key]
+
+
+def loss_of_evaluation(setup: Setup) -> str:
+    """The loss of an evaluation: the one of training, but all logits at once where they are kept."""
+    kept = setup.evaluation is not None and setup.evaluation.samples is not None
+    return "full" if kept or setup.loss == "full-kept" else setup.loss
 
 
 class Layout:
@@ -166,9 +191,11 @@ class Layout:
         self.layers: list[PieceLifetimes] = []
         self.held_by_model = False
         """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
-        for place, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
-            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not before.keeps_output())
-            if place == 0 and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
+        for kind, mode in zip(recording.order, modes, strict=True):
+            first = not self.layers
+            held = before.keeps_output() or (self.holds_embedding and first)
+            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not held)
+            if first and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
                 layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
                 self.held_by_model = True
             before = layer
@@ -178,6 +205,14 @@ class Layout:
         lasting = frozenset(name for x in pieces.values() for name in x.kept_shared())
         key = (id(recording.stem), lasting)
         self.stem = known.setdefault(key, PieceLifetimes(recording.stem, lasting=lasting))
+
+    @property
+    def holds_embedding(self) -> bool:
+        """Whether a variable of the model (``inputs_embeds``) is what holds the first hidden states to the last layer.
+
+        In training the first layer keeps them anyway.
+        """
+        return self.recording.stem.tape.evaluation and bool(self.recording.order)
 
     @cached_property
     def states(self) -> ModelStates:
@@ -293,6 +328,11 @@ class Layout:
         stem = self.recording.stem
         events = []
         done = {stem.output.storage}
+        if self.holds_embedding and not kept:
+            storage = stem.tape.storages[stem.output.storage]
+            events.append(Event(("hidden",), storage.size, -1, self.stem.row(storage)))
+            for x in stem.tape.in_model:
+                events.append(Event(("", x.storage), x.bytes, -1, self.stem.row(stem.tape.storages[x.storage])))
         for name, x in stem.shared.items():
             storage = stem.tape.storages[x.storage]
             goes_now = (name in self.stem.lasting) == kept and x.storage not in self.stem.keepers

@@ -63,6 +63,7 @@ INSTANT_BY_PHASE = {
     "backward": "backward",
     "clip": "gradient clip",
     "optimizer": "optimizer step",
+    "evaluation": "evaluation",
     "zero_grad": "optimizer step",
 }
 """memplan's instants by the phases of a trace."""

@@ -78,6 +78,8 @@ class TracedEstimator:
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` for what a trace cannot answer."""
+        if setup.evaluation is not None:
+            raise UsageError("A traced module is estimated in training alone.", "Leave --eval-... out, or trace it.")
         if setup.data_parallel_size > 1:
             raise UsageError("A traced module is planned for one GPU.", "Leave --gpus out.")
 

@@ -280,7 +280,7 @@ class PieceLifetimes:
 
     @property
     def _stays(self) -> set[int]:
-        return {x.storage for x in self.piece.shared.values()}
+        return {x.storage for x in (*self.piece.shared.values(), *self.tape.in_model)}
 
     @cached_property
     def output_released(self) -> Segment:

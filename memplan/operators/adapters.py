@@ -88,7 +88,7 @@ def _dora(t: Tape, base: Base, lora: Lora, dtype: str) -> Tensor:
     with t.scope("lora_magnitude_vector"):
         magnitude_dtype = "fp32" if lora.dtype == "fp32" or base.quantised else t.numerics.parameters
         magnitude = t.parameter("weight", (out_features,), of_adapter=True, dtype=magnitude_dtype)
-        plain = base.y if lora.dropout == 0 else None
+        plain = base.y if lora.dropout == 0 or t.evaluation else None
         x = dropout(t, base.x, lora.dropout)
         update = _update(t, weights, dtype, x.dtype)
         weight = t.op("dequantize", (), base.weight.shape, dtype=base.weight.dtype) if base.quantised else base.weight

@@ -141,6 +141,8 @@ def clamp(t: Tape, x: Tensor, *, sides: int) -> Tensor:
 
 def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
     """``x.clamp_(a, b)``: autograd copies `x` before it is overwritten, because the derivative needs it."""
+    if t.evaluation:
+        return x
     kept = t.op("clone", (x,), x.shape, gradients=())
     return t.op(
         "clamp",
@@ -153,7 +155,12 @@ def clamp_in_place(t: Tape, x: Tensor) -> Tensor:
 
 
 def shaken(t: Tape, x: Tensor) -> Tensor:
-    """``x *= torch.empty_like(x).uniform_(a, b)``: keeps the noise; the result lies on the storage of `x`."""
+    """``x *= torch.empty_like(x).uniform_(a, b)``: keeps the noise; the result lies on the storage of `x`.
+
+    In training alone.
+    """
+    if t.evaluation:
+        return x
     noise = t.op("uniform", (x,), x.shape, gradients=())
     out = x._replace(number=len(t.tensors))
     t.tensors.append(out)
@@ -250,7 +257,7 @@ ACTIVATION_BY_NAME: dict[str, Activation] = {
 
 def dropout(t: Tape, x: Tensor, p: float) -> Tensor:
     """``F.dropout`` in training: nothing at p = 0, else CUDA's fused kernel keeps a mask of one byte an element."""
-    if p == 0:
+    if p == 0 or t.evaluation:
         return x
     return t.op(
         "dropout",

@@ -151,8 +151,9 @@ def fused_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_i
     ``LigerFusedLinearCrossEntropyFunction`` of liger-kernel 0.8.5 (ops/fused_linear_cross_entropy.py) with its default
     ``accum_dtype=None``, on compute capability 8.0 or more.  The logits of a chunk take about as many bytes as all
     hidden states: C is b s / ceil(V / H), rounded up to a power of two.  A frozen weight has no gradient.
+    In evaluation there are none, but zeros in place of that of the hidden states.
     """
-    weight = head.weight
+    weight = head.weight._replace(requires_grad=False) if t.evaluation else head.weight
     if head.bias is not None:
         raise UsageError("Liger's fused loss is not modelled for an output layer with a bias.", "Use --loss full.")
     padded = t.op("pad", (labels,), ("b", "s+1"), dtype="int64")
@@ -170,6 +171,7 @@ def fused_loss(t: Tape, hidden: Tensor, head: OutputLayer, labels: Tensor, num_i
         (),
         dtype="fp32",
         loop=Loop(count(()).times(0), computed, made_ahead=(hidden, weight), moved=(passes,)),
+        extra_outputs=(("zeros", hidden.shape, hidden.dtype),) if t.evaluation else (),
         scratch=_fused_scratch(t, hidden, weight, chunk, several=share > 1),
         flops=product_flops(("b*s",), weight).times(2 + _num_gradients(weight)),
         reason="the gradients are there when the forward pass ends",

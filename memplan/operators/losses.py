@@ -25,7 +25,7 @@ def cross_entropy(t: Tape, logits: Tensor, targets: Tensor) -> Tensor:
     """
     logits = t.autocast_fp32(logits)
     log_probabilities = log_softmax(t, logits)
-    return t.op(
+    loss = t.op(
         "nll_loss",
         (log_probabilities, targets),
         (),
@@ -35,12 +35,14 @@ def cross_entropy(t: Tape, logits: Tensor, targets: Tensor) -> Tensor:
         gradients=[Gradient(log_probabilities)],
         reason="the gradient of the loss needs the targets",
     )
+    t.keep_alive(logits)
+    return loss
 
 
 def causal_lm_loss(t: Tape, logits: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
     """``ForCausalLMLoss``: fp32 copy of the logits, labels shifted by one, sum over tokens divided by `num_items`."""
     upcast = t.cast(logits, "fp32")
-    padded = t.op("pad", (labels,), ("b", "s+1"), dtype="int64")
+    padded = t.op("pad", (labels,), ("[b>1]", "b", "s+1"), dtype="int64")  # of a single sequence, what is kept
     targets = copy(t, padded, ("b", "s+[b=1]"))
     loss = cross_entropy(t, upcast, targets)
     loss = divide(t, loss, num_items)

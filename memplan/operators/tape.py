@@ -190,6 +190,7 @@ class Tape:
         objective: str = "lm",
         classes: Any = None,
         grad: bool = True,
+        evaluation: bool = False,
     ) -> None:
         self.numerics = numerics
         self.grad = grad
@@ -212,6 +213,8 @@ class Tape:
         """Attention windows that are shorter than the sequence."""
         self.padded = padded
         """Whether a mask is passed because the micro-batch holds padding."""
+        self.evaluation = evaluation
+        """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
@@ -224,6 +227,8 @@ class Tape:
         """What the caller of the model holds until the backward pass is over."""
         self.holds_output = False
         """Whether a variable of the model holds what this piece hands on until the last layer has run."""
+        self.in_model: list[Tensor] = []
+        """What variables of the model hold until the last layer returns."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
@@ -337,6 +342,14 @@ class Tape:
         """The model has returned; something else runs before its caller goes on (a reference model)."""
         self._record(PAUSE, (), ())
 
+    def hold_in_model(self, tensor: Tensor) -> None:
+        """A variable of the model's ``forward`` holds this one of the stem until the last layer returns.
+
+        It counts in evaluation; in training what is held so long is kept by the graph, or small.
+        """
+        if self.evaluation:
+            self.in_model.append(tensor)
+
     def close(self) -> None:
         """The piece has run."""
         self._let_variables_go()
@@ -351,7 +364,7 @@ class Tape:
 
         It is a leaf of the graph, which holds it to the end of the backward pass (``AccumulateGrad``).
         """
-        if not self.grad:
+        if self.evaluation or not self.grad:
             return x
         self.tensors[x.number] = x = x._replace(requires_grad=True)
         self._record("requires_grad_", (x,), (), keeps=(x,), reason="a leaf of the graph is held by it")
@@ -383,7 +396,7 @@ class Tape:
 
         `gradients` defaults to a new tensor for every input that requires one; those of other inputs are dropped.
         """
-        requires_grad = self.grad and any(x.requires_grad for x in inputs)
+        requires_grad = self.grad and not self.evaluation and any(x.requires_grad for x in inputs)
         out = self._new(
             shape, dtype or inputs[0].dtype, role="activation", name=name, requires_grad=requires_grad, cached=cached
         )
@@ -393,7 +406,7 @@ class Tape:
         ]
         ahead = {
             x.number: self._new(x.shape, x.dtype, role="activation", name=f"{name} gradient", requires_grad=False)
-            for x in (loop.made_ahead if loop else ())
+            for x in (loop.made_ahead if loop and requires_grad else ())
             if x.requires_grad
         }
         extras += ahead.values()
@@ -410,7 +423,7 @@ class Tape:
             (out, *extras),
             keeps=tuple(kept) if requires_grad else (),
             keeps_output=bool(keeps_output or extras),
-            gradients=tuple(g for g in gradients if g.of.requires_grad),
+            gradients=tuple(g for g in gradients if g.of.requires_grad) if requires_grad else (),
             scratch=tuple(scratch),
             backward_scratch=tuple(backward_scratch),
             flops=flops,

@@ -126,7 +126,7 @@ class _Fused(torch.autograd.Function):
         chunk = min(_next_power_of_two(-(-tokens // -(-vocab // width))), tokens)
         into_place = hidden.dtype == weight.dtype and lower in {None, hidden.dtype}
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad and hidden.requires_grad else None
         losses = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         mask = target != IGNORED
         mask.sum()

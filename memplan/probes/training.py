@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from memplan.probes.evaluation import evaluate
 from memplan.probes.faults import TraceError
 from memplan.specs.values import NamedTuple
 
@@ -116,12 +117,16 @@ class TrainingRun:
         self._outputs: Any = None
 
     def step(self, number: int, setup: Setup) -> None:
-        """One optimizer step."""
+        """One optimizer step, and after it an evaluation where the setup has one."""
         enter = self.witness.enter
         self.witness.begin_step()
         enter("forward", number, -1)
-        inputs = [self._inputs(setup) for _ in range(setup.gradient_accumulation_steps)]
-        num_items = self._num_items(setup) if self.takes_num_items else None
+        inputs = [self.inputs(setup) for _ in range(setup.gradient_accumulation_steps)]
+        num_items = (
+            self.num_items(setup.tokens_per_micro_batch * setup.gradient_accumulation_steps)
+            if self.takes_num_items
+            else None
+        )
         for micro_step, micro_batch in enumerate(inputs):
             last = micro_step == len(inputs) - 1
             with contextlib.nullcontext() if last or not hasattr(self.called, "no_sync") else self.called.no_sync():
@@ -143,6 +148,10 @@ class TrainingRun:
             enter("optimizer", number, -1)
             self._update()
             self._name_states()
+        if setup.evaluation is not None:
+            self.model.zero_grad(set_to_none=True)
+            enter("evaluation", number, -1)
+            evaluate(self, setup, setup.evaluation)
         enter("zero_grad", number, -1)
         del inputs, micro_batch, num_items
         self._outputs = None
@@ -150,7 +159,8 @@ class TrainingRun:
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def _inputs(self, setup: Setup) -> Any:
+    def inputs(self, setup: Setup) -> Any:
+        """One micro-batch."""
         with torch.device(self.device):
             make = self.make_inputs if self.objective is None else self.objective.make_inputs
             inputs = make(setup.micro_batch_size, setup.seq_len)
@@ -160,8 +170,8 @@ class TrainingRun:
             self.witness.label(tensor, "input", "inputs", name)
         return inputs
 
-    def _num_items(self, setup: Setup) -> torch.Tensor:
-        tokens = setup.tokens_per_micro_batch * setup.gradient_accumulation_steps
+    def num_items(self, tokens: int) -> torch.Tensor:
+        """How many tokens have a label."""
         num_items = torch.full((), tokens, dtype=torch.int64, device=self.device)
         self.witness.label(num_items, "input", "inputs", "num_items_in_batch")
         return num_items
@@ -172,21 +182,30 @@ class TrainingRun:
             steps = setup.gradient_accumulation_steps
             return loss if steps == 1 else loss / steps
         with self.autocast() if self.autocast else contextlib.nullcontext():
-            outputs = self._call(inputs, num_items)
+            outputs = self.call(inputs, num_items)
         kept = setup.loss == "full-kept"  # in a loop without accelerate
-        if self.autocast and self.loop.outputs_to_fp32 and not kept:
-            outputs = _to_fp32(outputs)
-        loss = find_loss(outputs, self.loss_of)
+        if not kept:
+            outputs = self.handed_out(outputs)
+        loss = self.loss(outputs)
         if self.loop.keep_outputs or kept:
             self._outputs = outputs
         accumulation = setup.gradient_accumulation_steps
         return loss if self.takes_num_items or accumulation == 1 else loss / accumulation
 
-    def _call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:
+    def call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:
+        """What the model returns."""
         if isinstance(inputs, dict):
             extra = {} if num_items is None else {"num_items_in_batch": num_items}
             return self.called(**inputs, **extra)
         return self.called(*inputs) if isinstance(inputs, (tuple, list)) else self.called(inputs)
+
+    def loss(self, outputs: Any) -> torch.Tensor:
+        """The loss of what the model returned."""
+        return find_loss(outputs, self.loss_of)
+
+    def handed_out(self, outputs: Any) -> Any:
+        """Outputs of the model as accelerate hands them out: under autocast in fp32."""
+        return _to_fp32(outputs) if self.autocast and self.loop.outputs_to_fp32 else outputs
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.updates_in_backward:
@@ -243,7 +262,7 @@ def find_loss(outputs: Any, loss_of: Callable[[Any], Any] | None) -> torch.Tenso
         raise TraceError(f"The module has no loss: {what[0].lower()}{what[1:]}.", cure)
     if loss.numel() != 1:
         raise TraceError(f"The module has no loss: its output has the shape {tuple(loss.shape)}.", cure)
-    if not loss.requires_grad:
+    if torch.is_grad_enabled() and not loss.requires_grad:
         raise TraceError("The loss depends on no parameter that is trained.", "Check requires_grad and no_grad().")
     return loss
 

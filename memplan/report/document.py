@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import lora_record
+from memplan.specs.evaluation import evaluation_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -209,6 +210,7 @@ def setup_document(setup: Setup) -> Document:
         "quantize": setup.quantize,
         "offload": setup.offload,
         "upcast": setup.upcast,
+        "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
 

@@ -141,6 +141,8 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["evaluation"]:
+        parts.append(f"evaluation in batches of {setup['evaluation']['batch']}")
     return ", ".join([*parts, *recipe_words(setup)])
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from memplan.errors import UsageError, did_you_mean
 from memplan.specs.adapter import Lora
+from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import LOSSES_BY_OBJECTIVE, PAIRED, check_count
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ class Choices(TypedDict, total=False):
     """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
+    eval_batch: int | None
+    """Sequences per forward pass of an evaluation, which is then counted (8)."""
+    eval_samples: int | None
+    """Sequences whose logits an evaluation keeps for its metrics (none)."""
+    eval_accumulation: int | None
+    """Batches after which they move to the host (at the end)."""
 
 
 FIELD_BY_ARGUMENT = {
@@ -93,9 +100,16 @@ LORA_FIELD_BY_ARGUMENT = {
 }
 """Argument -> the field of `memplan.specs.adapter.Lora`."""
 
-ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT)
+EVALUATION_FIELD_BY_ARGUMENT = {
+    "eval_batch": "batch",
+    "eval_samples": "samples",
+    "eval_accumulation": "accumulation",
+}
+"""Argument -> the field of `memplan.specs.evaluation.Evaluation`."""
 
-COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank")
+ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_ARGUMENT)
+
+COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
 
 
@@ -122,6 +136,13 @@ def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{_flag(settings[0])} is about adapters, and there is no rank of any.", "Say for example --lora-rank 16."
         )
+    evaluated = {
+        EVALUATION_FIELD_BY_ARGUMENT[name]: value
+        for name, value in given.items()
+        if name in EVALUATION_FIELD_BY_ARGUMENT
+    }
+    if evaluated:
+        fields["evaluation"] = Evaluation(**evaluated)
     return fields
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError
 from memplan.specs.adapter import Lora, lora_record
+from memplan.specs.evaluation import evaluation_record, parse_evaluation
 from memplan.specs.measurement import OUTCOMES, Card, Measurement, PhaseBytes, StepRecord, Trial
 from memplan.specs.training import Setup
 
@@ -76,6 +77,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "quantize": setup.quantize,
         "offload": setup.offload,
         "upcast": setup.upcast,
+        "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
 
@@ -136,6 +138,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         quantize=record.get("quantize"),
         offload=record.get("offload"),
         upcast=record.get("upcast", False),
+        evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
     )
 
 

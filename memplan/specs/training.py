@@ -10,6 +10,7 @@ from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
+    from memplan.specs.evaluation import Evaluation
 
 LARGEST_COUNT = 10**9
 """No batch, accumulation or length beyond this is taken seriously."""
@@ -162,6 +163,8 @@ class Setup:
     ``{"offload": True}`` of transformers 5.23, Unsloth's checkpointing); None: all is kept on the device."""
     upcast: bool = False
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
+    evaluation: Evaluation | None = None
+    """An evaluation between the steps; None: none is counted."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):

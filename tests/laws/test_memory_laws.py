@@ -11,15 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.architectures.registry import read_architecture
+from memplan.estimation.estimate import Estimator
 from memplan.estimation.ledger import ledger
-from memplan.estimation.step import INSTANTS, Recordings
+from memplan.estimation.step import EVALUATION, INSTANTS, Recordings
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
+from memplan.specs.evaluation import Evaluation
 from tests.laws.models import CONFIGS, RECORDINGS, all_setups, models, peaks, setups
 
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
+
+ESTIMATORS = {name: Estimator(read_architecture(config, name), name) for name, config in CONFIGS.items()}
 
 
 @given(model=models, setup=all_setups)
@@ -141,3 +145,21 @@ def test_accumulation_beyond_two_costs_only_inputs(model: str, setup: Setup) -> 
     sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
     inputs = program.inputs(64).total(sizes) - program.inputs(2).total(sizes)
     assert many == two + inputs
+
+
+@given(model=models, setup=setups, batch=st.integers(1, 16), samples=st.integers(1, 200), window=st.integers(1, 8))
+def test_an_evaluation_never_needs_less_for_more(
+    model: str, setup: Setup, batch: int, samples: int, window: int
+) -> None:
+    """More sequences in a batch, or kept, or fewer moves to the host: never fewer bytes; keeping none needs least."""
+
+    def need(**settings: int) -> int:
+        asked = replace(setup, evaluation=Evaluation(**settings))
+        return ESTIMATORS[model].peaks(asked).by_instant[EVALUATION]
+
+    alone = need(batch=batch)
+    assert alone <= need(batch=batch + 1)
+    kept = need(batch=batch, samples=samples)
+    assert need(batch=min(batch, samples)) <= kept + 512
+    assert kept <= need(batch=batch, samples=samples + batch)
+    assert need(batch=batch, samples=samples, accumulation=window) <= kept

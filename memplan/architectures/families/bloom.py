@@ -120,7 +120,7 @@ def head(m: Bloom, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
     tied_to = "transformer.word_embeddings.weight" if m.tied else None
-    return causal_head(t, x, m.vocab_size, tied_to=tied_to, holds_hidden=False)
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to)
 
 
 def bloom(config: Config) -> Architecture:

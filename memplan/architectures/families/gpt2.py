@@ -57,6 +57,7 @@ def stem(m: GPT2, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
         shared = causal_mask(t, tokens)
         dropped = dropout(t, x, m.embedding_dropout)
         t.keep_alive(tokens, places)
+        t.hold_in_model(places)
     return dropped, shared | {"position_ids": position_ids}
 
 
@@ -85,7 +86,7 @@ def head(m: GPT2, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
-    return causal_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None, holds_hidden=False)
+    return causal_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None)
 
 
 def gpt2(config: Config) -> Architecture:

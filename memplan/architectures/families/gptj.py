@@ -116,7 +116,7 @@ def head(m: GPTJ, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     with t.scope("transformer"):
         x = layer_norm(t, x, "ln_f")
     tied_to = "transformer.wte.weight" if m.tied else None
-    return causal_head(t, x, m.vocab_size, tied_to=tied_to, bias=True, holds_hidden=False)
+    return causal_head(t, x, m.vocab_size, tied_to=tied_to, bias=True)
 
 
 def gptj(config: Config) -> Architecture:

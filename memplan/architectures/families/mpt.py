@@ -101,7 +101,7 @@ def head(m: MPT, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Final norm, logits, loss."""
     with t.scope("transformer"):
         x = layer_norm(t, x, "norm_f", bias=False)
-    return causal_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None, holds_hidden=False)
+    return causal_head(t, x, m.vocab_size, tied_to="transformer.wte.weight" if m.tied else None)
 
 
 def mpt(config: Config) -> Architecture:

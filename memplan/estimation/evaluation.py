@@ -1,0 +1,217 @@
+"""How many bytes does an evaluation take between two steps of training?
+
+As transformers' Trainer runs it (5.23, trainer.py: ``evaluation_loop``, ``prediction_step``; trainer_pt_utils.py:
+``EvalLoopContainer``, ``nested_concat``, ``nested_numpify``): parameters, optimizer states and the inputs of the step
+are there, gradients are not.  A batch goes through the model in evaluation mode under ``torch.no_grad``, so that a
+tensor lives until its last use.
+
+Where the logits are kept for metrics, those of a batch are concatenated to those of all batches before it, which for
+a moment takes twice what there is:
+
+    r sequences at the concatenation     2 r s V e          V words, s tokens, e bytes a number
+    n batches of b, the next in forward  n b s V e, and the last batch once more (a variable of the loop) from n = 2 on
+
+They move to the host at the end, or after every `accumulation` batches.  Under autocast accelerate hands them out in
+fp32; on the host bf16 becomes fp32, as NumPy has none.
+
+Left out: ``eval_do_concat_batches=False``, ``batch_eval_metrics`` and ``preprocess_logits_for_metrics``, which all
+save the concatenation or the logits; what `compute_metrics` itself makes; generation.  Where the loss alone is kept,
+that of one batch is counted: 4 bytes a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.errors import UsageError
+from memplan.estimation.step import EVALUATION
+from memplan.memory.events import Row, Sizes
+from memplan.memory.model_states import Tensors
+from memplan.operators.sizes import BYTES_PER_ELEMENT, Size, bind, num_bytes
+from memplan.specs.training import PRECISIONS
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memplan.architectures.architecture import Recording
+    from memplan.estimation.step import Layout, StepProgram
+    from memplan.operators.tape import Tensor
+    from memplan.specs.evaluation import Evaluation
+    from memplan.specs.training import Setup
+
+CONTAINER_SOURCE = "results of all batches so far (EvalLoopContainer in transformers/trainer_pt_utils.py)"
+VARIABLE_SOURCE = "results of the last batch, a variable of evaluation_loop (transformers/trainer.py)"
+
+
+class Result(NamedTuple):
+    """What is kept of every sequence."""
+
+    name: str
+    size: Size
+    """Bytes of one sequence."""
+    dtype: str
+
+
+LOSSES = Result("losses", Size(4), "fp32")
+
+
+class High(NamedTuple):
+    """A high point of an evaluation."""
+
+    held: Tensors
+    """What is there beside parameters, states and the inputs of the step."""
+    batch: int
+    """Sequences in the forward pass that runs; 0: none does, results are concatenated."""
+
+
+class EvaluationProgram:
+    """An evaluation between the steps of one program."""
+
+    def __init__(self, program: StepProgram, layout: Layout, setup: Setup, evaluation: Evaluation) -> None:
+        """`layout`: the forward pass in evaluation mode."""
+        self.program = program
+        self.layout = layout
+        self.setup = setup
+        self.evaluation = evaluation
+
+    def sizes(self, batch: int) -> Sizes:
+        """Bytes of everything in a batch of so many sequences."""
+        return Sizes(bind(batch, self.setup.seq_len, self.setup.supervised))
+
+    def peak(self, training_sizes: Sizes) -> int:
+        """Highest number of allocated bytes."""
+        steps = self.setup.gradient_accumulation_steps
+        base = sum(x.total(training_sizes) for x in self.program.resident(steps, with_states=True))
+        return int(base + self._height(self.high()))
+
+    def high(self) -> High:
+        """The highest point."""
+        return max(self._highs(), key=self._height)
+
+    def _height(self, high: High) -> int:
+        sizes = self.sizes(high.batch or 1)
+        held = high.held.total(sizes)
+        return held if not high.batch else held + self.inputs().total(sizes) + self._forward_peak(sizes)
+
+    def _forward_peak(self, sizes: Sizes) -> int:
+        live = highest = 0
+        for part in self.layout.forward:
+            whole = sizes.extent(part.segment).repeated(len(part.places))
+            highest = max(highest, live + whole.peak)
+            live += whole.net
+        return highest
+
+    def inputs(self) -> Tensors:
+        """Ids and labels of one batch."""
+        return inputs_of(self.layout.recording)
+
+    # -- what is kept of the batches ---------------------------------------------------------------------------------
+
+    def _highs(self) -> Iterator[High]:
+        """Candidates for the highest point."""
+        batch, samples = self.evaluation.batch, self.evaluation.samples
+        if samples is None:
+            yield High(Tensors((_row(LOSSES, batch, CONTAINER_SOURCE),)), batch)
+            return
+        whole, rest = divmod(samples, batch)
+        most = self.evaluation.accumulation or whole + 1  # batches until they move to the host
+        runs = [(min(whole, most), batch), (whole % most + 1, rest)]  # (number of a batch since they did, its size)
+        for number, size in runs:
+            if number and size:
+                yield High(self._held(number - 1, batch), size)
+                if number > 1:
+                    yield High(self._concatenated((number - 1) * batch, size), 0)
+
+    def _held(self, num: int, batch: int) -> Tensors:
+        """Results of `num` whole batches while the next one runs."""
+        rows = []
+        for one in self.results():
+            if num:
+                rows.append(_row(one, num * batch, CONTAINER_SOURCE))
+            if num > 1:
+                rows.append(_row(one, batch, VARIABLE_SOURCE))
+        return Tensors(tuple(rows))
+
+    def _concatenated(self, before: int, last: int) -> Tensors:
+        """Logits of `before` sequences, of the last batch and of both in one; losses are done, labels are not."""
+        losses, logits, labels = self.results()
+        sizes = [
+            _row(losses, before + last, CONTAINER_SOURCE),
+            _row(losses, last, VARIABLE_SOURCE),
+            _row(logits, before + last, "the next container (torch.cat in transformers/trainer_pt_utils.py)"),
+            _row(logits, before, CONTAINER_SOURCE),
+            _row(logits, last, VARIABLE_SOURCE),
+            _row(labels, before, CONTAINER_SOURCE),
+            *((row, Size(size.factor * last, ("s",)), 1) for row, size in self._input_rows()),
+        ]
+        return Tensors(tuple(sizes))
+
+    def _input_rows(self) -> Iterator[tuple[Row, Size]]:
+        """Inputs of one sequence."""
+        for row, size, _ in self.inputs().rows:
+            if "b" in size.dims:
+                yield row, Size(size.factor, tuple(d for d in size.dims if d != "b"))
+
+    def results(self) -> tuple[Result, Result, Result]:
+        """Losses, logits and labels of one sequence.
+
+        Raises:
+            UsageError: the model returns no logits.
+        """
+        logits = logits_of(self.layout.recording)
+        low = PRECISIONS[self.setup.precision][1]
+        dtype = logits.dtype if low is None else "fp32"
+        words = logits.shape[-1]
+        assert isinstance(words, int)
+        return (
+            LOSSES,
+            Result("logits", num_bytes(("s", words), dtype), dtype),
+            Result("labels", num_bytes(("s",), "int64"), "int64"),
+        )
+
+    def host_bytes(self) -> int:
+        """Highest number of bytes of logits on the host; 0 where none are kept.
+
+        Copies of bf16 are there for a moment beside the fp32 that they become; arrays of NumPy are concatenated, too.
+        """
+        samples, batch = self.evaluation.samples, self.evaluation.batch
+        if samples is None:
+            return 0
+        logits = self.results()[1]
+        num = logits.size.value({"s": self.setup.seq_len}) // BYTES_PER_ELEMENT[logits.dtype]
+        on_host = 4 if logits.dtype == "bf16" else BYTES_PER_ELEMENT[logits.dtype]
+        window = batch * (self.evaluation.accumulation or -(-samples // batch))
+        if samples <= window:
+            passing = 2 if logits.dtype == "bf16" else 0
+            return int(samples * num * (on_host + passing))
+        return int(2 * samples * num * on_host)
+
+
+def _row(result: Result, num: int, source: str) -> tuple[Row, Size, int]:
+    size = Size(result.size.factor * num, result.size.dims)
+    return Row(EVALUATION, result.name, "temporary", (num, *result.size.dims), result.dtype, source), size, 1
+
+
+def inputs_of(recording: Recording) -> Tensors:
+    """What one batch brings along."""
+    seen = {s.name: s for piece in recording.pieces() for s in piece.tape.storages if s.role == "input"}
+    return Tensors(tuple((Row("inputs", s.name, "input", s.shape, s.dtype), s.size, 1) for s in seen.values()))
+
+
+def logits_of(recording: Recording) -> Tensor:
+    """What the model returns beside the loss.
+
+    Raises:
+        UsageError: it returns none.
+    """
+    vocab = recording.architecture.vocab_size
+    for op in recording.head.tape.ops:
+        if op.module.startswith("loss"):
+            for x in op.inputs:
+                if x.shape[-1:] == (vocab,):
+                    return x
+    raise UsageError(
+        f"{recording.architecture.model_type} returns no logits that an evaluation could keep.",
+        "Leave --eval-samples out.",
+    )

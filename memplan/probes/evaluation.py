@@ -1,0 +1,70 @@
+"""An evaluation between two steps, as the Trainer runs it (``evaluation_loop`` and ``prediction_step``).
+
+The model is in evaluation mode, each batch goes through it under ``torch.no_grad``, and what is kept of a batch is put
+together with what was kept of those before it by the Trainer's own `EvalLoopContainer`.  Variables of the loop hold the
+last batch and its results until the next ones are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memplan.probes.faults import require
+from memplan.specs.values import replace
+
+if TYPE_CHECKING:
+    from memplan.probes.training import TrainingRun
+    from memplan.specs.evaluation import Evaluation
+    from memplan.specs.training import Setup
+
+
+def evaluate(run: TrainingRun, setup: Setup, evaluation: Evaluation) -> None:
+    """All batches whose logits are kept; two where the loss alone is."""
+    keeps = evaluation.samples is not None
+    left = evaluation.samples or 2 * evaluation.batch
+    kept = _Kept(keeps)
+    number = 0
+    run.model.eval()
+    while left > 0:
+        size = min(left, evaluation.batch)
+        inputs = run.inputs(replace(setup, micro_batch_size=size))
+        results = _predict(run, inputs, size, keeps=keeps)
+        kept.add(results)
+        left, number = left - size, number + 1
+        if evaluation.accumulation is not None and number % evaluation.accumulation == 0:
+            kept.move_to_host()
+            del results, inputs
+    run.model.train()
+
+
+class _Kept:
+    """What is kept of the batches so far."""
+
+    def __init__(self, keeps: bool) -> None:
+        require("transformers")
+        from transformers.trainer_pt_utils import EvalLoopContainer
+
+        self.containers = [EvalLoopContainer(True, padding_index=-100) for _ in range(3 if keeps else 1)]
+
+    def add(self, results: tuple[Any, ...]) -> None:
+        """Losses, logits and labels of one more batch."""
+        for container, result in zip(self.containers, results, strict=False):
+            container.add(result)
+
+    def move_to_host(self) -> None:
+        """``to_cpu_and_numpy``, as far as the device knows."""
+        for container in self.containers:
+            container.tensors = None
+
+
+def _predict(run: TrainingRun, inputs: Any, size: int, *, keeps: bool) -> tuple[Any, ...]:
+    with torch.no_grad():
+        num_items = run.num_items(inputs["labels"].numel()) if run.takes_num_items else None
+        with run.autocast() if run.autocast else contextlib.nullcontext():
+            outputs = run.call(inputs, num_items)
+        outputs = run.handed_out(outputs)
+        losses = run.loss(outputs).detach().mean().repeat(size)
+    return (losses, outputs["logits"].detach(), inputs["labels"].detach()) if keeps else (losses,)
