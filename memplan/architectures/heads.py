@@ -13,11 +13,12 @@ from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
 from memplan.architectures.classifiers import CLASSIFIERS, generic_head
 from memplan.errors import UsageError
 from memplan.operators.attention import softcapped
+from memplan.operators.distillation import distillation_loss, handed_out
 from memplan.operators.elementwise import scale
 from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
 from memplan.operators.losses import causal_lm_loss
 from memplan.operators.preference import dpo_loss
-from memplan.specs.training import CLASSIFICATIONS, PAIRED
+from memplan.specs.training import CLASSIFICATIONS, DISTILLATION, PAIRED
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -41,6 +42,12 @@ def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> 
         raise UsageError(
             f"--objective {objective} trains causal language models; {model_type} is trained on another task ({task}).",
             "Leave --objective out.",
+        )
+    if objective == DISTILLATION and task != "causal-lm":
+        raise UsageError(
+            f"--objective {objective} takes causal language models as student and as teacher; {model_type} is trained "
+            f"on another task ({task}).",
+            "Name two language models of one vocabulary.",
         )
     if objective in CLASSIFICATIONS and model_type not in CLASSIFIERS:
         raise UsageError(
@@ -84,11 +91,13 @@ def causal_head(
     """
     if t.objective in CLASSIFICATIONS:
         return generic_head(t, hidden)
-    if t.objective == "lm" and t.loss in ALL_LOGITS:
+    if t.objective in {"lm", DISTILLATION} and t.loss in ALL_LOGITS:
         made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
         if logits:
             with t.scope(name):
                 made = BENT_BY_NAME[logits](t, made)
+        if t.objective == DISTILLATION:
+            return _distilled(t, hidden, made, name)
         labels, num_items = _targets(t)
         with t.scope("loss"):
             loss = causal_lm_loss(t, made, labels, num_items)
@@ -110,6 +119,18 @@ def causal_head(
     labels, num_items = _targets(t)
     with t.scope("loss"):
         return LOSS_BY_NAME[t.loss](t, hidden, head, labels, num_items)
+
+
+def _distilled(t: Tape, hidden: Tensor, logits: Tensor, name: str) -> Tensor:
+    """The loss of a student; of a teacher (a tape without a graph) its logits."""
+    t.keep_alive(hidden)
+    with t.scope(name):
+        made = handed_out(t, logits)
+    if not t.grad:
+        return made
+    labels, num_items = _targets(t)
+    with t.scope("loss"):
+        return distillation_loss(t, made, labels, num_items)
 
 
 def _targets(t: Tape) -> tuple[Tensor, Tensor]:

@@ -164,18 +164,20 @@ class Estimator:
         gpu: GpuSpec | None = None,
         speed: GpuSpec | None = None,
         replays: Replays | None = None,
+        teacher: Architecture | None = None,
     ) -> None:
         """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (else the same).
 
         `replays`: where replays of this model are remembered from run to run.
+        `teacher`: the model that is distilled, read without dropout.
         """
         self._replays: Replays = {} if replays is None else replays
         self.architecture = architecture
         self.name = name
         self.gpu = gpu
         self._speed = speed_of(speed or gpu)
-        self._recordings = Recordings(architecture)
-        self._timed: dict[int, TimedModel] = {}
+        self._recordings = Recordings(architecture, teacher)
+        self._timed: dict[tuple[int, int], TimedModel] = {}
         self._sizes: dict[tuple[int, int, float], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
@@ -302,10 +304,11 @@ class Estimator:
     def _timed_model(self, setup: Setup) -> TimedModel | None:
         if self._speed is None:
             return None
-        recording = self.program(setup).recording
-        key = id(recording)
+        program = self.program(setup)
+        recording, companion = program.recording, program.layout.companion
+        key = (id(recording), 0 if companion is None else id(companion.recording))
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed, self._recordings.reference(setup))
+            self._timed[key] = TimedModel(recording, self._speed, None if companion is None else companion.recording)
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:

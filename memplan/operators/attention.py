@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, scale
+from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, promoted, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
@@ -338,6 +338,7 @@ def attention(
     fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
     (transformers' own fallback).
     """
+    k, v = _cached(t, k, v)
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
         return eager(
@@ -362,6 +363,20 @@ def attention(
             out = _fused(t, q, k, v, mask, p=p, by_head=by_head)
         t.keep_alive(k, v)
     return out
+
+
+def _cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as an empty cache gives them back: copies that it holds (``DynamicLayer.update``).
+
+    ``DynamicCache`` of transformers 5.23 (cache_utils.py) puts them together with nothing by ``torch.cat``, where
+    nothing has the dtype of the keys; one with a window shows its last tokens alone, and holds all.
+    """
+    if not t.caches:
+        return k, v
+    copies = tuple(t.op("cat", (x,), x.shape, dtype=promoted(k.dtype, x.dtype)) for x in (k, v))
+    t.keep_alive(k, v)
+    t.handed_out.extend(copies)
+    return copies[0], copies[1]
 
 
 def _fused_as_long_as(t: Tape, q: Tensor, k: Tensor, v: Tensor, *, p: float) -> Tensor:

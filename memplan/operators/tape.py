@@ -191,6 +191,7 @@ class Tape:
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
+        caches: bool = False,
     ) -> None:
         self.numerics = numerics
         self.grad = grad
@@ -215,6 +216,10 @@ class Tape:
         """Whether a mask is passed because the micro-batch holds padding."""
         self.evaluation = evaluation
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
+        self.caches = caches
+        """Whether the model hands out a cache of keys and values with its result (``use_cache=True``)."""
+        self.handed_out: list[Tensor] = []
+        """What it hands out besides its result."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []

@@ -48,6 +48,8 @@ class TracedModel:
     """Makes it on the default device; may run code of the user."""
     accepts_padding: bool = False
     """Whether it can be given an ``attention_mask``."""
+    teacher: TracedModel | None = None
+    """The model that is distilled."""
 
 
 def model_of(config: Mapping[str, Any], name: str = "") -> TracedModel:

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memplan.probes.checkpointing import enable_checkpointing
+from memplan.probes.distillation import find_teacher
 from memplan.probes.heads import head_of, language_model
 from memplan.probes.losses import IGNORED, tiled_numbers
-from memplan.specs.training import PAIRED
+from memplan.specs.training import DISTILLATION, PAIRED
 
 if TYPE_CHECKING:
     from torch import nn
 
     from memplan.probes.autocast import CudaAutocast
     from memplan.probes.models import TracedModel
-    from memplan.probes.training import Region
+    from memplan.probes.training import Objective, Region
     from memplan.specs.training import Setup
 
 BETA = 0.1
@@ -33,12 +34,14 @@ REPORTED = ("entropy", "mean", "best")
 
 def find_objective(
     model: TracedModel, module: nn.Module, setup: Setup, autocast: CudaAutocast | None
-) -> Preference | None:
+) -> Objective | None:
     """What the module is trained for; None: its own loss.
 
     Raises:
-        UsageError: the module is no causal language model of transformers.
+        UsageError: the module is no causal language model of transformers, or its teacher does not fit.
     """
+    if setup.objective == DISTILLATION:
+        return find_teacher(model, module, setup)
     if setup.objective not in PAIRED:
         return None
     reference = None
@@ -53,11 +56,13 @@ def find_objective(
 class Preference:
     """Direct preference optimisation of a model."""
 
+    companion_label = "reference model"
+
     def __init__(
         self, policy: nn.Module, reference: nn.Module | None, setup: Setup, autocast: CudaAutocast | None
     ) -> None:
         self.policy: Any = policy
-        self.reference: Any = reference
+        self.companion: Any = reference
         self.setup = setup
         self._autocast = autocast
         model: Any = policy
@@ -94,8 +99,8 @@ class Preference:
     @contextlib.contextmanager
     def _as_reference(self) -> Any:
         """The reference: the second model, or the policy with its adapters switched off and nothing computed twice."""
-        if self.reference is not None:
-            yield self.reference
+        if self.companion is not None:
+            yield self.companion
             return
         how = self.setup.activation_checkpointing
         again = how not in {"none", "selective"}

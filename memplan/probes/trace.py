@@ -128,8 +128,8 @@ def _run(
     objective = find_objective(model, module, setup, autocast)
     if objective is None:
         use_loss(module, setup.loss, autocast, setup.supervised)
-    elif objective.reference is not None:
-        _label(objective.reference, recorder, "reference model: ")
+    elif objective.companion is not None:
+        _label(objective.companion, recorder, f"{objective.companion_label}: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
     run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective)

@@ -54,12 +54,23 @@ class Witness(Protocol):
 
 
 class Objective(Protocol):
-    """What a model is trained for, where its own forward pass does not take the loss."""
+    """What a model is trained for, where its own forward pass does not take the loss.
+
+    With an attribute `takes_num_items` that is true, `loss` is given `num_items`, the number of labels in the step.
+    """
 
     def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
         """What the data collator gives, on the default device."""
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
+    @property
+    def companion(self) -> nn.Module | None:
+        """A frozen model that is in memory, too."""
+
+    @property
+    def companion_label(self) -> str:
+        """What its modules are listed under."""
+
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **count: Any) -> torch.Tensor:
         """The loss; the model runs within `autocast`."""
 
 
@@ -111,7 +122,9 @@ class TrainingRun:
         self.scaler = scaler
         self.names_tensors = True
         """Whether the witness is told what gradients and states are for: it takes the host some time."""
-        self.takes_num_items = objective is None and accepts_num_items(self.model)
+        self.takes_num_items = (
+            accepts_num_items(self.model) if objective is None else getattr(objective, "takes_num_items", False)
+        )
         self.updates_in_backward = hasattr(optimizer, "fused_backward")
         """Whether a step consists of a call of ``fused_backward``, as LOMO has it."""
         self._outputs: Any = None
@@ -178,9 +191,12 @@ class TrainingRun:
 
     def _forward(self, inputs: Any, num_items: torch.Tensor | None, setup: Setup) -> torch.Tensor:
         if self.objective is not None:
-            loss = self.objective.loss(inputs, self.autocast or contextlib.nullcontext)
+            region, count = self.autocast or contextlib.nullcontext, {}
+            if self.takes_num_items:
+                count["num_items"] = num_items
+            loss = self.objective.loss(inputs, region, **count)
             steps = setup.gradient_accumulation_steps
-            return loss if steps == 1 else loss / steps
+            return loss if steps == 1 or self.takes_num_items else loss / steps
         with self.autocast() if self.autocast else contextlib.nullcontext():
             outputs = self.call(inputs, num_items)
         kept = setup.loss == "full-kept"  # in a loop without accelerate
@@ -205,7 +221,7 @@ class TrainingRun:
 
     def handed_out(self, outputs: Any) -> Any:
         """Outputs of the model as accelerate hands them out: under autocast in fp32."""
-        return _to_fp32(outputs) if self.autocast and self.loop.outputs_to_fp32 else outputs
+        return outputs_to_fp32(outputs) if self.autocast and self.loop.outputs_to_fp32 else outputs
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.updates_in_backward:
@@ -285,16 +301,16 @@ def _mask(ids: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _to_fp32(outputs: Any) -> Any:
+def outputs_to_fp32(outputs: Any) -> Any:
     """What accelerate's convert_outputs_to_fp32 does, for the tensors at the top of the output."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.is_floating_point() else outputs
     if isinstance(outputs, dict):
         for name in list(outputs):
             if isinstance(outputs[name], torch.Tensor):
-                outputs[name] = _to_fp32(outputs[name])
+                outputs[name] = outputs_to_fp32(outputs[name])
     elif type(outputs) in {tuple, list}:
-        return type(outputs)(_to_fp32(x) if isinstance(x, torch.Tensor) else x for x in outputs)
+        return type(outputs)(outputs_to_fp32(x) if isinstance(x, torch.Tensor) else x for x in outputs)
     return outputs
 
 

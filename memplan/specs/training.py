@@ -90,13 +90,15 @@ LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
-OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
+DISTILLATION = "distillation"
+OBJECTIVES = ("lm", "dpo", "dpo-precomputed", DISTILLATION, "sequence-classification", "token-classification")
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
 PAIRED = ("dpo", "dpo-precomputed")
 """Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
 LOSSES_BY_OBJECTIVE = {
     "dpo": ("tiled",),
     "dpo-precomputed": ("tiled",),
+    DISTILLATION: ("full",),
     "sequence-classification": ("full",),
     "token-classification": ("full",),
 }
@@ -104,6 +106,9 @@ LOSSES_BY_OBJECTIVE = {
 
 DPOTrainer of TRL up to 1.14 had all logits, and kernels of its own for them, which are not modelled.
 """
+TRAINER_WITHOUT_DROPOUT = {**dict.fromkeys(PAIRED, "DPOTrainer"), DISTILLATION: "GKDTrainer"}
+"""Objectives whose trainer switches dropout off unless it is told otherwise (``disable_dropout=True``)."""
+TEACHER_DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +148,15 @@ class Setup:
     ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
                          model, or with adapters the same one without them; it runs after each pass of the policy
     ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
+    ``distillation``     the distribution of a teacher (GKDTrainer of TRL 1.16 on the sequences of the data, lmbda=0): the
+                         teacher runs after each pass of the student
     ``sequence-classification``, ``token-classification``
                          classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
+    teacher: str | None = None
+    """Name of the model that is distilled, frozen and in memory beside the one that is trained."""
+    teacher_dtype: str | None = None
+    """dtype of its parameters, one of `TEACHER_DTYPES`; None: that in which the trained model is loaded."""
     supervised: float = 1.0
     """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
     dropout: float | None = None
@@ -194,11 +205,36 @@ class Setup:
             raise UsageError(
                 "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
             )
-        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+        trainer = TRAINER_WITHOUT_DROPOUT.get(self.objective)
+        if trainer is not None and self.lora is not None and self.lora.dropout:
             raise UsageError(
-                "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
+                f"{trainer} switches dropout off, that of adapters, too (disable_dropout=True).",
                 "Leave --lora-dropout out.",
             )
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        """Raise `UsageError` where a teacher is missing, has nothing to teach, or speaks in another dtype."""
+        if self.objective != DISTILLATION:
+            for flag, given in (("--teacher", self.teacher), ("--teacher-dtype", self.teacher_dtype)):
+                if given is not None:
+                    raise UsageError(
+                        f"{flag} is about distillation, and the objective is {self.objective}.",
+                        f"Say --objective {DISTILLATION}, or leave {flag} out.",
+                    )
+            return
+        if not isinstance(self.teacher, str) or not self.teacher:
+            raise UsageError("Distillation needs a teacher.", "Say --teacher MODEL, with the vocabulary of the student.")
+        if self.teacher_dtype is not None:
+            check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        loaded, autocast = PRECISIONS[self.precision]
+        if autocast is None and self.teacher_dtype not in {None, loaded}:
+            raise UsageError(
+                f"Logits of two dtypes are not modelled: the teacher's in {self.teacher_dtype}, the student's in {loaded}.",
+                f"Leave --teacher-dtype out, or use a --precision with autocast.",
+            )
+        if self.evaluation is not None:
+            raise UsageError("An evaluation of a distillation is not modelled.", "Leave --eval-... out.")
 
     def _check_quantization(self) -> None:
         if self.quantize is not None:
@@ -259,6 +295,12 @@ class Setup:
     def has_reference(self) -> bool:
         """Whether a reference runs in every micro-step."""
         return self.objective == "dpo"
+
+    @property
+    def teacher_numerics(self) -> tuple[str, str | None]:
+        """dtype of the teacher's parameters, dtype of autocast (None: off)."""
+        loaded, autocast = PRECISIONS[self.precision]
+        return self.teacher_dtype or loaded, autocast
 
     @property
     def tokens_per_micro_batch(self) -> int:
