@@ -413,7 +413,7 @@ def run_without_graph(companion: Companion) -> tuple[tuple[Part, ...], tuple[Par
     stem = PieceLifetimes(recording.stem)
     kinds = [PieceLifetimes(piece) for piece in recording.kinds]
     head = PieceLifetimes(recording.head, result=companion.result)
-    held = recording.stem.tape.holds_output
+    held = recording.stem.tape.holds_output or recording.stem.tape.evaluation  # inputs_embeds
     first = PieceLifetimes(recording.kinds[recording.order[0]], owns_hidden=False) if held else None
     runs = [(kind, tuple(n for n, _ in run)) for kind, run in groupby(enumerate(recording.order), key=lambda p: p[1])]
     layers = [(kinds[kind], places) for kind, places in runs]

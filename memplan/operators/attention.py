@@ -331,14 +331,16 @@ def attention(
     by_head: bool = False,
     softcap: bool = False,
     weights_dtype: str | None = None,
+    caches: bool = True,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`), `by_head` to the
     fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
-    (transformers' own fallback).
+    (transformers' own fallback).  `caches`: False where the model has put something else into its cache.
     """
-    k, v = _cached(t, k, v)
+    if caches:
+        k, v = cached(t, k, v)
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
         return eager(
@@ -365,7 +367,7 @@ def attention(
     return out
 
 
-def _cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as an empty cache gives them back: copies that it holds (``DynamicLayer.update``).
 
     ``DynamicCache`` of transformers 5.23 (cache_utils.py) puts them together with nothing by ``torch.cat``, where

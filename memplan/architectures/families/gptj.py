@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import HIDDEN, causal_mask, heads, merged, positions
 from memplan.architectures.heads import causal_head
-from memplan.operators.attention import attention
+from memplan.operators.attention import attention, cached
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout, mul, neg
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
@@ -93,8 +93,10 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     k, q = turned(m, t, k, sine, cosine), turned(m, t, q, sine, cosine)
     by_head = ("b", m.num_heads, "s", m.head_dim)
     q, k = t.view(q, by_head), t.view(k, by_head)
+    k, v = cached(t, k, v)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
-    out = attention(t, q, k, v, shared.get("mask"), p=m.attention_dropout, softmax_dtype=None, weights_dtype=v.dtype)
+    how = {"p": m.attention_dropout, "softmax_dtype": None, "weights_dtype": v.dtype}
+    out = attention(t, q, k, v, shared.get("mask"), caches=False, **how)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)
     return out
