@@ -184,8 +184,8 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
     hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `caches`: it hands out
-    a cache of keys and values.
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph;
+    `caches`: it hands out a cache of keys and values.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.

@@ -22,6 +22,7 @@ from memplan.specs.training import (
     OPTIMIZERS,
     PRECISIONS,
     QUANTIZATIONS,
+    TEACHER_DTYPES,
     check_checkpointing,
 )
 from memplan.specs.values import NamedTuple
@@ -38,7 +39,7 @@ CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 NOT_MODELLED = ("--zero-stage", "--label-smoothing")
 """Documented options that have no formula yet."""
 
-OBJECTIVES_NOT_MODELLED = ("reward", "orpo", "kto", "grpo", "distillation", "contrastive")
+OBJECTIVES_NOT_MODELLED = ("reward", "orpo", "kto", "grpo", "contrastive")
 """Objectives that have no formula yet."""
 
 LONGEST_ECHO = 40
@@ -62,6 +63,8 @@ class Options(NamedTuple):
     attention: str | None = None
     loss: str | None = None
     objective: str | None = None
+    teacher: str | None = None
+    teacher_dtype: str | None = None
     supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
@@ -338,6 +341,8 @@ SETUP_ROWS = (
         later=OBJECTIVES_NOT_MODELLED,
         metavar="NAME",
     ),
+    Row(("--teacher",), TRAINING, "Model that is distilled, with --objective distillation.", read_text, "MODEL"),
+    _named("--teacher-dtype", TRAINING, "In which it is loaded (as the model itself).", TEACHER_DTYPES),
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),

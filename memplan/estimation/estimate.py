@@ -16,7 +16,7 @@ from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import CLASSIFICATIONS, OPTIMIZERS, PRECISIONS
+from memplan.specs.training import CLASSIFICATIONS, DISTILLATION, OPTIMIZERS, PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
@@ -44,6 +44,12 @@ CUBLAS_WORKSPACE_BYTES_HOPPER = 4096 * 8 * 1024
 
 EXPANDABLE_SEGMENTS = "expandable_segments:True"
 """The setting of the allocator that is tried where its default fragments too much."""
+
+LEFT_OUT_OF_DISTILLATION = (
+    ("generation", "lmbda is 0: the student writes no sequences of its own, and nor does the teacher (seq_kd)"),
+    ("the prompts", "the data collator hands them out a second time, 16 bytes a token of theirs"),
+    ("empty_cache() after the loss", "reserved bytes are those without it"),
+)
 
 LEAST_FLASH_CAPABILITY = 8
 """Major compute capability from which on flash attention's kernels run."""
@@ -183,6 +189,8 @@ class Estimator:
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
         self.architecture.check_length(setup.seq_len, self.name)
+        if setup.teacher is not None and self._recordings.teacher is not None:
+            self._recordings.teacher.check_length(setup.seq_len, f"The teacher {setup.teacher}")
         if setup.attention not in self.architecture.attentions:
             raise UsageError(
                 f"{self.architecture.model_type} has no {setup.attention} attention in transformers.",
@@ -192,10 +200,17 @@ class Estimator:
             self._check_flash(setup)
         if setup.evaluation is not None and setup.evaluation.samples is not None:
             self.evaluation(setup, setup.evaluation).results()
-        if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
-            raise UsageError(
-                f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
-            )
+        for recording in self._recorded(setup) if setup.padding else ():
+            if not recording.stem.tape.minds_padding:
+                raise UsageError(
+                    f"What padding adds is not modelled for {recording.architecture.model_type}.",
+                    "Leave --padding out.",
+                )
+
+    def _recorded(self, setup: Setup) -> tuple[Recording, ...]:
+        """The models that run."""
+        layout = self.program(setup).layout
+        return (layout.recording,) if layout.companion is None else (layout.recording, layout.companion.recording)
 
     def _check_flash(self, setup: Setup) -> None:
         """Raise `UsageError` where the flash kernel does not run (check_flash_attention_* in sdp_utils.cpp)."""
@@ -211,7 +226,7 @@ class Estimator:
                 f"and {self.gpu.label} has {capability}.",
                 cure,
             )
-        longest = longest_head(self.program(setup).recording)
+        longest = max(map(longest_head, self._recorded(setup)))
         if longest > MOST_OF_FLASH:
             raise UsageError(
                 f"The flash-attention kernel takes heads of up to {MOST_OF_FLASH}, and {self.name} has heads of "
@@ -396,6 +411,8 @@ class Estimator:
         if setup.precision == "fp16-mixed":
             found.append(("the gradient scaler", "a few scalars"))
         found += left_out_of(OPTIMIZERS[setup.optimizer])
+        if setup.objective == DISTILLATION:
+            found += LEFT_OUT_OF_DISTILLATION
         found += left_out_between_steps(setup, self.architecture.model_type)
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(

@@ -442,7 +442,8 @@ def run_without_graph(companion: Companion) -> tuple[tuple[Part, ...], tuple[Par
 
 
 def _of_companion(companion: Companion, row: Row) -> Row:
-    return row._replace(module=f"{companion.label}: {row.module}", reason=companion.reason)
+    module, tensor = f"{companion.label}: {row.module}", f"{row.tensor}, {companion.label}"
+    return row._replace(module=module, tensor=tensor, reason=companion.reason)
 
 
 def check_vocabularies(student: int, teacher: int, name: str) -> None:

@@ -375,10 +375,9 @@ def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not t.caches:
         return k, v
-    copies = tuple(t.op("cat", (x,), x.shape, dtype=promoted(k.dtype, x.dtype)) for x in (k, v))
+    copies = t.cached(k, k.dtype), t.cached(v, promoted(k.dtype, v.dtype))
     t.keep_alive(k, v)
-    t.handed_out.extend(copies)
-    return copies[0], copies[1]
+    return copies
 
 
 def _fused_as_long_as(t: Tape, q: Tensor, k: Tensor, v: Tensor, *, p: float) -> Tensor:

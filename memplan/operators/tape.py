@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
+CACHED = "cat (cache)"
+"""The name of the operator that puts keys or values into a cache."""
 MODULES_TO_SAVE = "modules_to_save"
 """Under this name peft keeps the trained copy of a module beside the frozen original."""
 
@@ -177,7 +179,7 @@ class Span(NamedTuple):
 class Tape:
     """The recording of one piece of a model."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - one statement for each thing that a recording depends on
         self,
         numerics: Numerics,
         *,
@@ -218,8 +220,6 @@ class Tape:
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
         self.caches = caches
         """Whether the model hands out a cache of keys and values with its result (``use_cache=True``)."""
-        self.handed_out: list[Tensor] = []
-        """What it hands out besides its result."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
@@ -354,6 +354,15 @@ class Tape:
         """
         if self.evaluation:
             self.in_model.append(tensor)
+
+    def cached(self, x: Tensor, dtype: str) -> Tensor:
+        """A copy of `x` in the cache that the model hands out."""
+        return self.op(CACHED, (x,), x.shape, dtype=dtype)
+
+    @property
+    def handed_out(self) -> tuple[Tensor, ...]:
+        """What the model hands out besides its result."""
+        return tuple(op.outputs[0] for op in self.ops if op.name == CACHED)
 
     def close(self) -> None:
         """The piece has run."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import IN_BACKWARD, PRECISIONS
+from memplan.specs.training import CLASSIFICATIONS, IN_BACKWARD, LOSSES, LOSSES_BY_OBJECTIVE, PRECISIONS
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
     yield from _losses(setup)
     yield from _other_optimizers(setup)
     yield from _adapters(setup)
-    if setup.precision in {"fp32", "bf16-mixed", "fp16-mixed"}:
+    if setup.precision in {"fp32", "bf16-mixed", "fp16-mixed"} and setup.teacher_dtype in {None, "bf16"}:
         yield Change(
             "parameters, gradients and states in bf16",
             "--precision bf16",
@@ -134,7 +134,9 @@ def _changes(setup: Setup) -> Iterator[Change]:
 def _losses(setup: Setup) -> Iterator[Change]:
     """Losses that give the same gradients, but for rounding, without holding all logits."""
     names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
+    known = LOSSES_BY_OBJECTIVE.get(setup.objective, LOSSES)
     if setup.loss == "full":
+        names = {loss: name for loss, name in names.items() if loss in known}
         for loss, name in names.items():
             yield Change(name, f"--loss {loss}", replace(setup, loss=loss))
 
@@ -142,6 +144,8 @@ def _losses(setup: Setup) -> Iterator[Change]:
 def _adapters(setup: Setup) -> Iterator[Change]:
     """Adapters in place of the weights, and a base in few bits beside them."""
     lora = setup.lora
+    if setup.objective in CLASSIFICATIONS:
+        return
     if lora is None:
         adapters = replace(setup, lora=Lora(rank=USUAL_RANK))
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)

@@ -83,8 +83,8 @@ class Distillation:
             mask[:, -1] = 0
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(shape, dtype=torch.int64)}
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, num_items: Any = None) -> torch.Tensor:
-        """The loss of a micro-batch, of `num_items` labels in the whole step."""
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **count: Any) -> torch.Tensor:
+        """The loss of a micro-batch; `count`: ``num_items``, the labels of the whole step, where the model takes it."""
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         student_outputs = self._run(self.student, given, autocast)
         with torch.no_grad():
@@ -93,7 +93,7 @@ class Distillation:
             student_outputs["logits"][:, :-1, :],
             teacher_outputs["logits"][:, :-1, :],
             inputs["labels"][:, 1:],
-            num_items,
+            count.get("num_items"),
             self.setup.supervised,
         )
 
@@ -118,7 +118,6 @@ def divergence(student: Any, teacher: Any, labels: torch.Tensor, num_items: Any,
     found = beta * from_teacher + (1 - beta) * from_student
     mask = labels != IGNORED
     found = masked(found, mask, supervised)
-    if num_items is None:
-        return found.sum() / mask.sum().clamp_min(1)
-    total = found.sum()
-    return total / num_items
+    total: torch.Tensor = found.sum()
+    count: torch.Tensor = mask.sum().clamp_min(1) if num_items is None else num_items
+    return total / count

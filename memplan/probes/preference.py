@@ -79,7 +79,7 @@ class Preference:
                 inputs[name] = torch.zeros(micro_batch_size)
         return inputs
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **_: Any) -> torch.Tensor:
         """The loss of a micro-batch."""
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)

@@ -202,6 +202,8 @@ def setup_document(setup: Setup) -> Document:
         "attention": setup.attention,
         "loss": setup.loss,
         "objective": setup.objective,
+        "teacher": setup.teacher,
+        "teacher_dtype": setup.teacher_dtype,
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,

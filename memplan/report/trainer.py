@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import DISTILLATION, PRECISIONS
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -63,7 +63,8 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    if optim is None or mode == "selective" or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
+    theirs = setup.loss in LOSSES_OF_TRAINER and setup.objective != DISTILLATION
+    if optim is None or mode == "selective" or not theirs or setup.freeze:
         return None
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {

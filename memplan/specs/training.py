@@ -148,8 +148,8 @@ class Setup:
     ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
                          model, or with adapters the same one without them; it runs after each pass of the policy
     ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
-    ``distillation``     the distribution of a teacher (GKDTrainer of TRL 1.16 on the sequences of the data, lmbda=0): the
-                         teacher runs after each pass of the student
+    ``distillation``     the distribution of a teacher, which runs after each pass of the student (GKDTrainer of TRL
+                         1.16 on the sequences of the data, lmbda=0)
     ``sequence-classification``, ``token-classification``
                          classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
@@ -224,14 +224,14 @@ class Setup:
                     )
             return
         if not isinstance(self.teacher, str) or not self.teacher:
-            raise UsageError("Distillation needs a teacher.", "Say --teacher MODEL, with the vocabulary of the student.")
+            raise UsageError("Distillation needs a teacher.", "Say --teacher MODEL, of the same vocabulary.")
         if self.teacher_dtype is not None:
             check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         loaded, autocast = PRECISIONS[self.precision]
         if autocast is None and self.teacher_dtype not in {None, loaded}:
             raise UsageError(
-                f"Logits of two dtypes are not modelled: the teacher's in {self.teacher_dtype}, the student's in {loaded}.",
-                f"Leave --teacher-dtype out, or use a --precision with autocast.",
+                f"Logits of two dtypes, {self.teacher_dtype} of the teacher and {loaded}, are not modelled.",
+                "Leave --teacher-dtype out, or use a --precision with autocast.",
             )
         if self.evaluation is not None:
             raise UsageError("An evaluation of a distillation is not modelled.", "Leave --eval-... out.")
@@ -298,7 +298,7 @@ class Setup:
 
     @property
     def teacher_numerics(self) -> tuple[str, str | None]:
-        """dtype of the teacher's parameters, dtype of autocast (None: off)."""
+        """Dtype of the teacher's parameters, dtype of autocast (None: off)."""
         loaded, autocast = PRECISIONS[self.precision]
         return self.teacher_dtype or loaded, autocast
 

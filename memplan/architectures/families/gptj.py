@@ -95,8 +95,8 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     q, k = t.view(q, by_head), t.view(k, by_head)
     k, v = cached(t, k, v)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
-    how = {"p": m.attention_dropout, "softmax_dtype": None, "weights_dtype": v.dtype}
-    out = attention(t, q, k, v, shared.get("mask"), caches=False, **how)
+    p, mask = m.attention_dropout, shared.get("mask")
+    out = attention(t, q, k, v, mask, p=p, softmax_dtype=None, weights_dtype=v.dtype, caches=False)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)
     return out
