@@ -36,7 +36,7 @@ FLUX_TEXT_TOKENS = 512
 STABLE_DIFFUSION_TEXT_TOKENS = 77
 
 
-NO_LENGTH = "whatever --seq-len; cuDNN's workspaces are left out"
+NO_WORKSPACES = "cuDNN's workspaces are left out"
 SAMPLES = "one audio frame a token of --seq-len; no masks at random (SpecAugment), and CTC's table of paths is left out"
 
 
@@ -82,10 +82,12 @@ def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
     main = module.main_input_name
     if hasattr(config, "vision_config") and hasattr(config, "projection_dim"):
         length = config.text_config.max_position_embeddings
-        said = f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_LENGTH}"
+        said = (
+            f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_WORKSPACES}"
+        )
         return Inputs(_image_text(config, dtype), said=(said,))
     if main == "pixel_values":
-        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_LENGTH}",))
+        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_WORKSPACES}",))
     if main == "input_features":
         return Inputs(_log_mel(config, dtype), said=(f"{2 * config.max_source_positions:,} log-mel frames a sequence",))
     if main == "input_values":
@@ -192,7 +194,7 @@ def unet_inputs(config: Any, dtype: torch.dtype) -> Inputs:
         return made
 
     size = f"latents of {config.sample_size} x {config.sample_size} and a text of {STABLE_DIFFUSION_TEXT_TOKENS} tokens"
-    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_LENGTH}",))
+    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_WORKSPACES}",))
 
 
 def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
@@ -213,7 +215,7 @@ def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
             made["guidance"] = torch.ones(micro_batch_size, dtype=dtype)
         return made
 
-    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_LENGTH}"
+    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_WORKSPACES}"
     return Inputs(inputs, _mean_squared_error, (said,))
 
 

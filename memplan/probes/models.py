@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, type_of
+from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, OWN, kind_of, type_of
 from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from memplan.architectures.undescribed import Kind
     from memplan.specs.training import Setup
 
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +49,8 @@ class TracedModel:
     """Makes it on the default device; may run code of the user."""
     accepts_padding: bool = False
     """Whether it can be given an ``attention_mask``."""
+    kind: Kind = OWN
+    """Which loss it has, and what its micro-batches count."""
 
 
 def model_of(config: Mapping[str, Any], name: str = "") -> TracedModel:
@@ -67,7 +70,7 @@ def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
             module, inputs = diffusion_network(values, dtype)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    return TracedModel(name=name or values["_class_name"], build=build)
+    return TracedModel(name=name or values["_class_name"], build=build, kind=kind_of(values))
 
 
 AUTO_CLASS_BY_OBJECTIVE = {
@@ -95,8 +98,10 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
             inputs = class_inputs(module)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    takes_ids = kind_of(values).usual != NO_LENGTH
-    return TracedModel(name=name or values["model_type"], build=build, accepts_padding=takes_ids)
+    kind = kind_of(values)
+    return TracedModel(
+        name=name or values["model_type"], build=build, accepts_padding=kind.usual != NO_LENGTH, kind=kind
+    )
 
 
 def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.Module:

@@ -97,6 +97,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._operators: dict[int, Operator] = {}
         self._events: list[tuple[StorageRecord, int]] = []
         self._spans: list[tuple[str, int, int, int]] = []
+        self._flops: list[int] = []
         self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
         self._num_keys = 0
         self._failure = (0, "", "")
@@ -124,6 +125,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         except Exception as error:
             self._failure = (id(error), operator.name, self.trail.current())
             raise
+        self._flops[-1] += operator.flops(args, kwargs, outputs)
         self._adopt(operator, outputs)
         scratch = self._scratch.get(func)
         if scratch is not None:
@@ -139,6 +141,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     def enter(self, phase: str, step: int, micro_step: int) -> None:
         """Begin a span; it ends where the next begins."""
         self._spans.append((phase, step, micro_step, len(self._events)))
+        self._flops.append(0)
 
     def label(self, tensor: torch.Tensor, category: str, module: str, op: str) -> None:
         """Say what a storage is for: a parameter, a buffer, a gradient, a state, an input."""
@@ -181,8 +184,8 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """The spans so far."""
         stops = [*(start for *_, start in self._spans[1:]), len(self._events)]
         return tuple(
-            Span(phase, step, micro_step, start, stop)
-            for (phase, step, micro_step, start), stop in zip(self._spans, stops, strict=True)
+            Span(phase, step, micro_step, start, stop, flops)
+            for (phase, step, micro_step, start), stop, flops in zip(self._spans, stops, self._flops, strict=True)
         )
 
     def events(self) -> tuple[TraceEvent, ...]:
