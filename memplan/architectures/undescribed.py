@@ -50,6 +50,9 @@ KIND_BY_MODEL_TYPE = {
     "resnet": Kind("a vision model", usual=NO_LENGTH, unit="image"),
     "clip": Kind("a vision and text model", usual=NO_LENGTH, unit="pair"),
     "siglip": Kind("a vision and text model", usual=NO_LENGTH, unit="pair"),
+    **dict.fromkeys(
+        ("llava", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), Kind("a vision-language model", usual=MOST_USUAL)
+    ),
     "mamba": Kind("a state-space model", usual=MOST_USUAL, loops=True, has_words=True),
     "rwkv": Kind("a recurrent model", usual=MOST_USUAL, loops=True, has_words=True),
     "UNet2DConditionModel": Kind("a network of a diffusion model", usual=NO_LENGTH, unit="image"),

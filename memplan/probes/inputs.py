@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 
+from memplan.probes.vision_language import VISION_LANGUAGE, image_and_words
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
     """What a model of transformers is trained on, by its main input; floating-point inputs in `dtype`."""
     config = module.config
     main = module.main_input_name
+    if config.model_type in VISION_LANGUAGE:
+        make, said = image_and_words(config, token_inputs(int(config.get_text_config().vocab_size)), dtype)
+        return Inputs(make, said=(said,))
     if hasattr(config, "vision_config") and hasattr(config, "projection_dim"):
         length = config.text_config.max_position_embeddings
         said = (

@@ -121,7 +121,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         if operator is None:
             operator = self._operators[id(func)] = Operator(func)
         try:
-            outputs = operator.run(args, kwargs)
+            outputs = operator.run(self._on_device(args), kwargs)
         except Exception as error:
             self._failure = (id(error), operator.name, self.trail.current())
             raise
@@ -131,6 +131,12 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         if scratch is not None:
             self._add_scratch(operator.name, scratch(*args, **kwargs))
         return outputs
+
+    def _on_device(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Arguments for an operator without numbers: small ones that Python read on the host, as a GPU holds them."""
+        if not any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+            return args
+        return [x.to("meta") if isinstance(x, torch.Tensor) and x.is_cpu and x.ndim else x for x in args]
 
     # -- what the run says -------------------------------------------------------------------------------------------
 
