@@ -12,6 +12,7 @@ from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
 from memplan.probes.inputs import class_inputs, diffusion_network, transformers_inputs
+from memplan.probes.vision_language import VISION_LANGUAGE
 from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -170,8 +171,9 @@ def _auto_class(values: Mapping[str, Any]) -> str:
     if named.endswith("ForCausalLM"):
         return "AutoModelForCausalLM"
     seq2seq = bool(values.get("is_encoder_decoder", model_type in {"t5", "bart"}))
+    reads_images = "text_config" in values or model_type in VISION_LANGUAGE
     tables = (
-        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "text_config" in values),
+        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, reads_images),
         ("AutoModel", auto.MODEL_MAPPING_NAMES, model_type in {"clip", "siglip"}),
         ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, seq2seq),
         ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, True),
