@@ -107,7 +107,7 @@ class Recordings:
     def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False) -> Recording:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
-        how = (loss, setup.objective, recipe, grad, evaluation)
+        how = (loss, setup.objective, bool(setup.label_smoothing), recipe, grad, evaluation)
         key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
@@ -120,6 +120,7 @@ class Recordings:
                 recipe=recipe,
                 loss=loss,
                 objective=setup.objective,
+                smoothed=bool(setup.label_smoothing),
                 grad=grad,
                 evaluation=evaluation,
             )

@@ -1,4 +1,5 @@
-"""From the last hidden states of a pair of sequences to the loss of direct preference optimisation.
+"""From the last hidden states of a pair of sequences to the loss of direct preference optimisation; from scores to
+that of a model of rewards.
 
     loss = mean(-log sigmoid(beta * ((c - c_ref) - (r - r_ref))))      c, r: log-probability of the chosen, the rejected
 
@@ -63,6 +64,22 @@ def dpo_loss(t: Tape, hidden: Tensor, head: OutputLayer) -> Tensor:
     margins = sub(t, sub(t, chosen, chosen_ref), sub(t, rejected, rejected_ref))
     loss = add_scalar(t, scale(t, mean(t, neg(t, log_sigmoid(t, scale(t, margins))))))
     t.keep_alive(labels, log_probs, *reported, margins, *given)
+    return loss
+
+
+def reward_loss(t: Tape, scores: Tensor) -> Tensor:
+    """``-logsigmoid(chosen - rejected).mean()`` of the scores (b, 1) that a model of rewards has returned.
+
+    ``RewardTrainer.compute_loss`` of TRL 1.16 (trainer/reward_trainer.py), with no margins in the data and no
+    ``center_rewards_coefficient``; its collator gives a mask beside the ids, and no labels.
+    """
+    t.external("attention_mask", TOKENS, "int64", role="input")
+    if t.numerics.autocast is not None:  # accelerate hands the outputs out in fp32
+        scores = t.cast(scores, "fp32")
+    chosen, rejected = split(t, t.view(scores, ("b",)), (PAIRS, PAIRS))
+    difference = sub(t, chosen, rejected)
+    loss = neg(t, mean(t, log_sigmoid(t, difference)))
+    t.keep_alive(scores)
     return loss
 
 

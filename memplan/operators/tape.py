@@ -188,6 +188,7 @@ class Tape:
         prefix: str = "",
         loss: str = "full",
         objective: str = "lm",
+        smoothed: bool = False,
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
@@ -197,6 +198,8 @@ class Tape:
         """Whether autograd records; False within ``torch.no_grad()``."""
         self.objective = objective
         """What is trained for: one of `memplan.specs.training.OBJECTIVES`."""
+        self.smoothed = smoothed
+        """Whether the loss is the Trainer's own, of smoothed labels."""
         self.classes = classes
         """Of a model that tells them apart (`memplan.architectures.classifiers.Classes`)."""
         self.recipe = recipe

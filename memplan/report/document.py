@@ -202,6 +202,7 @@ def setup_document(setup: Setup) -> Document:
         "attention": setup.attention,
         "loss": setup.loss,
         "objective": setup.objective,
+        "label_smoothing": setup.label_smoothing,
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,

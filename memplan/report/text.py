@@ -135,6 +135,8 @@ def choices(setup: Document) -> str:
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
     if setup["objective"] != "lm":
         parts.append(f"trained for {setup['objective']}")
+    if setup["label_smoothing"]:
+        parts.append(f"labels smoothed by {setup['label_smoothing']:g}")
     if setup["supervised"] < 1:
         parts.append(f"{100 * setup['supervised']:g} % of the tokens have a label")
     if setup["dropout"] is not None:
