@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from memplan.operators.elementwise import add, neg, scale
 from memplan.operators.layout import copy, take
-from memplan.operators.tape import Gradient, Tape, Tensor, elements
+from memplan.operators.tape import Gradient, Op, Tape, Tensor, elements
+
+if TYPE_CHECKING:
+    from memplan.operators.sizes import Shape
+
+PREDICTING = ("b", "s-1")
+"""The tokens that have a next one, by sequence."""
 
 
 def log_softmax(t: Tape, x: Tensor) -> Tensor:
@@ -66,20 +75,60 @@ def masked_lm_loss(t: Tape, logits: Tensor, labels: Tensor, num_items: Tensor | 
 def smoothed_loss(t: Tape, logits: Tensor, hidden: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
     """The Trainer's own loss of smoothed labels: log-probabilities of the labels, and the sum of those of all words.
 
-    ``LabelSmoother`` of transformers 5.23 (trainer_pt_utils.py) on what the model has returned, after it: in the dtype
-    of the logits, or fp32 under autocast, as accelerate hands them out.  A slice of a single sequence is no copy.
+    ``LabelSmoother`` of transformers 5.23 (trainer_pt_utils.py), after the model has returned: in the dtype of the
+    logits, or in fp32 under autocast, as accelerate hands them out.  A slice of a single sequence is no copy.
+    Kept are the log-probabilities and, because ``gather`` saves its input, their negative.
     """
     words = logits.shape[-1]
+    several: Shape = ("[b>1]", *PREDICTING)
     t.keep_alive(hidden)
     if t.numerics.autocast is not None:
         logits = t.cast(logits, "fp32")
-    shifted = copy(t, take(t, logits, ("b", "s-1", words)), ("[b>1]", "b", "s-1", words))
-    targets = copy(t, labels, ("[b>1]", "b", "s-1"))
-    found = log_softmax(t, t.view(shifted, ("b", "s-1", words)))
-    log_probs = t.op("neg", (found,), found.shape)
-    loss = t.op("mean", (log_probs,), ())
-    t.keep_alive(logits, shifted, targets, num_items)
+    shifted = copy(t, take(t, logits, (*PREDICTING, words)), (*several, words))
+    targets = t.op("clone", (labels,), several)
+    log_probs = neg(t, log_softmax(t, t.view(shifted, (*PREDICTING, words))))
+    ignored = t.op("eq", (targets,), (*PREDICTING, 1), dtype="bool")
+    index = t.op("clamp", (targets,), (*PREDICTING, 1))
+    likelihood = gather_last(t, log_probs, index)
+    total = sum_in_fp32(t, log_probs)
+    likelihood = _mean_over(t, masked_fill_in_place(t, likelihood, ignored), num_items)
+    spread = t.op("mul", (num_items,), (), gradients=())
+    total = _mean_over(t, masked_fill_in_place(t, total, ignored), spread)
+    loss = add(t, scale(t, likelihood), scale(t, total))
+    t.keep_alive(logits, shifted, log_probs, ignored, index)
     return loss
+
+
+def gather_last(t: Tape, x: Tensor, index: Tensor) -> Tensor:
+    """``x.gather(-1, index)``: keeps both (its derivative asks `x` for its shape)."""
+    reason = "the derivative of gather asks what is gathered from for its shape"
+    return t.op("gather", (x, index), index.shape, dtype=x.dtype, keeps=(x, index), reason=reason)
+
+
+def sum_in_fp32(t: Tape, x: Tensor) -> Tensor:
+    """``x.sum(-1, keepdim=True, dtype=torch.float32)``: keeps nothing.
+
+    The gradient is the incoming one, shown for every element; where `x` has another dtype, that is written out.
+    """
+    gradient = Gradient(x, alias=True, shown=True) if x.dtype == "fp32" else Gradient(x)
+    return t.op("sum", (x,), (*x.shape[:-1], 1), dtype="fp32", gradients=[gradient], flops=elements(x))
+
+
+def masked_fill_in_place(t: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """``x.masked_fill_(mask, number)``: keeps the mask; the result lies on the storage of `x`."""
+    out = x._replace(number=len(t.tensors))
+    t.tensors.append(out)
+    gradients = (Gradient(x),) if x.requires_grad else ()
+    keeps = (mask,) if x.requires_grad else ()
+    t.ops.append(Op("masked_fill_", t.module, (x, mask), (out,), keeps, False, gradients, (), (), elements(x), ""))
+    return out
+
+
+def _mean_over(t: Tape, x: Tensor, num: Tensor) -> Tensor:
+    """``x.sum() / num``."""
+    total = divide(t, t.op("sum", (x,), (), gradients=[Gradient(x, alias=True)]), num)
+    t.keep_alive(x)
+    return total
 
 
 def divide(t: Tape, x: Tensor, by: Tensor) -> Tensor:

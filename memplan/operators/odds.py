@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from memplan.operators.elementwise import keeps_input, keeps_result, mul, neg, scale, sub
 from memplan.operators.layout import take
-from memplan.operators.losses import divide, log_softmax, nll_loss
+from memplan.operators.losses import PREDICTING, divide, log_softmax, nll_loss
 from memplan.operators.preference import PAIRS, TOKENS, log_sigmoid, mean
 from memplan.operators.sizes import num_bytes
 from memplan.operators.tape import Gradient
@@ -27,7 +27,6 @@ from memplan.operators.tape import Gradient
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
 
-PREDICTING = ("b", "s-1")
 CHOSEN = ("b/2", "s-1")
 IF_ONE_PAIR, IF_SEVERAL_PAIRS = "[b=2]", "[b>2]"
 """Dimensions that are 1 or 0: a slice of a single sequence is no copy."""

@@ -17,8 +17,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.operators.elementwise import add_scalar, neg, scale, sub
-from memplan.operators.fused_losses import PREDICTING, tiled_log_probabilities
+from memplan.operators.fused_losses import tiled_log_probabilities
 from memplan.operators.layout import split, take
+from memplan.operators.losses import PREDICTING
 from memplan.operators.tape import Gradient
 
 if TYPE_CHECKING:

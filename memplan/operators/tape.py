@@ -112,6 +112,8 @@ class Gradient(NamedTuple):
     of: Tensor
     alias: bool = False
     """True where the gradient lies on the storage of the incoming gradient (views, plain sums)."""
+    shown: bool = False
+    """True where it is, besides, shown for more elements than it has (``expand``): nothing is added to it in place."""
     scratch: tuple[Size, ...] = ()
     """Bytes alive beside it while it is computed."""
     computed_at: Size | None = None
