@@ -82,6 +82,7 @@ def smoothed_loss(t: Tape, logits: Tensor, hidden: Tensor, labels: Tensor, num_i
     words = logits.shape[-1]
     several: Shape = ("[b>1]", *PREDICTING)
     t.keep_alive(hidden)
+    t.pause()
     if t.numerics.autocast is not None:
         logits = t.cast(logits, "fp32")
     shifted = copy(t, take(t, logits, (*PREDICTING, words)), (*several, words))

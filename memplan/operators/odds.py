@@ -46,6 +46,7 @@ def odds_loss(t: Tape, logits: Tensor, hidden: Tensor) -> Tensor:
     """The loss of what the model returned."""
     mask, labels = (t.op(f"concatenated {name}", (), TOKENS, dtype="int64") for name in ("mask", "labels"))
     t.keep_alive(hidden)
+    t.pause()
     if t.numerics.autocast is not None:  # accelerate hands the outputs out in fp32
         logits = t.cast(logits, "fp32")
     ids = t.op("clone", (), TOKENS, dtype="int64")

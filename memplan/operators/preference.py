@@ -75,6 +75,7 @@ def reward_loss(t: Tape, scores: Tensor) -> Tensor:
     ``center_rewards_coefficient``; its collator gives a mask beside the ids, and no labels.
     """
     t.external("attention_mask", TOKENS, "int64", role="input")
+    t.pause()
     if t.numerics.autocast is not None:  # accelerate hands the outputs out in fp32
         scores = t.cast(scores, "fp32")
     chosen, rejected = split(t, t.view(scores, ("b",)), (PAIRS, PAIRS))

@@ -344,7 +344,7 @@ class Tape:
         self._held[0].append(tensor)
 
     def pause(self) -> None:
-        """The model has returned; something else runs before its caller goes on (a reference model)."""
+        """The model has returned: the region of autocast ends, and a reference model may run before its caller goes on."""
         self._record(PAUSE, (), ())
 
     def hold_in_model(self, tensor: Tensor) -> None:
