@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.architectures.classifiers import Classes
-from memplan.architectures.heads import check_loss, check_smoothing
+from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
 from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
@@ -174,7 +174,6 @@ def record(
     recipe: Recipe = EVERYTHING,
     loss: str = "full",
     objective: str = "lm",
-    smoothed: bool = False,
     grad: bool = True,
     evaluation: bool = False,
 ) -> Recording:
@@ -184,18 +183,14 @@ def record(
     and where their hidden states are alike in dtype and in whether they require a gradient.
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `smoothed`: with smoothed labels; `grad`: False for a run under
+    hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
     ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
     """
     check_loss(loss, architecture.model_type, architecture.task, objective)
-    if smoothed:
-        check_smoothing(architecture.model_type, architecture.task)
-    classes = architecture.classes
-    if objective == "reward":
-        classes = classes._replace(num=1)
+    classes = architecture.classes._replace(num=1) if objective == "reward" else architecture.classes
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",
@@ -210,7 +205,6 @@ def record(
             padded=padded,
             loss=loss,
             objective=objective,
-            smoothed=smoothed,
             classes=classes,
             grad=grad,
             recipe=recipe,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ALL_LOGITS = ("full", "full-kept")
 """Losses of all logits at once."""
+SMOOTHED = "smoothed"
+"""The loss that the Trainer takes from all logits where it smooths labels."""
 
 BENT_BY_NAME = {"scaled": scale, "softcapped": softcapped}
 """What a model does to its logits: multiply them by a number (Cohere, Granite), or bend them by tanh (Gemma 2)."""
@@ -34,15 +36,6 @@ LIGER_MODEL_TYPES = frozenset(
     {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 )
 """Whose fused loss Liger Kernel 0.8.5 has (transformers/monkey_patch.py); it leaves others as they are."""
-
-
-def check_smoothing(model_type: str, task: str) -> None:
-    """Raise `UsageError` where the smoothed labels of such a model are not modelled."""
-    if task != "causal-lm":
-        raise UsageError(
-            f"Label smoothing is modelled for causal language models; {model_type} is trained on another task ({task}).",
-            "Leave --label-smoothing out; memplan trace runs it.",
-        )
 
 
 def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> None:
@@ -56,6 +49,11 @@ def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> 
         raise UsageError(
             f"--objective {objective} is not modelled for {model_type}.",
             f"Known: {', '.join(sorted(classifiers_for(objective)))}; memplan trace runs the others.",
+        )
+    if loss == SMOOTHED and task != "causal-lm":
+        raise UsageError(
+            f"--label-smoothing is modelled for causal language models; {model_type} has another task ({task}).",
+            "Leave --label-smoothing out; memplan trace runs it.",
         )
     if loss != "full" and task != "causal-lm":
         raise UsageError(
@@ -94,7 +92,7 @@ def causal_head(
     """
     if t.objective in SCORED:
         return generic_head(t, hidden)
-    if t.objective not in PREFERRED and t.loss in ALL_LOGITS:
+    if t.objective not in PREFERRED and t.loss in (*ALL_LOGITS, SMOOTHED):
         made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
         if logits:
             with t.scope(name):
@@ -104,7 +102,7 @@ def causal_head(
                 return odds_loss(t, made, hidden)
         labels, num_items = _targets(t)
         with t.scope("loss"):
-            if t.smoothed:
+            if t.loss == SMOOTHED:
                 return smoothed_loss(t, made, hidden, labels, num_items)
             loss = causal_lm_loss(t, made, labels, num_items)
             if holds_hidden:

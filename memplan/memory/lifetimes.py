@@ -504,8 +504,7 @@ class _Backward:
             self._release(number)
         for g, number in results:
             self._accumulate(i, g.of, number)
-            if g.shown:
-                self.shown.add(g.of.number)
+            self.shown |= {g.of.number} if g.shown else set()
 
     def _hand_out(self, s: int, kept: list[_Kept]) -> list[_Kept]:
         """What the forward pass kept becomes a gradient: it is let go in the instant in which that is there."""

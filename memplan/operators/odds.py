@@ -31,7 +31,8 @@ CHOSEN = ("b/2", "s-1")
 IF_ONE_PAIR, IF_SEVERAL_PAIRS = "[b=2]", "[b>2]"
 """Dimensions that are 1 or 0: a slice of a single sequence is no copy."""
 
-INPUTS = tuple(f"{which}_{kind}" for which in ("chosen", "rejected") for kind in ("input_ids", "attention_mask", "labels"))
+KINDS = ("input_ids", "attention_mask", "labels")
+INPUTS = tuple(f"{which}_{kind}" for which in ("chosen", "rejected") for kind in KINDS)
 """What DPODataCollatorWithPadding gives, an int64 a token each."""
 
 

@@ -1,7 +1,7 @@
-"""From the last hidden states of a pair of sequences to the loss of direct preference optimisation; from scores to
-that of a model of rewards.
+"""From the last hidden states of a pair of sequences, or from their scores, to the loss of a preference.
 
     loss = mean(-log sigmoid(beta * ((c - c_ref) - (r - r_ref))))      c, r: log-probability of the chosen, the rejected
+    loss = mean(-log sigmoid(c - r))                                   c, r: their scores (`reward_loss`)
 
 Chosen and rejected sequences are one micro-batch of ``b`` sequences, ``b/2`` pairs.  The log-probabilities of their
 labelled tokens (the completions) are those of the tiled output layer.  The order of things is DPOTrainer's: the policy

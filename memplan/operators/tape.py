@@ -190,7 +190,6 @@ class Tape:
         prefix: str = "",
         loss: str = "full",
         objective: str = "lm",
-        smoothed: bool = False,
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
@@ -200,8 +199,6 @@ class Tape:
         """Whether autograd records; False within ``torch.no_grad()``."""
         self.objective = objective
         """What is trained for: one of `memplan.specs.training.OBJECTIVES`."""
-        self.smoothed = smoothed
-        """Whether the loss is the Trainer's own, of smoothed labels."""
         self.classes = classes
         """Of a model that tells them apart (`memplan.architectures.classifiers.Classes`)."""
         self.recipe = recipe
@@ -213,7 +210,7 @@ class Tape:
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
         self.loss = loss
-        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`."""
+        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`, or ``smoothed``."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
         self.padded = padded
@@ -344,7 +341,7 @@ class Tape:
         self._held[0].append(tensor)
 
     def pause(self) -> None:
-        """The model has returned: the region of autocast ends, and a reference model may run before its caller goes on."""
+        """The model has returned and autocast has ended; a reference model may run before its caller goes on."""
         self._record(PAUSE, (), ())
 
     def hold_in_model(self, tensor: Tensor) -> None:

@@ -2,9 +2,9 @@
 
     loss = mean(-log sigmoid(score of the chosen - score of the rejected))
 
-Source: ``RewardTrainer.compute_loss`` and ``DataCollatorForPreference`` of TRL 1.16 (trainer/reward_trainer.py), without
-margins in the data and with ``center_rewards_coefficient=None``, its default; the numbers that it reports afterwards
-are not computed.
+Source: ``RewardTrainer.compute_loss`` and ``DataCollatorForPreference`` of TRL 1.16 (trainer/reward_trainer.py),
+without margins in the data and with ``center_rewards_coefficient=None``, its default; the numbers that it reports
+afterwards are not computed.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def _run(
     from memplan.probes.checkpointing import enable_checkpointing, host_memory, repeated_layers, selective_checkpointing
     from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
-    from memplan.probes.optimizers import build_optimizer
     from memplan.probes.objectives import find_objective
+    from memplan.probes.optimizers import build_optimizer
     from memplan.probes.quantised import num_elements
     from memplan.probes.semantics import cuda_semantics
     from memplan.probes.smoothing import find_smoother

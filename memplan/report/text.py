@@ -86,11 +86,15 @@ def split_of(setup: Document) -> str:
 
 def equation(setup: Document) -> str:
     """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``."""
-    unit = "pair" if setup["objective"] in PAIRED else "sequence"
     return (
-        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit)} = "
+        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit_of(setup))} = "
         f"{plural(setup['tokens_per_step'], 'token')} per step"
     )
+
+
+def unit_of(setup: Document) -> str:
+    """What a micro-batch counts."""
+    return "pair" if setup["objective"] in PAIRED else "sequence"
 
 
 # -- whom it is about --------------------------------------------------------------------------------------------------

@@ -222,8 +222,9 @@ class Setup:
                 f"What TRL evaluates for {self.objective} is not modelled.", "Leave --eval-batch and --objective apart."
             )
         if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+            trainer = TRAINER_BY_OBJECTIVE[self.objective]
             raise UsageError(
-                f"{TRAINER_BY_OBJECTIVE[self.objective]} switches dropout off, that of adapters, too (disable_dropout=True).",
+                f"{trainer} switches dropout off, that of adapters, too (disable_dropout=True).",
                 "Leave --lora-dropout out.",
             )
 
@@ -297,6 +298,11 @@ class Setup:
     def sequences_per_micro_batch(self) -> int:
         """Sequences in one forward pass on one rank: two a pair."""
         return self.micro_batch_size * sequences_of(self.objective)
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Tokens of a sequence, or of the two of a pair."""
+        return sequences_of(self.objective) * self.seq_len
 
     @property
     def has_reference(self) -> bool:
