@@ -29,9 +29,10 @@ class Rewards:
     reference = None
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
-        self.model: Any = module
+        model: Any = module
+        self.model = model
         self.setup = setup
-        self._words = int(self.model.config.get_text_config().vocab_size)
+        self._words = int(model.config.get_text_config().vocab_size)
 
     def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
         """The chosen sequences, then the rejected ones."""

@@ -30,7 +30,8 @@ class Smoother:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         from transformers.trainer_pt_utils import LabelSmoother
 
-        model: Any = module.get_base_model() if hasattr(module, "peft_config") else module
+        model: Any = module
+        model = model.get_base_model() if hasattr(module, "peft_config") else model
         self.shifts = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         self._smooth = LabelSmoother(epsilon=factor)
 

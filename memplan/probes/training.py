@@ -173,7 +173,7 @@ class TrainingRun:
         with torch.device(self.device):
             make = self.make_inputs if self.objective is None else self.objective.make_inputs
             inputs = make(setup.micro_batch_size, setup.seq_len)
-        if setup.padding and "attention_mask" not in inputs:
+        if setup.padding and self.objective is None and "attention_mask" not in inputs:
             inputs["attention_mask"] = _mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):
             self.witness.label(tensor, "input", "inputs", name)
