@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memplan.errors import UsageError
 from memplan.probes.preference import log_sigmoid
 from memplan.probes.training import outputs_to_fp32
 
@@ -29,6 +30,12 @@ class Rewards:
     reference = None
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
+        """Raises `UsageError` where the module gives sequences no score."""
+        if not type(module).__name__.endswith("ForSequenceClassification"):
+            raise UsageError(
+                f"Rewards are scores of sequences; this is a {type(module).__name__}.",
+                "Return a model for sequence classification, or leave --objective out.",
+            )
         model: Any = module
         self.model = model
         self.setup = setup

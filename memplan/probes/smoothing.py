@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.errors import UsageError
 from memplan.probes.faults import require
 
 if TYPE_CHECKING:
@@ -18,8 +19,19 @@ if TYPE_CHECKING:
 
 
 def find_smoother(module: nn.Module, setup: Setup) -> Smoother | None:
-    """What smooths the labels of the module; None: nothing does."""
-    return Smoother(module, setup.label_smoothing) if setup.label_smoothing else None
+    """What smooths the labels of the module; None: nothing does.
+
+    Raises:
+        UsageError: the module is none of transformers, whose logits are known by their name.
+    """
+    if not setup.label_smoothing:
+        return None
+    if not hasattr(module, "gradient_checkpointing_enable"):
+        raise UsageError(
+            f"Labels are smoothed for models of transformers; this is a {type(module).__name__}.",
+            "Leave --label-smoothing out.",
+        )
+    return Smoother(module, setup.label_smoothing)
 
 
 class Smoother:

@@ -81,9 +81,7 @@ def agree(config: dict[str, Any], setup: Setup, tolerance: float = WITHOUT_ROUND
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_formula_is_the_trace(name: str, model: str, precision: str, checkpointing: str) -> None:
     """GIVEN two micro-batches a step THEN both witnesses have the same bytes, kept and at the peak."""
-    setup = setup_of(
-        name, precision=precision, activation_checkpointing=checkpointing, gradient_accumulation_steps=2
-    )
+    setup = setup_of(name, precision=precision, activation_checkpointing=checkpointing, gradient_accumulation_steps=2)
     agree(CONFIGS[model], setup)
 
 
