@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
+from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
 from memplan.specs.recipe import ALL_LINEAR, EVERYTHING, check_known, covers, is_named
@@ -189,6 +190,7 @@ def record(
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
     """
     check_loss(loss, architecture.model_type, architecture.task, objective)
+    classes = architecture.classes._replace(num=1) if objective == "reward" else architecture.classes
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",
@@ -203,7 +205,7 @@ def record(
             padded=padded,
             loss=loss,
             objective=objective,
-            classes=architecture.classes,
+            classes=classes,
             grad=grad,
             recipe=recipe,
             prefix=prefix,
@@ -303,5 +305,7 @@ def buffer_bytes(architecture: Architecture) -> Size:
 
 
 def int64(t: Tape, name: str, shape: Shape) -> Tensor:
-    """Token ids or labels of the micro-batch: an input of the step."""
+    """Token ids or labels of the micro-batch: an input of the step, or put together from several."""
+    if name == "input_ids" and t.objective == "orpo":
+        return concatenated_ids(t)
     return t.external(name, shape, "int64", role="input")

@@ -378,6 +378,9 @@ def _logits(case: _Case) -> Iterator[Assumption]:
         value, why = OBJECTIVE_WORDS[case.setup.objective]
         yield Assumption("objective", value, "", None, why)
         return
+    if case.setup.label_smoothing:
+        yield _smoothing(case)
+        return
     if case.setup.loss != "full":
         value, why = LOSS_WORDS[case.setup.loss]
         effect = case.effect(replace(case.setup, loss="full"))
@@ -401,6 +404,13 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     )
 
 
+def _smoothing(case: _Case) -> Assumption:
+    """The loss of smoothed labels."""
+    value = "labels smoothed by the Trainer, of all logits at once; no other loss has them"
+    why = "LabelSmoother of transformers keeps log-probabilities of all words, and their negative"
+    return Assumption("loss", value, "no smoothing", case.effect(replace(case.setup, label_smoothing=0.0)), why)
+
+
 OTHER_LOSS = "tiled"
 """What all logits at once are compared with."""
 
@@ -421,6 +431,15 @@ OBJECTIVE_WORDS = {
     "dpo-precomputed": (
         "no reference while training; a micro-batch of n is n pairs, 2n sequences",
         "DPOTrainer of TRL from 1.15 on, precompute_ref_log_probs=True",
+    ),
+    "orpo": (
+        "all logits of both sequences at once, no reference; a micro-batch of n is n pairs, 2n sequences; ids and mask "
+        "of the prompts alone are not counted",
+        "ORPOTrainer of TRL 1.16 (experimental), with its Triton kernel of log-probabilities",
+    ),
+    "reward": (
+        "one score a sequence, no margins; a micro-batch of n is n pairs, 2n sequences",
+        "RewardTrainer of TRL 1.16, center_rewards_coefficient=None; AutoModelForSequenceClassification, num_labels=1",
     ),
     "sequence-classification": (
         "a class of each sequence, one of those that the config names",

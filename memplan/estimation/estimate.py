@@ -16,7 +16,7 @@ from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import CLASSIFICATIONS, OPTIMIZERS, PRECISIONS
+from memplan.specs.training import OPTIMIZERS, PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
@@ -373,7 +373,7 @@ class Estimator:
             model_type=self.architecture.model_type,
             num_parameters=program.states.num_parameters,
             num_trainable_parameters=program.states.num_trained,
-            task=setup.objective if setup.objective in CLASSIFICATIONS else self.architecture.task,
+            task=setup.objective if setup.objective in SCORED else self.architecture.task,
             attentions=self.architecture.attentions,
         )
 

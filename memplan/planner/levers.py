@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
 def _losses(setup: Setup) -> Iterator[Change]:
     """Losses that give the same gradients, but for rounding, without holding all logits."""
     names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
-    if setup.loss == "full":
+    if setup.loss == "full" and setup.objective not in LOSSES_BY_OBJECTIVE and not setup.label_smoothing:
         for loss, name in names.items():
             yield Change(name, f"--loss {loss}", {"loss": loss})
 
@@ -128,6 +128,8 @@ def _losses(setup: Setup) -> Iterator[Change]:
 def _adapters(setup: Setup) -> Iterator[Change]:
     """Adapters in place of the weights, and a base in few bits beside them."""
     lora = setup.lora
+    if setup.objective in SCORED:
+        return
     if lora is None:
         adapters = {"lora": Lora(rank=USUAL_RANK)}
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)

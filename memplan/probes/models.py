@@ -76,6 +76,7 @@ def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
 
 AUTO_CLASS_BY_OBJECTIVE = {
     "sequence-classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
 
@@ -93,7 +94,8 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
         raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
 
     def build(setup: Setup) -> Built:
-        module = _build(values, setup, auto_class)
+        one_score = {"num_labels": 1} if setup.objective == "reward" else {}
+        module = _build(values | one_score, setup, auto_class)
         inputs = transformers_inputs(module, PARAMETER_DTYPES[PRECISIONS[setup.precision][0]])
         if setup.objective == "sequence-classification":
             inputs = class_inputs(module)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     """Operator -> bytes of each buffer that its CUDA kernel allocates and frees again before it returns."""
 
 aten = torch.ops.aten
+_storage_use_count = torch._C._storage_Use_Count
 
 WRITTEN_IN_PLACE = {
     aten.index_put.default: aten.index_put_.default,
@@ -38,6 +39,10 @@ WRITTEN_IN_PLACE = {
 
 ``areAnyTensorSubclassLike`` in torch/csrc/autograd/FunctionsManual.cpp and aten/src/ATen/TensorSubclassLikeUtils.h.
 """
+
+ADD, ADD_IN_PLACE = aten.add.Tensor, aten.add_.Tensor
+HOLDERS, HOLDERS_OF_STORAGE = 4, 2
+"""Of a gradient that only autograd's engine holds, and of its storage, as seen from here."""
 
 ASK_FOR_A_NUMBER = aten._local_scalar_dense.default
 
@@ -117,6 +122,8 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             return self._answer(args[0])
         if func in WRITTEN_IN_PLACE and _computes_gradients():
             func = WRITTEN_IN_PLACE[func]
+        elif func is ADD and not kwargs and _adds_gradients(*args):
+            func = ADD_IN_PLACE
         operator = self._operators.get(id(func))
         if operator is None:
             operator = self._operators[id(func)] = Operator(func)
@@ -298,6 +305,17 @@ def _asker() -> tuple[str, str]:
 def _computes_gradients() -> bool:
     """Whether autograd runs a backward pass, and not a forward pass once more within it."""
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+
+
+def _adds_gradients(first: Any, second: Any) -> bool:
+    """Whether autograd's engine adds a gradient to one that nothing else holds: in place, if no mode looks on.
+
+    ``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp; ``isTensorSubclassLike`` is what a mode answers.
+    """
+    if not _computes_gradients() or sys._getframe(2).f_code.co_name != "_engine_run_backward":
+        return False
+    alone = first._use_count() == HOLDERS and _storage_use_count(first.untyped_storage()._cdata) == HOLDERS_OF_STORAGE
+    return alone and (first.shape, first.dtype) == (second.shape, second.dtype) and first.is_contiguous()
 
 
 @cache

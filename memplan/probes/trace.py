@@ -126,10 +126,11 @@ def _run(
     from memplan.probes.checkpointing import enable_checkpointing, host_memory, repeated_layers, selective_checkpointing
     from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
+    from memplan.probes.objectives import find_objective
     from memplan.probes.optimizers import build_optimizer
-    from memplan.probes.preference import find_objective
     from memplan.probes.quantised import num_elements
     from memplan.probes.semantics import cuda_semantics
+    from memplan.probes.smoothing import find_smoother
     from memplan.probes.training import TrainingRun
 
     lower = PRECISIONS[setup.precision][1]
@@ -148,7 +149,8 @@ def _run(
         _label(objective.reference, recorder, "reference model: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
-    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective)
+    smoother = find_smoother(module, setup)
+    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective, smoother=smoother)
     with (
         cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel, compute_capability=compute_capability),
         selective_checkpointing(module, setup.activation_checkpointing, autocast),

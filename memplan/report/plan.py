@@ -24,11 +24,12 @@ from memplan.report.text import (
     split_of,
     table,
     title,
+    unit_of,
     unmodelled_lines,
     usable,
     vouched,
 )
-from memplan.report.trainer import LOSSES_OF_TRAINER, OPTIM_BY_OPTIMIZER
+from memplan.report.trainer import CONFIG_OF_TRAINER, OPTIM_BY_OPTIMIZER, config_of, has_loss
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -67,15 +68,20 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from model_lines(plan["model"])
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from calibration_lines(plan["calibration"])
-    unit = plan["model"]["unit"]
-    length = f" of {plural(target['seq_len'], 'token')} = {plural(target['tokens_per_step'], 'token')}"
+    unit = unit_of(setup, plan["model"]["unit"])
+    length = f" of {_length_of(target, unit)} = {plural(target['tokens_per_step'], 'token')}"
     batch = plural(target["global_batch_size"], unit)
-    yield from paragraph("target", f"{batch}{length if unit == SEQUENCE else ''} per step")
+    yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
     if target["coarseness"]:
         yield from paragraph("", f"{target['coarseness']}.")
     yield from paragraph("setup", choices(setup))
+
+
+def _length_of(target: Document, unit: str) -> str:
+    length = plural(target["seq_len"], "token")
+    return length if unit == SEQUENCE else f"2 x {length}"
 
 
 # -- it fits -----------------------------------------------------------------------------------------------------------
@@ -152,17 +158,21 @@ def _time(plan: Document, best: Document) -> str:
 
 
 def _trainer(trainer: Document, model: Document) -> str:
-    shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
-    arguments = _arguments(shown)
+    config = trainer["config"]
+    always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout")
+    shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
+    arguments = f"{config}({_arguments(shown)})"
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), TrainingArguments({arguments})"
+        return f"module.to(torch.{trainer['dtype']}), {arguments}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
+    if config == "RewardConfig":
+        asked += ", num_labels=1"
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
     adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}TrainingArguments({arguments})"
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{arguments}"
 
 
 def _arguments(given: Document) -> str:
@@ -174,11 +184,12 @@ def _no_trainer(setup: Document) -> str:
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
     if setup["activation_checkpointing"] == "selective":
         missing.append("selective checkpointing")
-    if setup["loss"] not in LOSSES_OF_TRAINER:
+    if not has_loss(setup["loss"], setup["objective"]):
         missing.append(f"the loss {setup['loss']}")
     if setup["freeze"]:
         missing.append("frozen parts")
-    return f"TrainingArguments has no key for {' and '.join(missing)}: it takes a training loop of one's own"
+    config = config_of(setup["objective"])
+    return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 
 def _roomier(plan: Document) -> list[Document]:
