@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "loss": (str,),
     "dropout": (int, float),
     "padding": (bool,),
+    "batching": (str,),
+    "packed_sequences": (int,),
     "lora_rank": (int,),
     "lora_targets": (str,),
     "lora_dropout": (int, float),

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.evaluation import EvaluationProgram
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
 from memplan.estimation.lints import Lint, lints
 from memplan.estimation.step import EVALUATION, Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
-from memplan.operators.sizes import bind
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import CLASSIFICATIONS, OPTIMIZERS, PRECISIONS
@@ -176,7 +176,7 @@ class Estimator:
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture)
         self._timed: dict[int, TimedModel] = {}
-        self._sizes: dict[tuple[int, int, float], Sizes] = {}
+        self._sizes: dict[tuple[int, int, float, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
@@ -190,9 +190,21 @@ class Estimator:
             self._check_flash(setup)
         if setup.evaluation is not None and setup.evaluation.samples is not None:
             self.evaluation(setup, setup.evaluation).results()
-        if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
+        if setup.is_flattened:
+            self._check_flattened(setup)
+        if setup.padding and "padding" not in self.program(setup).recording.stem.tape.minds:
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
+            )
+
+    def _check_flattened(self, setup: Setup) -> None:
+        """Raise `UsageError` where sequences in one row would attend to each other."""
+        setup.check_packing()
+        if self.architecture.task != "causal-lm" or "positions" not in self.program(setup).recording.stem.tape.minds:
+            raise UsageError(
+                f"{self.architecture.model_type} makes no mask by position ids in transformers: sequences of a "
+                f"{setup.batching} batch would attend to each other.",
+                "Leave --batching out.",
             )
 
     def _check_flash(self, setup: Setup) -> None:
@@ -223,9 +235,10 @@ class Estimator:
 
     def sizes(self, setup: Setup) -> Sizes:
         """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
-        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised)
+        flattened = setup.is_flattened and setup.num_sequences
+        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised, flattened)
         if key not in self._sizes:
-            self._sizes[key] = Sizes(bind(*key))
+            self._sizes[key] = Sizes(dimensions(setup))
         return self._sizes[key]
 
     def peaks(self, setup: Setup, *, first_step: bool = False) -> Peaks:
@@ -311,7 +324,7 @@ class Estimator:
     def _step_of(self, setup: Setup) -> dict[str, Any]:
         program = self.program(setup)
         return {
-            "env": bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised),
+            "env": dimensions(setup),
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],

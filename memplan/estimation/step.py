@@ -21,7 +21,7 @@ from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
-from memplan.operators.tape import Numerics
+from memplan.operators.tape import Batch, Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
 from memplan.specs.values import NamedTuple
 
@@ -108,7 +108,9 @@ class Recordings:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         how = (loss, setup.objective, recipe, grad, evaluation)
-        key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
+        several = setup.is_flattened and setup.num_sequences > 1
+        batch = Batch(padded=setup.padding, flattened=setup.is_flattened, several=several)
+        key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -116,7 +118,7 @@ class Recordings:
                 numerics,
                 attention=setup.attention,
                 exceeded=exceeded,
-                padded=setup.padding,
+                batch=batch,
                 recipe=recipe,
                 loss=loss,
                 objective=setup.objective,

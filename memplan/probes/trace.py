@@ -64,7 +64,11 @@ def trace_training(
     _check(chosen, setup, sdpa_kernel, num_steps)
     counted = setup.attention == "flash" if loop.count_random_states is None else loop.count_random_states
     recorder = StorageRecorder(
-        SCRATCH_BY_OPERATOR, {} if counted else RANDOM_STATES, has_padding=setup.padding, trust=("transformers",)
+        SCRATCH_BY_OPERATOR,
+        {} if counted else RANDOM_STATES,
+        has_padding=setup.padding,
+        has_several=setup.is_flattened and setup.num_sequences > 1,
+        trust=("transformers",),
     )
     try:
         with recorder:
@@ -88,6 +92,10 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError(
             f"{model.name} makes its own inputs.", "Leave --padding out, and let inputs() return the mask."
         )
+    if setup.is_flattened:
+        setup.check_packing()
+        if not model.accepts_padding:
+            raise UsageError(f"{model.name} makes its own inputs.", "Leave --batching out, and let inputs() make them.")
     if sdpa_kernel is not None and sdpa_kernel not in SDPA_KERNELS:
         cure = did_you_mean(sdpa_kernel, SDPA_KERNELS, otherwise=f"Known: {', '.join(SDPA_KERNELS)}.")
         raise UsageError(f"sdpa_kernel {sdpa_kernel!r} is not known.", cure)
@@ -127,7 +135,8 @@ def _run(
     enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
     objective = find_objective(model, module, setup, autocast)
     if objective is None:
-        use_loss(module, setup.loss, autocast, setup.supervised)
+        unlabelled = setup.num_sequences - 1 if setup.is_flattened else 0
+        use_loss(module, setup.loss, autocast, setup.supervised, unlabelled)
     elif objective.reference is not None:
         _label(objective.reference, recorder, "reference model: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None

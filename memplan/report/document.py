@@ -205,6 +205,8 @@ def setup_document(setup: Setup) -> Document:
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,
+        "batching": setup.batching,
+        "num_sequences": setup.num_sequences,
         "lora": None if setup.lora is None else lora_record(setup.lora),
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,

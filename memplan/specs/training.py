@@ -88,6 +88,9 @@ LIBRARY_BY_PART = {
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
+BATCHINGS = ("rows", "padding-free", "packed")
+LEAST_PACKED = 2
+"""Sequences that a packed row holds at the least."""
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
@@ -152,6 +155,18 @@ class Setup:
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
     """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
+    batching: str = "rows"
+    """How sequences become a micro-batch, one of `BATCHINGS`:
+
+    ``rows``          a row for each, as long as the longest (sequences cut out of one stream of tokens, without regard
+                      to documents, are rows, too: ``packing_strategy="wrapped"`` of TRL)
+    ``padding-free``  end to end in one row of as many tokens as they have: `seq_len` is their mean length
+                      (``padding_free=True`` of TRL 1.16, DataCollatorWithFlattening of transformers)
+    ``packed``        each row of `seq_len` tokens is full of shorter sequences, and the rows lie end to end in one
+                      (``packing=True`` of TRL 1.16 with its default strategy, ``bfd``)
+    """
+    packed_sequences: int | None = None
+    """Sequences in a packed row, on average; None: `LEAST_PACKED`."""
     lora: Lora | None = None
     """Adapters that are trained in place of the weights; None: all weights are trained."""
     freeze: tuple[str, ...] = ()
@@ -177,6 +192,7 @@ class Setup:
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
+        self._check_batching()
         self._check_quantization()
         self._check_offload()
         self._check_updates()
@@ -198,6 +214,35 @@ class Setup:
             raise UsageError(
                 "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
                 "Leave --lora-dropout out.",
+            )
+
+    def _check_batching(self) -> None:
+        """Raise `UsageError` where sequences do not become a micro-batch like this."""
+        check_choice("batching", self.batching, BATCHINGS)
+        num = self.packed_sequences
+        if num is not None:
+            check_count("packed_sequences", num)
+            if self.batching != "packed":
+                raise UsageError(
+                    "--packed-sequences is about rows that hold several sequences.", "Give --batching packed."
+                )
+            if num < LEAST_PACKED:
+                raise UsageError(
+                    "A packed row holds several sequences.",
+                    "Give --packed-sequences 2 or more, or leave --batching out.",
+                )
+        if not self.is_flattened:
+            return
+        if self.padding:
+            raise UsageError(f"A {self.batching} batch holds no padding.", "Leave --padding or --batching out.")
+        if self.objective != "lm":
+            raise UsageError(
+                f"--batching {self.batching} is modelled for language models' own loss, not for {self.objective}.",
+                "Leave --batching or --objective out.",
+            )
+        if self.evaluation is not None:
+            raise UsageError(
+                f"An evaluation of {self.batching} batches is not modelled.", "Leave --eval-... or --batching out."
             )
 
     def _check_quantization(self) -> None:
@@ -254,6 +299,26 @@ class Setup:
     def sequences_per_micro_batch(self) -> int:
         """Sequences in one forward pass on one rank: two a pair."""
         return self.micro_batch_size * sequences_of(self.objective)
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether all sequences of the micro-batch lie end to end in one row, with position ids for each."""
+        return self.batching != "rows"
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in one forward pass on one rank, those in packed rows one by one."""
+        packed = (self.packed_sequences or LEAST_PACKED) if self.batching == "packed" else 1
+        return self.sequences_per_micro_batch * packed
+
+    def check_packing(self) -> None:
+        """Raise `UsageError` where a row has fewer tokens than sequences."""
+        num = self.num_sequences // self.sequences_per_micro_batch
+        if num > self.seq_len:
+            raise UsageError(
+                f"A row of {self.seq_len} tokens does not hold {num} sequences.",
+                "Give a longer --seq-len or fewer --packed-sequences.",
+            )
 
     @property
     def has_reference(self) -> bool:
