@@ -25,7 +25,6 @@ HIDDEN = ("b", "s")
 
 def positions(t: Tape) -> Tensor:
     """``torch.arange(s).unsqueeze(0)``, or what is passed in its place: int64 of shape (1, s)."""
-    t.minds.add("positions")
     if t.batch.flattened:
         return given_positions(t)
     arange = t.op("arange", (), ("s",), dtype="int64")
@@ -83,7 +82,7 @@ def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
 
 def padding_mask(t: Tape) -> None:
     """The ``attention_mask`` of (b, s) that comes with a padded micro-batch."""
-    t.minds.add("padding")
+    t.minds_padding = True
     if t.batch.padded:
         t.external("attention_mask", HIDDEN, "int64", role="input")
 

@@ -313,7 +313,7 @@ SETUP_ROWS = (
     Row(("--target-tokens",), BATCH, "Tokens per optimizer step, such as 4M.", read_tokens, "N"),
     Row(("--micro-batch",), BATCH, "Sequences in one forward pass on one GPU.", read_count, "N"),
     Row(("--accumulation",), BATCH, "Micro-batches per optimizer step.", read_count, "N"),
-    Row(("--seq-len",), BATCH, "Tokens per sequence (2048, or what the model has).", read_count, "N"),
+    Row(("--seq-len",), BATCH, "Tokens per sequence, or packed row (2048, or what the model has).", read_count, "N"),
     Row(("--padding",), BATCH, "Micro-batches hold padding, so that an attention mask is passed."),
     _named("--batching", BATCH, "One a row; end to end (--seq-len is the mean); full rows of several.", BATCHINGS),
     Row(("--packed-sequences",), BATCH, "Sequences in a packed row of --seq-len tokens (2).", read_count, "N"),

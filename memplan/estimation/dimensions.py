@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import bind, bind_flattened
+from memplan.specs.training import sequences_of
 
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 
 def dimensions(setup: Setup, micro_batch_size: Any = None, seq_len: Any = None) -> dict[str, Any]:
     """Of the setup, or of arrays of micro-batches and lengths in place of its own."""
-    ratio = setup.sequences_per_micro_batch // setup.micro_batch_size
-    b = (setup.micro_batch_size if micro_batch_size is None else micro_batch_size) * ratio
+    b = (setup.micro_batch_size if micro_batch_size is None else micro_batch_size) * sequences_of(setup.objective)
     s = setup.seq_len if seq_len is None else seq_len
     if not setup.is_flattened:
         return bind(b, s, setup.supervised)
-    return bind_flattened(b * s, b * (setup.num_sequences // setup.sequences_per_micro_batch), setup.supervised)
+    return bind_flattened(b * s, b * setup.sequences_per_row, setup.supervised)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import UsageError
+from memplan.architectures.flattened import check_flattened
+from memplan.errors import MemplanError, UsageError
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
 from memplan.estimation.dimensions import dimensions
@@ -191,21 +192,19 @@ class Estimator:
         if setup.evaluation is not None and setup.evaluation.samples is not None:
             self.evaluation(setup, setup.evaluation).results()
         if setup.is_flattened:
-            self._check_flattened(setup)
-        if setup.padding and "padding" not in self.program(setup).recording.stem.tape.minds:
+            check_flattened(self.architecture, setup)
+        if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
             )
 
-    def _check_flattened(self, setup: Setup) -> None:
-        """Raise `UsageError` where sequences in one row would attend to each other."""
-        setup.check_packing()
-        if self.architecture.task != "causal-lm" or "positions" not in self.program(setup).recording.stem.tape.minds:
-            raise UsageError(
-                f"{self.architecture.model_type} makes no mask by position ids in transformers: sequences of a "
-                f"{setup.batching} batch would attend to each other.",
-                "Leave --batching out.",
-            )
+    def accepts(self, setup: Setup) -> bool:
+        """Whether `check` lets it pass."""
+        try:
+            self.check(setup)
+        except MemplanError:
+            return False
+        return True
 
     def _check_flash(self, setup: Setup) -> None:
         """Raise `UsageError` where the flash kernel does not run (check_flash_attention_* in sdp_utils.cpp)."""
@@ -253,7 +252,8 @@ class Estimator:
     def evaluation(self, setup: Setup, evaluation: Evaluation) -> EvaluationProgram:
         """Such an evaluation between the steps of `setup`."""
         setup = replace(setup, evaluation=evaluation)
-        return EvaluationProgram(self.program(setup), self._recordings.evaluation_layout(setup), setup, evaluation)
+        layout = self._recordings.evaluation_layout(replace(setup, micro_batch_size=evaluation.batch))
+        return EvaluationProgram(self.program(setup), layout, setup, evaluation)
 
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration in steady state; reserved bytes are the least that can be."""

@@ -108,8 +108,7 @@ class Recordings:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         how = (loss, setup.objective, recipe, grad, evaluation)
-        several = setup.is_flattened and setup.num_sequences > 1
-        batch = Batch(padded=setup.padding, flattened=setup.is_flattened, several=several)
+        batch = Batch(setup.padding, setup.is_flattened, setup.has_several_in_a_row)
         key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])

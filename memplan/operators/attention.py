@@ -105,9 +105,10 @@ def slices_batched(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
     """`parts` with a copy of each slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
 
     So has a single head that is shown for every head.  A micro-batch of one needs no copy and keeps the larger tensor
-    (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.
+    (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.  Where
+    sequences lie end to end there is but one row.
     """
-    if all(part.shape[1] == 1 for part in parts):
+    if t.batch.flattened or all(part.shape[1] == 1 for part in parts):
         return parts
     slices = [x for x in parts if x.bytes.factor < t.storages[x.storage].size.factor]
     copies = []

@@ -235,8 +235,8 @@ class Tape:
         """How sequences lie in the micro-batch."""
         self.evaluation = evaluation
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
-        self.minds: set[str] = set()
-        """What of the batch the description did something about: ``padding``, ``positions``."""
+        self.minds_padding = False
+        """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
         self.storages: list[Storage] = []
         self.parameters: list[Parameter] = []

@@ -17,6 +17,7 @@ from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.probes.events import Trace
 from memplan.probes.faults import TraceError, explain, require
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,7 @@ def trace_training(
         SCRATCH_BY_OPERATOR,
         {} if counted else RANDOM_STATES,
         has_padding=setup.padding,
-        has_several=setup.is_flattened and setup.num_sequences > 1,
+        has_several=setup.has_several_in_a_row,
         trust=("transformers",),
     )
     try:
@@ -94,6 +95,7 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         )
     if setup.is_flattened:
         setup.check_packing()
+        _check_evaluation(setup)
         if not model.accepts_padding:
             raise UsageError(f"{model.name} makes its own inputs.", "Leave --batching out, and let inputs() make them.")
     if sdpa_kernel is not None and sdpa_kernel not in SDPA_KERNELS:
@@ -101,6 +103,18 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError(f"sdpa_kernel {sdpa_kernel!r} is not known.", cure)
     if num_steps < 1:
         raise UsageError(f"num_steps is {num_steps}.", "Trace at least one step, two for the steady state.")
+
+
+def _check_evaluation(setup: Setup) -> None:
+    """Raise `UsageError` where steps and evaluation are not alike in whether a row holds several sequences."""
+    if setup.evaluation is None:
+        return
+    of_evaluation = replace(setup, micro_batch_size=setup.evaluation.batch)
+    if of_evaluation.has_several_in_a_row != setup.has_several_in_a_row:
+        raise UsageError(
+            "Steps and evaluation are traced with several sequences in a row both, or with one.",
+            f"Give an --eval-batch of 1, or of 2 or more, as --micro-batch {setup.micro_batch_size}.",
+        )
 
 
 def _run(

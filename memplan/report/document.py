@@ -206,7 +206,7 @@ def setup_document(setup: Setup) -> Document:
         "dropout": setup.dropout,
         "padding": setup.padding,
         "batching": setup.batching,
-        "num_sequences": setup.num_sequences,
+        "packed_sequences": setup.sequences_per_row if setup.batching == "packed" else None,
         "lora": None if setup.lora is None else lora_record(setup.lora),
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,

@@ -27,7 +27,7 @@ from memplan.report.text import (
     usable,
     vouched,
 )
-from memplan.report.trainer import LOSSES_OF_TRAINER, OPTIM_BY_OPTIMIZER
+from memplan.report.trainer import LOSSES_OF_TRAINER, OPTIM_BY_OPTIMIZER, VERSIONS_OF_SFT_BY_LOSS
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -65,9 +65,11 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from model_lines(plan["model"])
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from calibration_lines(plan["calibration"])
+    packed, mean = setup["packed_sequences"], " on average" if setup["batching"] == "padding-free" else ""
     yield from paragraph(
         "target",
-        f"{plural(target['global_batch_size'], 'sequence')} of {plural(target['seq_len'], 'token')} = "
+        f"{plural(target['global_batch_size'], 'sequence' if packed is None else 'packed row')} of "
+        f"{plural(target['seq_len'], 'token')}{mean} = "
         f"{plural(target['tokens_per_step'], 'token')} per step",
     )
     if target["rounding"]:
@@ -158,16 +160,17 @@ def _time(plan: Document, best: Document) -> str:
 
 def _trainer(trainer: Document, model: Document) -> str:
     shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
-    arguments = _arguments(shown)
+    made = f"{trainer['class']}({_arguments(shown)})"
+    made += f" of {trainer['versions']}" if trainer["versions"] else ""
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), TrainingArguments({arguments})"
+        return f"module.to(torch.{trainer['dtype']}), {made}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
     adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}TrainingArguments({arguments})"
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{made}"
 
 
 def _arguments(given: Document) -> str:
@@ -179,7 +182,7 @@ def _no_trainer(setup: Document) -> str:
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
     if setup["activation_checkpointing"] == "selective":
         missing.append("selective checkpointing")
-    if setup["loss"] not in LOSSES_OF_TRAINER:
+    if setup["loss"] not in (LOSSES_OF_TRAINER if setup["batching"] == "rows" else VERSIONS_OF_SFT_BY_LOSS):
         missing.append(f"the loss {setup['loss']}")
     if setup["freeze"]:
         missing.append("frozen parts")

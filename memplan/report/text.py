@@ -86,11 +86,17 @@ def split_of(setup: Document) -> str:
 
 def equation(setup: Document) -> str:
     """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``."""
-    unit = "pair" if setup["objective"] in PAIRED else "sequence"
     return (
-        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit)} = "
+        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit_of(setup))} = "
         f"{plural(setup['tokens_per_step'], 'token')} per step"
     )
+
+
+def unit_of(setup: Document) -> str:
+    """What a micro-batch counts."""
+    if setup["batching"] == "packed":
+        return "packed row"
+    return "pair" if setup["objective"] in PAIRED else "sequence"
 
 
 # -- whom it is about --------------------------------------------------------------------------------------------------
@@ -141,6 +147,10 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["batching"] == "padding-free":
+        parts.append("padding-free batches")
+    if setup["batching"] == "packed":
+        parts.append(f"{setup['packed_sequences']} sequences in a packed row")
     if setup["evaluation"]:
         parts.append(f"evaluation in batches of {setup['evaluation']['batch']}")
     return ", ".join([*parts, *recipe_words(setup)])

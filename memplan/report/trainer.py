@@ -53,17 +53,28 @@ TAKES_MODULES = ("galore_adamw", "apollo_adamw")
 LOSSES_OF_TRAINER = ("full", "fused")
 """The others are TRL's, or those of libraries that replace a model's forward."""
 
+VERSIONS_OF_SFT_BY_LOSS = {
+    "full": "TRL up to 1.6",
+    "chunked": "TRL 1.7 to 1.14",
+    "tiled": "TRL from 1.15 on",
+    "fused": "TRL",
+}
+"""Which SFTTrainer computes its loss like this; padding-free and packed batches are its own (`SFTConfig`)."""
+
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     """`dtype` for from_pretrained and `arguments` for TrainingArguments; None where the Trainer cannot do it.
 
+    `class` is SFTConfig in their place where sequences share a row, `versions` those of TRL that do it like this.
+
     `lora` is for peft's LoraConfig and `quantization` for BitsAndBytesConfig, None where there is none.
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    if optim is None or mode == "selective" or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
+    known = VERSIONS_OF_SFT_BY_LOSS if setup.is_flattened else LOSSES_OF_TRAINER
+    if optim is None or mode == "selective" or setup.loss not in known or setup.freeze:
         return None
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
@@ -89,7 +100,13 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments["use_liger_kernel"] = True
         others = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy"), False)
         arguments["liger_kernel_config"] = {"fused_linear_cross_entropy": True, **others}
+    if setup.is_flattened:
+        arguments |= {"packing": True} if setup.batching == "packed" else {"padding_free": True}
+    if setup.batching == "packed":
+        arguments["max_length"] = setup.seq_len
     return {
+        "class": "SFTConfig" if setup.is_flattened else "TrainingArguments",
+        "versions": VERSIONS_OF_SFT_BY_LOSS[setup.loss] if setup.is_flattened else "",
         "dtype": DTYPE_NAMES[parameters],
         "attn_implementation": _attention(setup),
         "arguments": arguments,

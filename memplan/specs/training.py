@@ -240,9 +240,10 @@ class Setup:
                 f"--batching {self.batching} is modelled for language models' own loss, not for {self.objective}.",
                 "Leave --batching or --objective out.",
             )
-        if self.evaluation is not None:
+        if self.evaluation is not None and self.evaluation.samples is not None:
             raise UsageError(
-                f"An evaluation of {self.batching} batches is not modelled.", "Leave --eval-... or --batching out."
+                f"What an evaluation of {self.batching} batches keeps of the logits is not modelled.",
+                "Leave --eval-samples or --batching out.",
             )
 
     def _check_quantization(self) -> None:
@@ -306,17 +307,25 @@ class Setup:
         return self.batching != "rows"
 
     @property
+    def sequences_per_row(self) -> int:
+        """Sequences in what the micro-batch counts: several where rows are packed."""
+        return (self.packed_sequences or LEAST_PACKED) if self.batching == "packed" else 1
+
+    @property
     def num_sequences(self) -> int:
         """Sequences in one forward pass on one rank, those in packed rows one by one."""
-        packed = (self.packed_sequences or LEAST_PACKED) if self.batching == "packed" else 1
-        return self.sequences_per_micro_batch * packed
+        return self.sequences_per_micro_batch * self.sequences_per_row
+
+    @property
+    def has_several_in_a_row(self) -> bool:
+        """Whether a row holds several sequences, so that a mask or the kernel has to keep them apart."""
+        return self.is_flattened and self.num_sequences > 1
 
     def check_packing(self) -> None:
         """Raise `UsageError` where a row has fewer tokens than sequences."""
-        num = self.num_sequences // self.sequences_per_micro_batch
-        if num > self.seq_len:
+        if self.sequences_per_row > self.seq_len:
             raise UsageError(
-                f"A row of {self.seq_len} tokens does not hold {num} sequences.",
+                f"A row of {self.seq_len} tokens does not hold {self.sequences_per_row} sequences.",
                 "Give a longer --seq-len or fewer --packed-sequences.",
             )
 

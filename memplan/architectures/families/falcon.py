@@ -19,15 +19,15 @@ from memplan.architectures.blocks import (
     HIDDEN,
     additive_mask,
     boolean_mask,
-    counted_positions,
     merged,
+    positions,
     rotary_tables,
 )
 from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.adapters import Base
 from memplan.operators.attention import fused, rotary, slices_batched, softmax
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_into, dropout, scale
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_into, add_scalar, dropout, scale
 from memplan.operators.layout import copy, repeat_heads, take
 from memplan.operators.matrix import embedding, with_adapter
 from memplan.operators.normalisation import layer_norm
@@ -70,7 +70,7 @@ def stem(m: Falcon, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding, mask and rotary tables."""
     with t.scope("transformer"):
         x = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "word_embeddings")
-        position_ids = counted_positions(t)
+        position_ids = add_scalar(t, positions(t))
         shared: dict[str, Tensor] = {}
         mask = additive_mask(t, x.dtype) if t.attention == "eager" else boolean_mask(t)
         with t.scope("rotary_emb"):
