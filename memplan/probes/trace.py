@@ -173,9 +173,16 @@ def _run(
         layers=tuple(repeated_layers(module)),
         events=recorder.events(),
         spans=recorder.spans(),
-        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions),
+        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions, *_mixed(setup, recorder)),
         host_bytes=getattr(optimizer, "host_bytes", 0),
     )
+
+
+def _mixed(setup: Setup, recorder: StorageRecorder) -> tuple[str, ...]:
+    """What there is to say where no mask keeps the sequences of a row apart: nobody asked for their position ids."""
+    if not setup.has_several_in_a_row or setup.attention == "flash" or recorder.assumptions:
+        return ()
+    return ("no mask is made by position ids: the sequences of a row attend to each other",)
 
 
 def _refuse_recurrent(module: nn.Module) -> None:
