@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     Maker = Callable[[int, int], dict[str, torch.Tensor]]
     Loss = Callable[[Any], torch.Tensor]
 
+IGNORED = -100
+"""The label of a token that has none."""
+
 FLUX_IMAGE_TOKENS = 4096
 """Of 1024 x 1024 pixels: latents of 128 x 128, two by two a token (black-forest-labs/FLUX.1-dev)."""
 
@@ -71,13 +74,16 @@ def _ids(most: int, shape: tuple[int, ...]) -> torch.Tensor:
 def flattened(make: Maker, setup: Setup) -> dict[str, torch.Tensor | int]:
     """Sequences end to end in one row, as ``DataCollatorForLanguageModeling(padding_free=True)`` of TRL 1.16 has them.
 
-    They are as equally long as can be, on the default device; longest sequences are numbers of Python.
+    They are as equally long as can be, on the default device; longest sequences are numbers of Python.  The first token
+    of each is nobody's next one.
     """
     tokens, num = setup.tokens_per_micro_batch, setup.num_sequences
     ends = [tokens * n // num for n in range(num + 1)]
     lengths = [end - start for start, end in pairwise(ends)]
     inputs: dict[str, Any] = make(1, tokens)
     device = inputs["input_ids"].device
+    if device.type != "meta":
+        inputs["labels"][0, ends[:-1]] = IGNORED
 
     def placed(parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(parts).to(device)

@@ -55,6 +55,7 @@ def test_inputs_are_those_of_the_collator(setup: Setup) -> None:
     assert {name: _what(x) for name, x in made.items()} == {name: _what(x) for name, x in batch.items()}
     for name in ("position_ids", "seq_idx", "cu_seq_lens_k", "max_length_q"):
         assert torch.equal(torch.as_tensor(made[name]), torch.as_tensor(batch[name]))
+    assert torch.equal(made["labels"] == -100, batch["labels"] == -100)
     assert len(samples) == setup.num_sequences
     assert made["input_ids"].shape == (1, setup.tokens_per_micro_batch)
 
