@@ -50,6 +50,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "label_smoothing": (int, float),
     "dropout": (int, float),
     "padding": (bool,),
+    "batching": (str,),
+    "packed_sequences": (int,),
     "lora_rank": (int,),
     "lora_targets": (str,),
     "lora_dropout": (int, float),

@@ -15,6 +15,7 @@ from memplan.specs.adapter import ADAPTER_DTYPES
 from memplan.specs.choices import ARGUMENTS, as_names
 from memplan.specs.training import (
     ATTENTIONS,
+    BATCHINGS,
     LARGEST_COUNT,
     LOSSES,
     OBJECTIVES,
@@ -66,6 +67,8 @@ class Options(NamedTuple):
     supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
+    batching: str | None = None
+    packed_sequences: int | None = None
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
     lora_dropout: float | None = None
@@ -311,8 +314,10 @@ SETUP_ROWS = (
     Row(("--target-tokens",), BATCH, "Tokens per optimizer step, such as 4M.", read_tokens, "N"),
     Row(("--micro-batch",), BATCH, "Sequences in one forward pass on one GPU.", read_count, "N"),
     Row(("--accumulation",), BATCH, "Micro-batches per optimizer step.", read_count, "N"),
-    Row(("--seq-len",), BATCH, "Tokens per sequence (2048, or what the model has).", read_count, "N"),
+    Row(("--seq-len",), BATCH, "Tokens per sequence, or packed row (2048, or what the model has).", read_count, "N"),
     Row(("--padding",), BATCH, "Micro-batches hold padding, so that an attention mask is passed."),
+    _named("--batching", BATCH, "One a row; end to end (--seq-len is the mean); full rows of several.", BATCHINGS),
+    Row(("--packed-sequences",), BATCH, "Sequences in a packed row of --seq-len tokens (2).", read_count, "N"),
     _named("--precision", TRAINING, "mixed is fp32 parameters under autocast (bf16).", PRECISIONS),
     _named(
         "--optimizer",

@@ -69,7 +69,7 @@ class _Run:
 def lints(estimator: Estimator, setup: Setup, program: StepProgram, sizes: Sizes, peaks: Peaks) -> tuple[Lint, ...]:
     """What there is to say about one estimate, what would move the peak most first."""
     run = _Run(estimator, setup, program, sizes, peaks)
-    checks = (_fp32, _logits, _checkpointing, _int8_inputs, _adapters, _mask, _wide_heads, _small_states)
+    checks = (_fp32, _logits, _checkpointing, _int8_inputs, _adapters, _mask, _one_row, _wide_heads, _small_states)
     found = [lint for check in checks for lint in check(run)]
     return tuple(sorted(found, key=lambda lint: lint.effect_bytes or 0))
 
@@ -156,10 +156,26 @@ def _mask(run: _Run) -> Iterator[Lint]:
         return
     yield Lint(
         "a mask rules flash attention out",
-        "padded batches are given a mask, which PyTorch's flash kernel does not take; packed or padding-free ones do "
-        "without",
+        "padded batches are given a mask, which PyTorch's flash kernel does not take; rows of equal length do without, "
+        "and padding-free or packed ones with --attention flash",
         "PyTorch, sdp_utils.cpp: check_for_attn_mask",
         run.effect(padding=False),
+    )
+
+
+def _one_row(run: _Run) -> Iterator[Lint]:
+    """Several sequences in one row, which nothing but a mask of all pairs of its tokens keeps apart."""
+    setup = run.setup
+    if not setup.has_several_in_a_row or setup.attention == "flash":
+        return
+    tokens = setup.tokens_per_micro_batch
+    mask = format_bytes(tokens * tokens)
+    yield Lint(
+        "sequences in one row without flash attention",
+        f"a mask of {tokens:,} x {tokens:,} tokens ({mask}, and more in every layer) keeps them apart, and attention "
+        "takes the time of one sequence as long as all; flash attention is told where they end",
+        "transformers, masking_utils.py: find_packed_sequence_indices; modeling_flash_attention_utils.py: cu_seq_lens",
+        run.effect(attention="flash") if run.estimator.accepts(replace(setup, attention="flash")) else None,
     )
 
 

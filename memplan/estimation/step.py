@@ -22,7 +22,7 @@ from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
-from memplan.operators.tape import Numerics
+from memplan.operators.tape import Batch, Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
 from memplan.specs.values import NamedTuple
 
@@ -110,7 +110,8 @@ class Recordings:
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         loss = SMOOTHED if setup.label_smoothing else loss
         how = (loss, setup.objective, recipe, grad, evaluation)
-        key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
+        batch = Batch(setup.padding, setup.is_flattened, setup.has_several_in_a_row)
+        key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -118,7 +119,7 @@ class Recordings:
                 numerics,
                 attention=setup.attention,
                 exceeded=exceeded,
-                padded=setup.padding,
+                batch=batch,
                 recipe=recipe,
                 loss=loss,
                 objective=setup.objective,

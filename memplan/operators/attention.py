@@ -105,9 +105,10 @@ def slices_batched(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
     """`parts` with a copy of each slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
 
     So has a single head that is shown for every head.  A micro-batch of one needs no copy and keeps the larger tensor
-    (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.
+    (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.  Where
+    sequences lie end to end there is but one row.
     """
-    if all(part.shape[1] == 1 for part in parts):
+    if t.batch.flattened or all(part.shape[1] == 1 for part in parts):
         return parts
     slices = [x for x in parts if x.bytes.factor < t.storages[x.storage].size.factor]
     copies = []
@@ -184,7 +185,7 @@ def _fused(
     if mask is not None:
         keeps.append(mask)
         inputs.append(mask)
-    scratch = _flash_scratch(q, k) if kernel == "flash" else _efficient_scratch(q)
+    scratch = _flash_scratch(t, q, k) if kernel == "flash" else _efficient_scratch(q)
     if padding:  # the gradient of the cut is no transpose of what the kernel wants
         scratch.append(num_bytes(q.shape, q.dtype))
     out = t.op(
@@ -195,7 +196,7 @@ def _fused(
         keeps_output=True,
         extra_outputs=extra,
         backward_scratch=scratch,
-        flops=count((b, heads, s, s, head_dim)).times(4),
+        flops=count((b, heads, s, _attended(t, s), head_dim)).times(4),
         reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
     )
     if padding:
@@ -203,10 +204,19 @@ def _fused(
     return copy(t, out) if padding or (by_head and kernel != "efficient") else out
 
 
-def _flash_scratch(q: Tensor, k: Tensor) -> list[Size]:
+def _attended(t: Tape, s: Dim) -> Dim:
+    """Scores that the kernel computes for each query: of its own sequence, where it is told where that ends."""
+    return "s/sequences" if t.batch.flattened and t.attention == "flash" else s
+
+
+def _flash_scratch(t: Tape, q: Tensor, k: Tensor) -> list[Size]:
     """What the flash kernel's backward allocates for itself: rows in steps of 128, heads of 32 (64 from 128 on)."""
     b, heads, s, head_dim = q.shape
     rows: Dim = "s to 128" if s == "s" else s
+    if (
+        t.batch.flattened and t.attention == "flash"
+    ):  # mha_varlen_bwd, for the ends of sequences: 128 rows more for each
+        rows = "s+128*sequences"
     step = 32 if _whole(head_dim) <= 128 else 64
     width = -(-_whole(head_dim) // step) * step
     expanded = [num_bytes(q.shape, q.dtype)] * 2 if heads != k.shape[1] else []

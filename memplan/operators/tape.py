@@ -46,6 +46,26 @@ class Numerics(NamedTuple):
     """dtype of autocast's low-precision operators, None where autocast is off."""
 
 
+class Batch(NamedTuple):
+    """How sequences lie in a micro-batch."""
+
+    padded: bool = False
+    """Whether a mask is passed because it holds padding."""
+    flattened: bool = False
+    """Whether they lie end to end in one row, and position ids are passed."""
+    several: bool = False
+    """Whether such a row holds more than one."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether what a token attends to depends on more than its place in the row."""
+        return self.padded or self.several
+
+
+ROWS = Batch()
+"""A row for each, without padding."""
+
+
 class Tensor(NamedTuple):
     """A value on the tape."""
 
@@ -185,7 +205,7 @@ class Tape:
         *,
         attention: str = "sdpa",
         exceeded: frozenset[int] = frozenset(),
-        padded: bool = False,
+        batch: Batch = ROWS,
         recipe: Recipe = EVERYTHING,
         prefix: str = "",
         loss: str = "full",
@@ -213,8 +233,8 @@ class Tape:
         """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`, or ``smoothed``."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
-        self.padded = padded
-        """Whether a mask is passed because the micro-batch holds padding."""
+        self.batch = batch
+        """How sequences lie in the micro-batch."""
         self.evaluation = evaluation
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
         self.minds_padding = False

@@ -83,12 +83,14 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         has_padding: bool,
         trust: Iterable[str],
         device: str = "meta",
+        has_several: bool = False,
     ) -> None:
         """`scratch`: see `Scratch`.
 
         `ignored`: operator -> outputs that are not counted.
         `has_padding`: what code that asks about its data is told, see `_answer`.
         `trust`: packages whose questions are answered; those of others are errors.
+        `has_several`: whether a row holds several sequences, which the same code asks for.
         `device`: whose storages are recorded: "meta" or "cpu".
         """
         super().__init__()  # type: ignore[no-untyped-call]
@@ -97,6 +99,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._scratch = scratch
         self._ignored = ignored
         self._has_padding = has_padding
+        self._has_several = has_several
         self._trust = tuple(trust)
         self._device = device
         self._operators: dict[int, Operator] = {}
@@ -273,7 +276,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """What the program is told when it looks at data that do not exist.
 
         The questions that models of transformers ask are "is every token real?" and "is each row one sequence?".  A
-        batch without padding and packing answers yes to all() and no to any(); one with padding the other way round.
+        batch without padding and packing answers yes to all() and no to any(); one with either the other way round.
         """
         found = self._live.get(question.untyped_storage()._cdata)
         op = found[0].op if found else "an operator"
@@ -284,8 +287,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
                 "it depends on the data.",
                 "A trace has shapes but no numbers: keep .item(), if and bool() on tensors out of the training step.",
             )
-        answer = self._has_padding == op.startswith("aten.any")
+        answer = (self._has_padding or self._has_several) == op.startswith("aten.any")
         batch = "has padding" if self._has_padding else "has neither padding nor packed sequences"
+        batch = "has several sequences in a row" if self._has_several else batch
         self.assumptions[f"{op} in {where} is {answer}: the batch {batch}"] = None
         return answer
 

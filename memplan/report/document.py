@@ -208,6 +208,8 @@ def setup_document(setup: Setup) -> Document:
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,
+        "batching": setup.batching,
+        "packed_sequences": setup.sequences_per_row if setup.batching == "packed" else None,
         "lora": None if setup.lora is None else lora_record(setup.lora),
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,

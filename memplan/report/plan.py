@@ -69,7 +69,7 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from calibration_lines(plan["calibration"])
     unit = unit_of(setup, plan["model"]["unit"])
-    length = f" of {_length_of(target, unit)} = {plural(target['tokens_per_step'], 'token')}"
+    length = f" of {_length_of(target, setup, unit)} = {plural(target['tokens_per_step'], 'token')}"
     batch = plural(target["global_batch_size"], unit)
     yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
@@ -79,9 +79,9 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from paragraph("setup", choices(setup))
 
 
-def _length_of(target: Document, unit: str) -> str:
-    length = plural(target["seq_len"], "token")
-    return length if unit == SEQUENCE else f"2 x {length}"
+def _length_of(target: Document, setup: Document, unit: str) -> str:
+    length = plural(target["seq_len"], "token") + (" on average" if setup["batching"] == "padding-free" else "")
+    return f"2 x {length}" if unit == "pair" else length
 
 
 # -- it fits -----------------------------------------------------------------------------------------------------------
@@ -161,9 +161,10 @@ def _trainer(trainer: Document, model: Document) -> str:
     config = trainer["config"]
     always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout")
     shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
-    arguments = f"{config}({_arguments(shown)})"
+    made = f"{config}({_arguments(shown)})"
+    made += f" of {trainer['versions']}" if trainer["versions"] else ""
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), {arguments}"
+        return f"module.to(torch.{trainer['dtype']}), {made}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
@@ -172,7 +173,7 @@ def _trainer(trainer: Document, model: Document) -> str:
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
     adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{arguments}"
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{made}"
 
 
 def _arguments(given: Document) -> str:

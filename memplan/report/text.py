@@ -95,6 +95,8 @@ def equation(setup: Document, unit: str = SEQUENCE) -> str:
 
 def unit_of(setup: Document, unit: str = SEQUENCE) -> str:
     """What a micro-batch counts: ``unit`` is what the model reads one of, a pair what the objective compares."""
+    if setup["batching"] == "packed":
+        return "packed row"
     return "pair" if setup["objective"] in PAIRED else unit
 
 
@@ -148,6 +150,10 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["batching"] == "padding-free":
+        parts.append("padding-free batches")
+    if setup["batching"] == "packed":
+        parts.append(f"{setup['packed_sequences']} sequences in a packed row")
     if setup["evaluation"]:
         parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])

@@ -62,6 +62,15 @@ CONFIG_BY_OBJECTIVE = {
     "reward": "RewardConfig",
 }
 """What holds the arguments of TRL's trainers."""
+CONFIG_OF_SFT = "SFTConfig"
+
+VERSIONS_OF_SFT_BY_LOSS = {
+    "full": "TRL up to 1.6",
+    "chunked": "TRL 1.7 to 1.14",
+    "tiled": "TRL from 1.15 on",
+    "fused": "TRL",
+}
+"""Which SFTTrainer computes its loss like this; padding-free and packed batches are its own."""
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -69,11 +78,13 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     """`dtype` for from_pretrained and `arguments` for `config`; None where the Trainer cannot do it.
 
-    `config` is TrainingArguments, or the class of arguments of the trainer in TRL that has the objective.
+    `config` is TrainingArguments, or the class of arguments of the trainer in TRL that has the objective, the loss or
+    the batches; `versions` are those of TRL that take the loss like this, empty for any.
     `lora` is for peft's LoraConfig and `quantization` for BitsAndBytesConfig, None where there is none.
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
+    config = config_of(setup)
     if optim is None or mode == "selective" or not has_loss(setup.loss, setup.objective) or setup.freeze:
         return None
     parameters, autocast = PRECISIONS[setup.precision]
@@ -102,11 +113,11 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments["liger_kernel_config"] = {"fused_linear_cross_entropy": True, **others}
     if setup.label_smoothing:
         arguments["label_smoothing_factor"] = setup.label_smoothing
-    config = config_of(setup.objective)
     if config != CONFIG_OF_TRAINER:
-        arguments |= _of_pairs(setup)
+        arguments |= _of_trl(setup, config)
     return {
         "config": config,
+        "versions": VERSIONS_OF_SFT_BY_LOSS[setup.loss] if config == CONFIG_OF_SFT else "",
         "dtype": DTYPE_NAMES[parameters],
         "attn_implementation": _attention(setup),
         "arguments": arguments,
@@ -115,23 +126,27 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     }
 
 
-def config_of(objective: str) -> str:
-    """The class of arguments that the trainer of an objective takes."""
-    return CONFIG_BY_OBJECTIVE.get(objective, CONFIG_OF_TRAINER)
+def config_of(setup: Setup) -> str:
+    """The class of arguments of the trainer that has this objective, its batches and its loss."""
+    if setup.objective in CONFIG_BY_OBJECTIVE:
+        return CONFIG_BY_OBJECTIVE[setup.objective]
+    return CONFIG_OF_SFT if setup.is_flattened or setup.loss not in LOSSES_OF_TRAINER else CONFIG_OF_TRAINER
 
 
 def has_loss(loss: str, objective: str) -> bool:
     """Whether a trainer takes its loss in this way: TRL's trainers of pairs have one way alone."""
-    return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER
+    return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER or loss in VERSIONS_OF_SFT_BY_LOSS
 
 
-def _of_pairs(setup: Setup) -> dict[str, Any]:
-    """What TRL's trainers of pairs take besides."""
+def _of_trl(setup: Setup, config: str) -> dict[str, Any]:
+    """What TRL's trainers take besides."""
     found: dict[str, Any] = {"max_length": setup.seq_len}
-    if setup.dropout != 0:
+    if config != CONFIG_OF_SFT and setup.dropout != 0:
         found["disable_dropout"] = False
     if setup.objective == "dpo-precomputed":
         found["precompute_ref_log_probs"] = True
+    if setup.is_flattened:
+        found |= {"packing": True} if setup.batching == "packed" else {"padding_free": True}
     return found
 
 

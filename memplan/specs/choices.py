@@ -44,6 +44,10 @@ class Choices(TypedDict, total=False):
     """Overrides every dropout probability of the config."""
     padding: bool | None
     """Micro-batches hold padding, so that an attention mask is passed."""
+    batching: str | None
+    """Key of `memplan.specs.training.BATCHINGS` (rows)."""
+    packed_sequences: int | None
+    """Sequences in a packed row, on average (2)."""
     lora_rank: int | None
     """Rank of adapters that are trained in place of the weights."""
     lora_targets: Names | None
@@ -86,6 +90,8 @@ FIELD_BY_ARGUMENT = {
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
+    "batching": "batching",
+    "packed_sequences": "packed_sequences",
     "freeze": "freeze",
     "quantize": "quantize",
     "offload": "offload",
@@ -112,7 +118,7 @@ EVALUATION_FIELD_BY_ARGUMENT = {
 
 ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_ARGUMENT)
 
-COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
+COUNTS = ("micro_batch", "accumulation", "seq_len", "packed_sequences", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
 
 

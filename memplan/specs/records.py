@@ -57,6 +57,8 @@ SETUP_FIELDS = (
     "label_smoothing",
     "dropout",
     "padding",
+    "batching",
+    "packed_sequences",
 )
 
 
@@ -224,6 +226,8 @@ FIELD_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "role": (TEXT, False),
     "alloc_conf": (TEXT, False),
     "padding": ((bool,), False),
+    "batching": (TEXT, False),
+    "packed_sequences": (COUNT, True),
     "targets": ((list,), False),
     # of a card
     "device": (TEXT, False),

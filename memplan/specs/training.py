@@ -88,6 +88,9 @@ LIBRARY_BY_PART = {
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
+BATCHINGS = ("rows", "padding-free", "packed")
+LEAST_PACKED = 2
+"""Sequences that a packed row holds at the least."""
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "orpo", "reward", "sequence-classification", "token-classification")
@@ -174,6 +177,18 @@ class Setup:
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
     """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
+    batching: str = "rows"
+    """How sequences become a micro-batch, one of `BATCHINGS`:
+
+    ``rows``          a row for each, as long as the longest (sequences cut out of one stream of tokens, without regard
+                      to documents, are rows, too: ``packing_strategy="wrapped"`` of TRL)
+    ``padding-free``  end to end in one row of as many tokens as they have: `seq_len` is their mean length
+                      (``padding_free=True`` of TRL 1.16, DataCollatorWithFlattening of transformers)
+    ``packed``        each row of `seq_len` tokens is full of shorter sequences, and the rows lie end to end in one
+                      (``packing=True`` of TRL 1.16 with its default strategy, ``bfd``)
+    """
+    packed_sequences: int | None = None
+    """Sequences in a packed row, on average; None: `LEAST_PACKED`."""
     lora: Lora | None = None
     """Adapters that are trained in place of the weights; None: all weights are trained."""
     freeze: tuple[str, ...] = ()
@@ -200,6 +215,7 @@ class Setup:
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
+        self._check_batching()
         self._check_quantization()
         self._check_offload()
         self._check_updates()
@@ -242,6 +258,36 @@ class Setup:
             raise UsageError(
                 f"The Trainer smooths labels with all logits at hand, and --loss {self.loss} has none.",
                 "Use --loss full, or leave --label-smoothing out.",
+            )
+
+    def _check_batching(self) -> None:
+        """Raise `UsageError` where sequences do not become a micro-batch like this."""
+        check_choice("batching", self.batching, BATCHINGS)
+        num = self.packed_sequences
+        if num is not None:
+            check_count("packed_sequences", num)
+            if self.batching != "packed":
+                raise UsageError(
+                    "--packed-sequences is about rows that hold several sequences.", "Give --batching packed."
+                )
+            if num < LEAST_PACKED:
+                raise UsageError(
+                    "A packed row holds several sequences.",
+                    "Give --packed-sequences 2 or more, or leave --batching out.",
+                )
+        if not self.is_flattened:
+            return
+        if self.padding:
+            raise UsageError(f"A {self.batching} batch holds no padding.", "Leave --padding or --batching out.")
+        if self.objective != "lm":
+            raise UsageError(
+                f"--batching {self.batching} is modelled for language models' own loss, not for {self.objective}.",
+                "Leave --batching or --objective out.",
+            )
+        if self.evaluation is not None and self.evaluation.samples is not None:
+            raise UsageError(
+                f"What an evaluation of {self.batching} batches keeps of the logits is not modelled.",
+                "Leave --eval-samples or --batching out.",
             )
 
     def _check_quantization(self) -> None:
@@ -303,6 +349,34 @@ class Setup:
     def tokens_per_example(self) -> int:
         """Tokens of a sequence, or of the two of a pair."""
         return sequences_of(self.objective) * self.seq_len
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether all sequences of the micro-batch lie end to end in one row, with position ids for each."""
+        return self.batching != "rows"
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences in what the micro-batch counts: several where rows are packed."""
+        return (self.packed_sequences or LEAST_PACKED) if self.batching == "packed" else 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in one forward pass on one rank, those in packed rows one by one."""
+        return self.sequences_per_micro_batch * self.sequences_per_row
+
+    @property
+    def has_several_in_a_row(self) -> bool:
+        """Whether a row holds several sequences, so that a mask or the kernel has to keep them apart."""
+        return self.is_flattened and self.num_sequences > 1
+
+    def check_packing(self) -> None:
+        """Raise `UsageError` where a row has fewer tokens than sequences."""
+        if self.sequences_per_row > self.seq_len:
+            raise UsageError(
+                f"A row of {self.seq_len} tokens does not hold {self.sequences_per_row} sequences.",
+                "Give a longer --seq-len or fewer --packed-sequences.",
+            )
 
     @property
     def has_reference(self) -> bool:

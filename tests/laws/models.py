@@ -7,9 +7,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from memplan.architectures.registry import read_architecture
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.specs.training import IN_BACKWARD, OPTIMIZERS, Setup
 
 LLAMA: dict[str, Any] = {
@@ -55,11 +55,18 @@ setups = st.builds(
     **choices,
 )
 """Those whose gradients can be accumulated and exchanged."""
-all_setups = setups | st.builds(Setup, optimizer=st.sampled_from(IN_BACKWARD), **choices)
+flattened = st.builds(
+    Setup,
+    gradient_accumulation_steps=st.integers(1, 4),
+    batching=st.sampled_from(["padding-free", "packed"]),
+    **choices | {"micro_batch_size": st.integers(2, 9), "seq_len": st.integers(2, 700)},
+)
+"""Several sequences end to end in one row."""
+all_setups = setups | flattened | st.builds(Setup, optimizer=st.sampled_from(IN_BACKWARD), **choices)
 
 
 def peaks(model: str, setup: Setup, *, first_step: bool = False) -> Any:
     """The closed-form peaks of a setup."""
     program = RECORDINGS[model].program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(dimensions(setup))
     return program.peaks(sizes, setup.gradient_accumulation_steps, first_step=first_step)

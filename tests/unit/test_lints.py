@@ -33,6 +33,18 @@ CASES = [
         {"quantize": "nf4"},
     ),
     ("a mask rules flash attention out", "qwen2.5-0.5b", {"padding": True}, {"padding": False}),
+    (
+        "sequences in one row without flash attention",
+        "qwen2.5-0.5b",
+        {"batching": "padding-free", "micro_batch": 4},
+        {"attention": "flash"},
+    ),
+    (
+        "sequences in one row without flash attention",
+        "qwen2.5-0.5b",
+        {"batching": "packed"},
+        {"attention": "flash"},
+    ),
 ]
 
 
@@ -43,6 +55,11 @@ def test_a_lint_and_its_effect(what: str, model: str, given: dict[str, object], 
     assert lint.effect_bytes == peak(model, **{**given, **heeded}) - peak(model, **given)
     assert lint.source
     assert what not in said(model, **{**given, **heeded})
+
+
+def test_one_sequence_in_a_row_needs_no_mask() -> None:
+    """One sequence by itself is as many tokens in a row as it ever was."""
+    assert "sequences in one row without flash attention" not in said("qwen2.5-0.5b", batching="padding-free")
 
 
 def test_checkpointing_that_saves_little() -> None:
