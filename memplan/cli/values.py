@@ -74,6 +74,7 @@ class Options(NamedTuple):
     freeze: tuple[str, ...] | None = None
     quantize: str | None = None
     offload: str | None = None
+    reentrant: bool = False
     upcast: bool = False
     eval_batch: int | None = None
     eval_samples: int | None = None
@@ -328,6 +329,7 @@ SETUP_ROWS = (
         "|".join(CHECKPOINTINGS),
         CHECKPOINTINGS,
     ),
+    Row(("--reentrant",), TRAINING, "Checkpointing by use_reentrant=True (transformers 4)."),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
     _named(

@@ -136,7 +136,7 @@ class Recordings:
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
         recording = self.recording(setup)
-        layout_key = (id(recording), setup.activation_checkpointing, setup.offload)
+        layout_key = (id(recording), setup.activation_checkpointing, setup.offload, setup.reentrant)
         if layout_key not in self._layouts:
             modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
             self._layouts[layout_key] = Layout(
@@ -145,6 +145,7 @@ class Recordings:
                 self._pieces,
                 reference=self.reference(setup),
                 offloads=setup.offload == "activations",
+                no_grad=self._recorded(setup, setup.recipe, grad=False) if setup.reentrant else None,
             )
         key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         if key not in self._programs:
@@ -170,33 +171,38 @@ class Layout:
         *,
         reference: Recording | None = None,
         offloads: bool = False,
+        no_grad: Recording | None = None,
     ) -> None:
         """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put.
 
         `reference`: what runs without a graph while the head pauses.
         `offloads`: what goes into layers that are computed again waits on the host.
+        `no_grad`: the model without a graph, where checkpointing is reentrant.
         """
         self.recording = recording
         self.reference = reference
         self.modes = modes
         self.offloads = offloads
 
-        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool) -> PieceLifetimes:
-            key = (id(piece), mode, owns_hidden, offloads)
+        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool, alone: Piece | None = None) -> PieceLifetimes:
+            key = (id(piece), mode, owns_hidden, offloads, alone and id(alone))
             if key not in known:
-                known[key] = PieceLifetimes(piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads)
+                known[key] = PieceLifetimes(
+                    piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads, no_grad=alone
+                )
             return known[key]
 
         before = lifetimes(recording.stem, "none", owns_hidden=True)
         self.layers: list[PieceLifetimes] = []
         self.held_by_model = False
         """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
-        for kind, mode in zip(recording.order, modes, strict=True):
+        for number, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
             first = not self.layers
+            alone = None if no_grad is None else no_grad.kinds[no_grad.order[number]]
             held = before.keeps_output() or (self.holds_embedding and first)
-            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not held)
+            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not held, alone=alone)
             if first and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
-                layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
+                layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False, alone=alone)
                 self.held_by_model = True
             before = layer
             self.layers.append(before)

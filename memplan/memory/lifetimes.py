@@ -10,6 +10,11 @@ Checkpointing replaces what a span of operators keeps by the span's inputs, and 
 backward first needs something of it, stopping as soon as everything needed is there (early stop in
 torch/utils/checkpoint.py): its last operators are not computed twice.
 
+Reentrant checkpointing (``CheckpointFunction`` in torch/utils/checkpoint.py) runs the forward pass of a layer under
+``torch.no_grad()``.  Its backward computes the whole layer again, with a graph of its own, and calls
+``torch.autograd.backward`` on that: what comes in, the result computed again and its gradient are variables of the
+call, and live until the gradients of the layer are all there.
+
 Left out: Python variables that hold a tensor longer than its last use, unless the description says so (`keep_alive`).
 """
 
@@ -68,8 +73,11 @@ class PieceLifetimes:
         owns_hidden: bool = True,
         lasting: frozenset[str] = frozenset(),
         offloads: bool = False,
+        no_grad: Piece | None = None,
     ) -> None:
         """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
+
+        `no_grad`: with ``full``, the piece as recorded without a graph: checkpointing is reentrant.
 
         `offloads`: with ``full``, what goes in is copied to the host and fetched when the piece is computed again.
 
@@ -82,6 +90,7 @@ class PieceLifetimes:
         self.owns_hidden = owns_hidden
         self.lasting = lasting
         self.offloads = offloads and checkpointing == "full"
+        self.no_grad = PieceLifetimes(no_grad) if no_grad is not None and checkpointing == "full" else None
         self.spans = self._spans(checkpointing)
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
@@ -125,7 +134,8 @@ class PieceLifetimes:
         """For each storage, how many operators (and spans) hold it between forward and backward."""
         held: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
-            _hold(held, op.pins)
+            if self.no_grad is None:
+                _hold(held, op.pins)
             if i not in self._span_of:
                 _hold(held, op.keeps)
         for span in self.spans:
@@ -244,11 +254,20 @@ class PieceLifetimes:
 
     @cached_property
     def _forward_and_rest(self) -> tuple[Segment, Segment | None]:
-        events = self._run(self.tape.ops, self.keepers, tag="", stay=self._stay)
+        events = self._first_run()
         pause = next((i for i, event in enumerate(events) if event.key == (PAUSE,)), None)
         if pause is None:
             return Segment("forward", tuple(events)), None
         return Segment("forward", tuple(events[:pause])), Segment("after pause", tuple(events[pause + 1 :]))
+
+    def _first_run(self) -> list[Event]:
+        alone = self.no_grad
+        if alone is None:
+            return self._run(self.tape.ops, self.keepers, tag="", stay=self._stay)
+        hidden = alone.piece.hidden
+        kept = {} if hidden is None or self.offloads or not self.owns_hidden else {hidden.storage: 1}
+        alone.owns_hidden = self.owns_hidden
+        return alone._run(alone.tape.ops, kept, tag="", stay=alone._stay)
 
     @property
     def _stay(self) -> frozenset[int]:
@@ -291,11 +310,11 @@ class PieceLifetimes:
     @cached_property
     def autocast_exit(self) -> Segment:
         """Autocast lets its cached copies go at the end of the forward pass, except those that a backward needs."""
-        kept = self.keepers
+        run = self if self.no_grad is None else self.no_grad
         events = [
-            Event(("", s.number), s.size, -1, self.row(s))
-            for s in self.tape.storages
-            if s.cached and s.number not in kept
+            Event(("", s.number), s.size, -1, run.row(s))
+            for s in run.tape.storages
+            if s.cached and s.number not in run.keepers
         ]
         return Segment("autocast exit", tuple(events))
 
@@ -336,6 +355,7 @@ class _Backward:
         self.lifetimes = lifetimes
         self.tape = lifetimes.tape
         self.tied = tied
+        self.reentrant = lifetimes.no_grad is not None
         self.events: list[Event] = []
         self.added: set[int] = set()
         """Positions of the releases of parameter gradients that only later micro-steps have."""
@@ -374,19 +394,25 @@ class _Backward:
         starts = {span.start: span for span in self.lifetimes.spans}
         again: dict[int, int] = {}
         again_keys: dict[int, tuple[Any, ...]] = {}
+        incoming: int | None = None
         for i in range(len(self.tape.ops) - 1, -1, -1):
             op = self.tape.ops[i]
             kept = {x.storage for x in op.keeps}
             span = self.lifetimes._span_of.get(i)
-            if span in waiting and kept:
+            if span in waiting and (kept or self.reentrant):
                 waiting.discard(span)
                 again, again_keys = self._recompute(span)
-            if span is not None:  # what comes from outside the span stays until its start is reached
+                incoming = self._call() if self.reentrant else None
+            if span is not None and self.reentrant:
+                self._step(i, op, [(s, again, again_keys) for s in kept if s in again])
+            elif span is not None:  # what comes from outside the span stays until its start is reached
                 self._step(i, op, [(s, again, again_keys) for s in kept if s in again], recomputed=True)
             else:
                 self._step(i, op, [(s, held, keys) for s in kept])
             for s in {x.storage for x in op.pins}:
                 self._let_go(s, held, keys)
+            if i in starts and self.reentrant:
+                self._return(starts[i], again, again_keys, incoming)
             if i in starts:
                 for s in {x.storage for x in starts[i].inputs}:
                     self._let_go(s, held, keys)
@@ -429,7 +455,7 @@ class _Backward:
         """Run the forward of the span again, as far as something is still to be kept; what it keeps, and its keys."""
         ops = self.tape.ops[span.start : span.stop]
         stay: set[int] = set()
-        while ops and not ops[-1].keeps:
+        while ops and not ops[-1].keeps and not self.reentrant:
             stay |= {x.storage for x in ops[-1].inputs}  # they wait for what is not computed again
             ops = ops[:-1]
         stay |= {x.storage for op in ops for x in op.pins}  # by nodes of the second graph, which goes with its result
@@ -441,8 +467,10 @@ class _Backward:
         held: dict[int, int] = {}
         for op in ops:
             _hold(held, [x for x in op.keeps if x.storage in made])
+        if self.reentrant:
+            _hold(held, [x for x in self._variables(span) if x.storage in made])
         tag = f"again {span.name}"
-        stops_before = bool(ops) and not ops[-1].keeps_output
+        stops_before = bool(ops) and not ops[-1].keeps_output and not self.reentrant
         events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before)
         if fetched is not None:
             events.insert(0, Event((tag, fetched.storage), fetched.bytes, +1, fetched_row(fetched)))
@@ -455,6 +483,35 @@ class _Backward:
             if key[-1] not in held:
                 self.events.append(event._replace(sign=-1))
         return held, {s: (tag, s) for s in held}
+
+    # -- reentrant checkpointing -------------------------------------------------------------------------------------
+
+    def _variables(self, span: Span) -> list[Tensor]:
+        """What lives until a layer has its gradients: by variables of CheckpointFunction.backward, or by the nodes."""
+        piece = self.lifetimes.piece
+        pins = [x for op in self.tape.ops[span.start : span.stop] for x in op.pins]
+        return [piece.output, *([piece.hidden] if piece.hidden and self.lifetimes.offloads else []), *pins]
+
+    def _call(self) -> int | None:
+        """The gradient that is handed to CheckpointFunction.backward has a holder more until that returns."""
+        number = self.pending.get(self.lifetimes.piece.output.number)
+        if number is not None:
+            self.holders[number] += 1
+        return number
+
+    def _return(
+        self, span: Span, again: dict[int, int], keys: dict[int, tuple[Any, ...]], incoming: int | None
+    ) -> None:
+        """The call returns: its variables go, and the gradient of what came in is its own."""
+        hidden = self.lifetimes.piece.hidden
+        number = None if hidden is None else self.pending.get(hidden.number)
+        if hidden is not None and number is not None and self.holders[number] > 1:
+            self.pending[hidden.number] = self._allocate(hidden.bytes, hidden_gradient_row(hidden))
+            self._release(number)
+        for s in {x.storage for x in self._variables(span)}:
+            self._let_go(s, again, keys)
+        if incoming is not None:
+            self._release(incoming)
 
     def _step(
         self,

@@ -40,11 +40,13 @@ def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
     return best
 
 
-def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None, *, offload: bool = False) -> None:
+def enable_checkpointing(
+    model: Any, how: str, autocast: CudaAutocast | None, *, offload: bool = False, reentrant: bool = False
+) -> None:
     """Compute activations again in the backward pass: ``none``, ``selective``, ``full`` or ``every-N`` layers.
 
     ``selective`` is applied by `selective_checkpointing` while the model runs.  `offload`: what is kept for it waits on
-    the host.
+    the host.  `reentrant`: by a graph of their own, ``use_reentrant=True``.
 
     Raises:
         UsageError: the module is not one of transformers and has no repeated layers, or cannot offload.
@@ -53,10 +55,10 @@ def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None, *,
         raise UsageError("Models of transformers 5.23 and later can offload what they keep.", "Leave --offload out.")
     if how in {"none", "selective"}:
         return
-    kwargs = _kwargs(autocast)
+    kwargs: dict[str, Any] = {"use_reentrant": True} if reentrant else _kwargs(autocast)
     if hasattr(model, "gradient_checkpointing_enable"):
         every = 1 if how == "full" else int(how.removeprefix("every-"))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _lowered_again(autocast if reentrant else None):
             warnings.simplefilter("ignore")
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable(kwargs, **({"every_n_layers": every} if every > 1 else {}), **({"offload": True} if offload else {}))
@@ -66,9 +68,32 @@ def enable_checkpointing(model: Any, how: str, autocast: CudaAutocast | None, *,
         raise UsageError(
             f"The module has no list of equal layers to checkpoint ({how}).", "Use --checkpointing none for it."
         )
+    if reentrant:
+        raise UsageError("Models of transformers can be traced with reentrant checkpointing.", "Leave --reentrant out.")
     for layer, mode in zip(layers.values(), checkpointed_layers(how, len(layers)), strict=True):
         if mode == "full":
             layer.forward = _again(layer.forward, kwargs)
+
+
+def _lowered_again(autocast: CudaAutocast | None) -> contextlib.AbstractContextManager[Any]:
+    """Checkpointing that transformers is told to use now runs a layer again in a region of autocast.
+
+    torch.utils.checkpoint.CheckpointFunction enters the one of CUDA by itself, which meta tensors do not have.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if autocast is None or modeling is None:
+        return contextlib.nullcontext()
+
+    def lowered(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if not torch.is_grad_enabled():  # the forward pass, within the region
+                return function(*inputs)
+            with autocast.region():
+                return function(*inputs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    return mock.patch.object(modeling, "checkpoint", lowered)
 
 
 def host_memory() -> contextlib.AbstractContextManager[Any]:

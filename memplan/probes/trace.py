@@ -124,7 +124,13 @@ def _run(
     module = built.module.train()
     _refuse_recurrent(module)
     _load(module, recorder)
-    enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
+    enable_checkpointing(
+        module,
+        setup.activation_checkpointing,
+        autocast,
+        offload=setup.offload is not None,
+        reentrant=setup.reentrant,
+    )
     objective = find_objective(model, module, setup, autocast)
     if objective is None:
         use_loss(module, setup.loss, autocast, setup.supervised)

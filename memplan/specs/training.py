@@ -161,6 +161,9 @@ class Setup:
     offload: str | None = None
     """``activations``: what checkpointing keeps waits in the host's memory (`activation_checkpointing_kwargs`
     ``{"offload": True}`` of transformers 5.23, Unsloth's checkpointing); None: all is kept on the device."""
+    reentrant: bool = False
+    """Layers are checkpointed by ``use_reentrant=True`` of torch.utils.checkpoint, the default of transformers 4;
+    False: as transformers 5 does it."""
     upcast: bool = False
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
@@ -179,6 +182,7 @@ class Setup:
         check_share("supervised", self.supervised)
         self._check_quantization()
         self._check_offload()
+        self._check_reentrant()
         self._check_updates()
 
     def _check_objective(self) -> None:
@@ -216,6 +220,13 @@ class Setup:
             raise UsageError(
                 "What is offloaded is what checkpointing keeps, and no layer is checkpointed.",
                 "Give --checkpointing full or every-2.",
+            )
+
+    def _check_reentrant(self) -> None:
+        if self.reentrant and self.activation_checkpointing in {"none", "selective"}:
+            raise UsageError(
+                "Reentrant is a way of checkpointing whole layers, and no layer is checkpointed.",
+                "Give --checkpointing full or every-2, or leave --reentrant out.",
             )
 
     def _check_updates(self) -> None:
