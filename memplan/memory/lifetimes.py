@@ -394,7 +394,7 @@ class _Backward:
         starts = {span.start: span for span in self.lifetimes.spans}
         again: dict[int, int] = {}
         again_keys: dict[int, tuple[Any, ...]] = {}
-        incoming: int | None = None
+        incoming: list[int] = []
         for i in range(len(self.tape.ops) - 1, -1, -1):
             op = self.tape.ops[i]
             kept = {x.storage for x in op.keeps}
@@ -402,7 +402,7 @@ class _Backward:
             if span in waiting and (kept or self.reentrant):
                 waiting.discard(span)
                 again, again_keys = self._recompute(span)
-                incoming = self._call() if self.reentrant else None
+                incoming = self._call() if self.reentrant else []
             if span is not None and self.reentrant:
                 self._step(i, op, [(s, again, again_keys) for s in kept if s in again])
             elif span is not None:  # what comes from outside the span stays until its start is reached
@@ -490,18 +490,30 @@ class _Backward:
         """What lives until a layer has its gradients: by variables of CheckpointFunction.backward, or by the nodes."""
         piece = self.lifetimes.piece
         pins = [x for op in self.tape.ops[span.start : span.stop] for x in op.pins]
-        return [piece.output, *([piece.hidden] if piece.hidden and self.lifetimes.offloads else []), *pins]
+        return [
+            piece.output,
+            *self.tape.returned,
+            *([piece.hidden] if piece.hidden and self.lifetimes.offloads else []),
+            *pins,
+        ]
 
-    def _call(self) -> int | None:
-        """The gradient that is handed to CheckpointFunction.backward has a holder more until that returns."""
-        number = self.pending.get(self.lifetimes.piece.output.number)
-        if number is not None:
+    def _call(self) -> list[int]:
+        """The gradients that are handed to CheckpointFunction.backward have a holder more until that returns.
+
+        Results that nobody uses have gradients of zeros (``materialize_grads``).
+        """
+        for x in self.tape.returned:
+            self.pending[x.number] = self._allocate(x.bytes, Row("", "zeros", "temporary", x.shape, x.dtype))
+        numbers = [
+            self.pending[x.number]
+            for x in (self.lifetimes.piece.output, *self.tape.returned)
+            if x.number in self.pending
+        ]
+        for number in numbers:
             self.holders[number] += 1
-        return number
+        return numbers
 
-    def _return(
-        self, span: Span, again: dict[int, int], keys: dict[int, tuple[Any, ...]], incoming: int | None
-    ) -> None:
+    def _return(self, span: Span, again: dict[int, int], keys: dict[int, tuple[Any, ...]], incoming: list[int]) -> None:
         """The call returns: its variables go, and the gradient of what came in is its own."""
         hidden = self.lifetimes.piece.hidden
         number = None if hidden is None else self.pending.get(hidden.number)
@@ -510,8 +522,8 @@ class _Backward:
             self._release(number)
         for s in {x.storage for x in self._variables(span)}:
             self._let_go(s, again, keys)
-        if incoming is not None:
-            self._release(incoming)
+        for given in incoming:
+            self._release(given)
 
     def _step(
         self,

@@ -65,12 +65,13 @@ def eager(
     softmax_dtype: str | None = "fp32",
     softcap: bool = False,
     weights_dtype: str | None = None,
+    returned: bool = False,
 ) -> Tensor:
     """Attention written out, as ``eager_attention_forward`` of transformers: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores;
     `weights_dtype`: None casts the probabilities to that of q;
-    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2).
+    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2); `returned`: the layer returns them, too.
     """
     b, heads, s, head_dim = q.shape
     with t.recomputable("attention", q, k, v):
@@ -91,6 +92,8 @@ def eager(
         t.keep_alive(scores)
         weights = dropout(t, weights, p)
         t.hold_in_piece(weights)
+        if returned:
+            t.also_returns(weights)
         out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
         t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
@@ -331,12 +334,13 @@ def attention(
     by_head: bool = False,
     softcap: bool = False,
     weights_dtype: str | None = None,
+    returned: bool = False,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
-    `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`), `by_head` to the
-    fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
-    (transformers' own fallback).
+    `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head`
+    to the fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is
+    eager (transformers' own fallback).
     """
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
@@ -351,6 +355,7 @@ def attention(
             softmax_dtype=softmax_dtype,
             softcap=softcap,
             weights_dtype=weights_dtype,
+            returned=returned,
         )
     with t.recomputable("attention", q, k, v):
         if mask is not None:

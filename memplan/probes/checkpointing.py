@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import sys
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -58,10 +59,12 @@ def enable_checkpointing(
     kwargs: dict[str, Any] = {"use_reentrant": True} if reentrant else _kwargs(autocast)
     if hasattr(model, "gradient_checkpointing_enable"):
         every = 1 if how == "full" else int(how.removeprefix("every-"))
-        with warnings.catch_warnings(), _lowered_again(autocast if reentrant else None):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable(kwargs, **({"every_n_layers": every} if every > 1 else {}), **({"offload": True} if offload else {}))
+        if reentrant and autocast is not None:
+            _lower_again(model, autocast)
         return
     layers = repeated_layers(model)
     if not layers:
@@ -75,25 +78,23 @@ def enable_checkpointing(
             layer.forward = _again(layer.forward, kwargs)
 
 
-def _lowered_again(autocast: CudaAutocast | None) -> contextlib.AbstractContextManager[Any]:
-    """Checkpointing that transformers is told to use now runs a layer again in a region of autocast.
+def _lower_again(model: nn.Module, autocast: CudaAutocast) -> None:
+    """Run layers again in a region of autocast.
 
     torch.utils.checkpoint.CheckpointFunction enters the one of CUDA by itself, which meta tensors do not have.
     """
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if autocast is None or modeling is None:
-        return contextlib.nullcontext()
 
-    def lowered(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def run(*inputs: Any) -> Any:
-            if not torch.is_grad_enabled():  # the forward pass, within the region
-                return function(*inputs)
-            with autocast.region():
+    def lowered(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *inputs: Any) -> Any:
+            with autocast.region() if torch.is_grad_enabled() else contextlib.nullcontext():
                 return function(*inputs)
 
-        return checkpoint(run, *args, **kwargs)
+        return lambda function, *inputs: checkpointed(partial(run, function), *inputs)
 
-    return mock.patch.object(modeling, "checkpoint", lowered)
+    for module in model.modules():
+        found: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if found is not None:
+            module._gradient_checkpointing_func = lowered(found)  # type: ignore[assignment]
 
 
 def host_memory() -> contextlib.AbstractContextManager[Any]:
