@@ -101,7 +101,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
         yield Change(
             "keep all activations",
             "--checkpointing none",
-            replace(setup, activation_checkpointing="none"),
+            replace(setup, activation_checkpointing="none", offload=None, reentrant=False),
         )
     if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
         offloaded = replace(setup, offload="activations")

@@ -73,11 +73,9 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     }
     if mode.startswith("every-"):
         arguments["activation_checkpointing_kwargs"] = {"every_n_layers": int(mode[6:])}
-    if setup.offload is not None:
-        arguments["activation_checkpointing_kwargs"] = {
-            **arguments.get("activation_checkpointing_kwargs", {}),
-            "offload": True,
-        }
+    how = ({"offload": True} if setup.offload else {}) | ({"use_reentrant": True} if setup.reentrant else {})
+    if how:
+        arguments["activation_checkpointing_kwargs"] = arguments.get("activation_checkpointing_kwargs", {}) | how
     arguments["optim"] = optim
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"

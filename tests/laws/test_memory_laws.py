@@ -108,12 +108,19 @@ def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
     Under autocast a span around a fused kernel keeps what is cast for it, in fp32, which may be more.
     """
     kept = {
-        mode: peaks(model, replace(setup, activation_checkpointing=mode)).kept_activation_bytes
+        mode: peaks(model, replace(setup, activation_checkpointing=mode, reentrant=False)).kept_activation_bytes
         for mode in ("none", "selective", "every-2", "full")
     }
     assert kept["full"] <= kept["every-2"] <= kept["none"]
     if setup.attention == "eager" or not setup.precision.endswith("-mixed"):
         assert kept["selective"] <= kept["none"]
+
+
+@given(model=models, setup=all_setups)
+def test_reentrant_checkpointing_needs_no_less(model: str, setup: Setup) -> None:
+    """It keeps as much of the forward pass, and lets go of nothing earlier in the backward pass."""
+    plain = peaks(model, replace(setup, reentrant=False)).by_instant
+    assert all(value >= plain[name] for name, value in peaks(model, setup).by_instant.items())
 
 
 @given(model=models, setup=all_setups)
