@@ -19,17 +19,13 @@ from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, EAGE
 from tests.support.witnesses import compare
 
 PEAK_TOLERANCE = 1e-3
-DIFFERENT_PEAKS = {("gpt_neox", "bf16-mixed"): 0.005}
-"""At its peak the trace holds the sum of MLP and attention of a layer, the description no more."""
-
 SHARE_WITH_GRADIENTS = {"deberta-v2"}
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
 def setup_of(**choices: Any) -> Setup:
-    return Setup(
-        **{"micro_batch_size": 2, "seq_len": 128, "activation_checkpointing": "full", **choices}, reentrant=True
-    )
+    usual = {"micro_batch_size": 2, "seq_len": 128, "activation_checkpointing": "full", "reentrant": True}
+    return Setup(**{**usual, **choices})
 
 
 def agree(config: dict[str, Any], setup: Setup, tolerance: float = PEAK_TOLERANCE) -> None:
@@ -47,7 +43,7 @@ def test_every_family(model_type: str, precision: str) -> None:
     mixed = precision == "bf16-mixed"
     attention = "eager" if mixed or model_type in EAGER_ONLY else "sdpa"
     setup = setup_of(precision=precision, attention=attention, gradient_accumulation_steps=1 + mixed)
-    agree(CONFIG_BY_MODEL_TYPE[model_type], setup, DIFFERENT_PEAKS.get((model_type, precision), PEAK_TOLERANCE))
+    agree(CONFIG_BY_MODEL_TYPE[model_type], setup)
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -55,10 +51,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"lora": Lora(rank=8), "precision": "bf16-mixed", "activation_checkpointing": "every-2"}),
     ("llama", {"lora": Lora(rank=8, dora=True, dropout=0.1)}),
     ("llama", {"freeze": ("model.embed_tokens", "model.layers.0")}),
-    *(
-        ("gemma2", {"activation_checkpointing": "every-2", "precision": p, "attention": "eager"})
-        for p in ("bf16", "bf16-mixed")
-    ),
+    ("gemma2", {"activation_checkpointing": "every-2", "precision": "bf16-mixed", "attention": "eager"}),
     ("olmo2", {"activation_checkpointing": "every-2", "precision": "bf16-mixed"}),
     *((model, {"padding": True, "attention": "eager"}) for model in ("llama", "gpt2", "gpt_neox")),
     *(("llama", {"optimizer": optimizer}) for optimizer in ("adamw-in-backward", "lomo")),
@@ -99,11 +92,10 @@ def test_without_gradients_of_inputs_nothing_is_trained() -> None:
     import transformers
 
     config = transformers.AutoConfig.for_model(**CONFIG_BY_MODEL_TYPE["llama"])
-    with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear")).train()
     model.activation_checkpointing_enable({"use_reentrant": True})
-    ids = torch.zeros((1, 8), dtype=torch.int64, device="meta")
+    ids = torch.zeros((1, 8), dtype=torch.int64)
     assert model(input_ids=ids, labels=ids).loss.requires_grad
     model.disable_input_require_grads()
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):

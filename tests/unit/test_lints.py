@@ -70,7 +70,7 @@ def test_8_bit_states_that_are_not() -> None:
 
 
 def test_reentrant_checkpointing_after_a_frozen_embedding() -> None:
-    """A trained copy of the embedding gives the layers an input with a gradient; so does non-reentrant checkpointing."""
+    """Not where a copy of the embedding is trained, not where all is, and not without reentrant checkpointing."""
     what, lora = "reentrant checkpointing after a frozen embedding", {"lora_rank": 8, "checkpointing": "full"}
     assert what in said("qwen2.5-0.5b", **lora, reentrant=True)
     assert what not in said("qwen2.5-0.5b", **lora)
