@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Reader = Callable[[str, str], Any]
 
 FORMATS = ("text", "json", "csv", "markdown")
-CHECKPOINTINGS = ("none", "selective", "full", "every-N")
+CHECKPOINTINGS = ("none", "selective", "save-attention", "full", "every-N")
 
 NOT_MODELLED = ("--zero-stage", "--label-smoothing")
 """Documented options that have no formula yet."""
@@ -197,7 +197,7 @@ _read_known_checkpointing = one_of(CHECKPOINTINGS)
 
 
 def read_checkpointing(text: str, flag: str) -> str:
-    """none, selective, full or every-N."""
+    """none, selective, save-attention, full or every-N."""
     name = text.strip().lower()
     if name.startswith("every-") and len(name) <= LONGEST_ECHO:
         try:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.memory.events import Event, Row, Segment
 from memplan.operators.sizes import Size
-from memplan.operators.tape import PAUSE, Span
+from memplan.operators.tape import ATTENTION_KERNEL, PAUSE, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -77,6 +77,7 @@ class PieceLifetimes:
     ) -> None:
         """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
 
+        ``save-attention`` is ``full``, but for what fused attention gives, which is kept and not computed again.
         `no_grad`: with ``full``, the piece as recorded without a graph: checkpointing is reentrant.
 
         `offloads`: with ``full``, what goes in is copied to the host and fetched when the piece is computed again.
@@ -92,6 +93,13 @@ class PieceLifetimes:
         self.offloads = offloads and checkpointing == "full"
         self.no_grad = PieceLifetimes(no_grad) if no_grad is not None and checkpointing == "full" else None
         self.spans = self._spans(checkpointing)
+        self.saved = frozenset(
+            x.storage
+            for op in self.tape.ops
+            if op.name == ATTENTION_KERNEL and checkpointing == "save-attention"
+            for x in op.outputs
+        )
+        """What is kept although it is within what is computed again (torch's selective activation checkpointing)."""
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
         self._backwards: dict[frozenset[str], tuple[Segment, Segment]] = {}
@@ -100,7 +108,7 @@ class PieceLifetimes:
         self._logits = {x.storage for op in losses for x in op.inputs} if self.ends_in_loss else set()
 
     def _spans(self, checkpointing: str) -> tuple[Span, ...]:
-        if checkpointing == "full" and self.piece.hidden is not None:
+        if checkpointing in {"full", "save-attention"} and self.piece.hidden is not None:
             return (Span("layer", 0, len(self.tape.ops), () if self.offloads else (self.piece.hidden,)),)
         if checkpointing == "selective":
             return tuple(self.tape.spans)
@@ -118,6 +126,8 @@ class PieceLifetimes:
             reasons[self.piece.output.storage] = "the loss itself"
         for x in self.tape.outlive:
             reasons[x.storage] = "the training loop keeps the model's output"
+        for s in self.saved:
+            reasons[s] = "attention's result is saved, not computed again"
         for span in self.spans:
             for x in span.inputs:
                 reasons[x.storage] = f"kept to compute the {span.name} again"
@@ -140,6 +150,8 @@ class PieceLifetimes:
                 _hold(held, op.keeps)
         for span in self.spans:
             _hold(held, span.inputs)
+        for s in self.saved:
+            held[s] = 1
         _hold(held, self.tape.outlive)
         return held
 
@@ -202,8 +214,9 @@ class PieceLifetimes:
         tag: str,
         stay: frozenset[int],
         skip_last_outputs: bool = False,
+        there: frozenset[int] = frozenset(),
     ) -> list[Event]:
-        """The forward of `ops`; what is in `kept` or `stay` is not freed."""
+        """The forward of `ops`; what is in `kept` or `stay` is not freed, what is `there` is not computed."""
         frees_hidden = self.owns_hidden and tag in {"", WITHOUT_GRAPH}
         hidden_key = ("hidden", tag) if tag else ("hidden",)
         last: dict[int, int] = {}
@@ -220,6 +233,7 @@ class PieceLifetimes:
             if op.name == PAUSE:
                 events.append(Event((PAUSE,), Size(0), +1, Row(op.module, PAUSE, "temporary", (), "")))
             stop_here = skip_last_outputs and i == len(ops) - 1
+            stop_here = stop_here or any(x.storage in there for x in op.outputs if x.storage not in born)
             if not stop_here:
                 events += self._moments(op, "", op.loop.moments if op.loop else ())
                 events += self._scratch(op, "", op.scratch, +1)
@@ -465,13 +479,14 @@ class _Backward:
         if fetched is not None:
             made.add(fetched.storage)
         held: dict[int, int] = {}
-        for op in ops:
-            _hold(held, [x for x in op.keeps if x.storage in made])
-        if self.reentrant:
-            _hold(held, [x for x in self._variables(span) if x.storage in made])
+        for tensors in (*(op.keeps for op in ops), self._variables(span) if self.reentrant else ()):
+            _hold(held, [x for x in tensors if x.storage in made])
         tag = f"again {span.name}"
         stops_before = bool(ops) and not ops[-1].keeps_output and not self.reentrant
-        events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before)
+        saved = self.lifetimes.saved
+        events = self.lifetimes._run(
+            ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before, there=saved
+        )
         if fetched is not None:
             events.insert(0, Event((tag, fetched.storage), fetched.bytes, +1, fetched_row(fetched)))
         alive = {event.key: event for event in events if event.sign > 0}
@@ -482,7 +497,9 @@ class _Backward:
         for key, event in alive.items():
             if key[-1] not in held:
                 self.events.append(event._replace(sign=-1))
-        return held, {s: (tag, s) for s in held}
+        unused = [self.tape.storages[s] for s in sorted(saved - held.keys())]
+        self.events += [Event(("", x.number), x.size, -1, self.lifetimes.row(x)) for x in unused]
+        return held, {s: ("", s) if s in saved else (tag, s) for s in held}
 
     # -- reentrant checkpointing -------------------------------------------------------------------------------------
 

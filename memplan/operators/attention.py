@@ -16,7 +16,7 @@ from memplan.operators.elementwise import add, add_into, dropout, keeps_result, 
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
-from memplan.operators.tape import Gradient, Tape, Tensor, elements
+from memplan.operators.tape import ATTENTION_KERNEL, Gradient, Tape, Tensor, elements
 
 
 def softmax(t: Tape, x: Tensor, *, dtype: str | None = None) -> Tensor:
@@ -191,7 +191,7 @@ def _fused(
     if padding:  # the gradient of the cut is no transpose of what the kernel wants
         scratch.append(num_bytes(q.shape, q.dtype))
     out = t.op(
-        "attention kernel",
+        ATTENTION_KERNEL,
         inputs,
         (b, s, heads, v.shape[-1]),
         keeps=keeps,

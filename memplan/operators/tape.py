@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
+ATTENTION_KERNEL = "attention kernel"
+"""The name of fused attention, whatever the kernel."""
 MODULES_TO_SAVE = "modules_to_save"
 """Under this name peft keeps the trained copy of a module beside the frozen original."""
 

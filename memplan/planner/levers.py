@@ -36,6 +36,7 @@ class Change(NamedTuple):
     """What it may do to the result of training; empty: nothing, or it is plain."""
 
 
+SAVE_ATTENTION = "save-attention"
 USUAL_RANK = 16
 """The rank of the LoRA levers: what TRL's scripts take (`ModelConfig.lora_r`)."""
 
@@ -97,13 +98,16 @@ def _changes(setup: Setup) -> Iterator[Change]:
             "--checkpointing full",
             replace(setup, activation_checkpointing="full"),
         )
+    if setup.activation_checkpointing != SAVE_ATTENTION and setup.attention != "eager":
+        saving = replace(setup, activation_checkpointing=SAVE_ATTENTION, offload=None, reentrant=False)
+        yield Change("recompute every layer but its attention", f"--checkpointing {SAVE_ATTENTION}", saving)
     if setup.activation_checkpointing != "none":
         yield Change(
             "keep all activations",
             "--checkpointing none",
             replace(setup, activation_checkpointing="none", offload=None, reentrant=False),
         )
-    if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
+    if setup.activation_checkpointing not in {"none", "selective", SAVE_ATTENTION} and setup.offload is None:
         offloaded = replace(setup, offload="activations")
         yield Change("what checkpointing keeps on the host", "--offload activations", offloaded, SAME, COPIED)
     if setup.attention == "eager":

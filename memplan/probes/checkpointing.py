@@ -1,5 +1,8 @@
 """Activation checkpointing of a module: as transformers switches it on, or around the layers of any other module.
 
+``save-attention`` is what SFTTrainer of TRL 1.16 calls selective: torch's selective activation checkpointing with a
+policy that saves what fused attention gives.
+
 ``selective`` computes attention again: the attention function that transformers looks up runs under
 torch.utils.checkpoint, and keeps its queries, keys, values and mask alone.
 """
@@ -16,15 +19,26 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from memplan.errors import UsageError
 from memplan.specs.training import checkpointed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from memplan.probes.autocast import CudaAutocast
+
+
+SAVE_ATTENTION = "save-attention"
+aten = torch.ops.aten
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+"""The operators whose results TRL 1.16 saves (trl/models/selective_activation_checkpointing.py)."""
 
 
 def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,8 +60,9 @@ def enable_checkpointing(
 ) -> None:
     """Compute activations again in the backward pass: ``none``, ``selective``, ``full`` or ``every-N`` layers.
 
-    ``selective`` is applied by `selective_checkpointing` while the model runs.  `offload`: what is kept for it waits on
-    the host.  `reentrant`: by a graph of their own, ``use_reentrant=True``.
+    ``save-attention``: all but what attention gives.  ``selective`` is applied by `selective_checkpointing` while the
+    model runs.  `offload`: what is kept for it waits on the host.  `reentrant`: by a graph of their own,
+    ``use_reentrant=True``.
 
     Raises:
         UsageError: the module is not one of transformers and has no repeated layers, or cannot offload.
@@ -56,7 +71,9 @@ def enable_checkpointing(
         raise UsageError("Models of transformers 5.23 and later can offload what they keep.", "Leave --offload out.")
     if how in {"none", "selective"}:
         return
-    kwargs: dict[str, Any] = {"use_reentrant": True} if reentrant else _kwargs(autocast)
+    saved = ATTENTION if how == SAVE_ATTENTION else ()
+    kwargs: dict[str, Any] = {"use_reentrant": True} if reentrant else _kwargs(autocast, saved)
+    how = "full" if how == SAVE_ATTENTION else how
     if hasattr(model, "gradient_checkpointing_enable"):
         every = 1 if how == "full" else int(how.removeprefix("every-"))
         with warnings.catch_warnings():
@@ -166,9 +183,25 @@ def _again(function: Callable[..., Any], kwargs: dict[str, Any], *, narrow: bool
     return checkpointed
 
 
-def _kwargs(autocast: CudaAutocast | None) -> dict[str, Any]:
+def _kwargs(autocast: CudaAutocast | None, saved: Sequence[Any] = ()) -> dict[str, Any]:
+    """Arguments of torch.utils.checkpoint.checkpoint; what the operators in `saved` give is not computed again."""
     kwargs: dict[str, Any] = {"use_reentrant": False}  # what transformers defaults to
-    if autocast is not None:
-        region = autocast.region
-        kwargs["context_fn"] = lambda: (contextlib.nullcontext(), region())
+    if autocast is None and not saved:
+        return kwargs
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        plain = (contextlib.nullcontext(), contextlib.nullcontext())
+        first, again = _saving(list(saved)) if saved else plain
+        return first, again if autocast is None else _both(autocast.region, again)
+
+    kwargs["context_fn"] = contexts
     return kwargs
+
+
+_saving: Any = create_selective_checkpoint_contexts  # torch leaves it untyped
+
+
+@contextlib.contextmanager
+def _both(region: Callable[[], AbstractContextManager[Any]], other: AbstractContextManager[Any]) -> Iterator[None]:
+    with region(), other:
+        yield

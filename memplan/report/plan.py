@@ -98,6 +98,7 @@ def _best(plan: Document) -> Iterator[Line]:
 def _kept(mode: str) -> str:
     meanings = {
         "none": "all activations",
+        "save-attention": "the input of each layer and the result of its attention; all else is computed again",
         "selective": "all activations but those of attention, which is computed again",
         "full": "the input of each layer, which is computed again in the backward pass",
     }

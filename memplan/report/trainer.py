@@ -63,7 +63,7 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    if optim is None or mode == "selective" or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
+    if optim is None or mode in {"selective", "save-attention"} or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
         return None
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {

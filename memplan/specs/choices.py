@@ -29,7 +29,7 @@ class Choices(TypedDict, total=False):
     optimizer: str | None
     """Key of `memplan.specs.training.OPTIMIZERS` (adamw)."""
     checkpointing: str | None
-    """none, selective, full or every-N (none)."""
+    """none, selective, save-attention, full or every-N (none)."""
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None

@@ -123,7 +123,8 @@ class Setup:
     optimizer: str = "adamw"
     """Key of `OPTIMIZERS`."""
     activation_checkpointing: str = "none"
-    """``none``, ``selective`` (attention recomputed), ``full``, or ``every-N`` (each N-th layer, from the first)."""
+    """``none``, ``selective`` (attention recomputed), ``save-attention`` (all but attention recomputed: SFTTrainer's
+    ``{"selective": True}`` of TRL 1.16), ``full``, or ``every-N`` (each N-th layer, from the first)."""
     attention: str = "sdpa"
     """``eager``, ``sdpa`` or ``flash``."""
     loss: str = "full"
@@ -216,6 +217,11 @@ class Setup:
         if self.offload is None:
             return
         check_choice("offload", self.offload, OFFLOADS)
+        if self.activation_checkpointing == "save-attention":
+            raise UsageError(
+                "What attention gives is saved on the device: --offload activations with it is not modelled.",
+                "Give --checkpointing full or every-2.",
+            )
         if self.activation_checkpointing in {"none", "selective"}:
             raise UsageError(
                 "What is offloaded is what checkpointing keeps, and no layer is checkpointed.",
@@ -223,6 +229,11 @@ class Setup:
             )
 
     def _check_reentrant(self) -> None:
+        if self.reentrant and self.activation_checkpointing == "save-attention":
+            raise UsageError(
+                "What attention gives is saved by non-reentrant checkpointing alone.",
+                "Give --checkpointing full, or leave --reentrant out.",
+            )
         if self.reentrant and self.activation_checkpointing in {"none", "selective"}:
             raise UsageError(
                 "Reentrant is a way of checkpointing whole layers, and no layer is checkpointed.",
@@ -320,13 +331,13 @@ def check_choice(name: str, value: object, known: object) -> None:
 
 def check_checkpointing(value: object) -> None:
     """Raise `UsageError` unless `value` is none, selective, full or every-N."""
-    if value in {"none", "selective", "full"}:
+    if value in {"none", "selective", "save-attention", "full"}:
         return
     every = value[6:] if isinstance(value, str) and value.startswith("every-") else ""
     if not (every.isascii() and every.isdigit() and len(every) <= 10 and 1 <= int(every) <= LARGEST_COUNT):
         raise UsageError(
             f"activation_checkpointing {_shown(value)} is not known.",
-            "Known: none, selective, full, every-2, every-3, ...",
+            "Known: none, selective, save-attention, full, every-2, every-3, ...",
         )
 
 
@@ -345,7 +356,7 @@ def check_dropout(value: object) -> None:
 
 
 def checkpointed_layers(activation_checkpointing: str, num_layers: int) -> tuple[str, ...]:
-    """For each layer ``none``, ``selective`` or ``full``.
+    """For each layer ``none``, ``selective``, ``save-attention`` or ``full``.
 
     ``every-N`` checkpoints layers 0, N, 2N, ... (`every_n_layers` of transformers 5.23).
     """

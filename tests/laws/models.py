@@ -46,7 +46,9 @@ choices = {
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]),
     "attention": st.sampled_from(["eager", "sdpa", "flash"]),
 }
-checkpointings = {"activation_checkpointing": st.sampled_from(["none", "selective", "full", "every-2", "every-3"])}
+checkpointings = {
+    "activation_checkpointing": st.sampled_from(["none", "selective", "save-attention", "full", "every-2", "every-3"])
+}
 reentrant = {"activation_checkpointing": st.sampled_from(["full", "every-2"]), "reentrant": st.just(True)}
 
 

@@ -109,9 +109,10 @@ def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
     """
     kept = {
         mode: peaks(model, replace(setup, activation_checkpointing=mode, reentrant=False)).kept_activation_bytes
-        for mode in ("none", "selective", "every-2", "full")
+        for mode in ("none", "selective", "every-2", "save-attention", "full")
     }
     assert kept["full"] <= kept["every-2"] <= kept["none"]
+    assert kept["full"] <= kept["save-attention"] <= kept["none"]
     if setup.attention == "eager" or not setup.precision.endswith("-mixed"):
         assert kept["selective"] <= kept["none"]
 
