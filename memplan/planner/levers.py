@@ -98,7 +98,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
             "--checkpointing full",
             replace(setup, activation_checkpointing="full"),
         )
-    if setup.activation_checkpointing != SAVE_ATTENTION and setup.attention != "eager":
+    if setup.activation_checkpointing == "full" and setup.attention != "eager":
         saving = replace(setup, activation_checkpointing=SAVE_ATTENTION, offload=None, reentrant=False)
         yield Change("recompute every layer but its attention", f"--checkpointing {SAVE_ATTENTION}", saving)
     if setup.activation_checkpointing != "none":
