@@ -176,6 +176,7 @@ def record(
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
+    leaves: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -184,7 +185,8 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
     in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph.
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `leaves`: what
+    comes into a layer is a leaf of its graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -210,6 +212,7 @@ def record(
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
+            enters_a_leaf=leaves,
         )
 
     stem_tape = tape()

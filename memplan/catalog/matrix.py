@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "freeze": (str,),
     "quantize": (str,),
     "offload": (str,),
+    "reentrant": (bool,),
     "upcast": (bool,),
     "limit": (str,),
     "find_max": (bool,),

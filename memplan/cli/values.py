@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Reader = Callable[[str, str], Any]
 
 FORMATS = ("text", "json", "csv", "markdown")
-CHECKPOINTINGS = ("none", "selective", "full", "every-N")
+CHECKPOINTINGS = ("none", "selective", "save-attention", "full", "every-N")
 
 NOT_MODELLED = ("--zero-stage",)
 """Documented options that have no formula yet."""
@@ -78,6 +78,7 @@ class Options(NamedTuple):
     freeze: tuple[str, ...] | None = None
     quantize: str | None = None
     offload: str | None = None
+    reentrant: bool = False
     upcast: bool = False
     eval_batch: int | None = None
     eval_samples: int | None = None
@@ -200,7 +201,7 @@ _read_known_checkpointing = one_of(CHECKPOINTINGS)
 
 
 def read_checkpointing(text: str, flag: str) -> str:
-    """none, selective, full or every-N."""
+    """none, selective, save-attention, full or every-N."""
     name = text.strip().lower()
     if name.startswith("every-") and len(name) <= LONGEST_ECHO:
         try:
@@ -334,6 +335,7 @@ SETUP_ROWS = (
         "|".join(CHECKPOINTINGS),
         CHECKPOINTINGS,
     ),
+    Row(("--reentrant",), TRAINING, "Checkpointing by use_reentrant=True (transformers 4)."),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
     _named(

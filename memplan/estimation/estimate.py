@@ -15,6 +15,7 @@ from memplan.estimation.lints import Lint, lints
 from memplan.estimation.step import EVALUATION, Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
+from memplan.operators.tape import ATTENTION_KERNEL
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, SCORED
@@ -422,13 +423,13 @@ class Estimator:
 
 def longest_head(recording: Recording) -> int:
     """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
-    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == ATTENTION_KERNEL)
     return max((dim for op in kernels for dim in op.inputs[0].shape[-1:] if isinstance(dim, int)), default=0)
 
 
 def _groups_queries(program: StepProgram) -> bool:
     """Whether a fused attention has fewer heads of keys than of queries."""
-    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == ATTENTION_KERNEL)
     return any(op.inputs[0].shape[1] != op.inputs[1].shape[1] for op in kernels)
 
 

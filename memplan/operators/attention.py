@@ -16,7 +16,7 @@ from memplan.operators.elementwise import add, add_into, dropout, keeps_result, 
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
-from memplan.operators.tape import Gradient, Tape, Tensor, elements
+from memplan.operators.tape import ATTENTION_KERNEL, Gradient, Tape, Tensor, elements
 
 
 def softmax(t: Tape, x: Tensor, *, dtype: str | None = None) -> Tensor:
@@ -65,12 +65,13 @@ def eager(
     softmax_dtype: str | None = "fp32",
     softcap: bool = False,
     weights_dtype: str | None = None,
+    returned: bool = False,
 ) -> Tensor:
     """Attention written out, as ``eager_attention_forward`` of transformers: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores;
     `weights_dtype`: None casts the probabilities to that of q;
-    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2).
+    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2); `returned`: the layer returns them, too.
     """
     b, heads, s, head_dim = q.shape
     with t.recomputable("attention", q, k, v):
@@ -91,6 +92,8 @@ def eager(
         t.keep_alive(scores)
         weights = dropout(t, weights, p)
         t.hold_in_piece(weights)
+        if returned:
+            t.also_returns(weights)
         out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
         t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
@@ -189,7 +192,7 @@ def _fused(
     if padding:  # the gradient of the cut is no transpose of what the kernel wants
         scratch.append(num_bytes(q.shape, q.dtype))
     out = t.op(
-        "attention kernel",
+        ATTENTION_KERNEL,
         inputs,
         (b, s, heads, v.shape[-1]),
         keeps=keeps,
@@ -341,12 +344,13 @@ def attention(
     by_head: bool = False,
     softcap: bool = False,
     weights_dtype: str | None = None,
+    returned: bool = False,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
-    `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`), `by_head` to the
-    fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
-    (transformers' own fallback).
+    `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head`
+    to the fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is
+    eager (transformers' own fallback).
     """
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
@@ -361,6 +365,7 @@ def attention(
             softmax_dtype=softmax_dtype,
             softcap=softcap,
             weights_dtype=weights_dtype,
+            returned=returned,
         )
     with t.recomputable("attention", q, k, v):
         if mask is not None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
+ATTENTION_KERNEL = "attention kernel"
+"""The name of fused attention, whatever the kernel."""
 MODULES_TO_SAVE = "modules_to_save"
 """Under this name peft keeps the trained copy of a module beside the frozen original."""
 
@@ -199,7 +201,7 @@ class Span(NamedTuple):
 class Tape:
     """The recording of one piece of a model."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - one statement for each thing that is recorded
         self,
         numerics: Numerics,
         *,
@@ -213,6 +215,7 @@ class Tape:
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
+        enters_a_leaf: bool = False,
     ) -> None:
         self.numerics = numerics
         self.grad = grad
@@ -237,6 +240,8 @@ class Tape:
         """How sequences lie in the micro-batch."""
         self.evaluation = evaluation
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
+        self.enters_a_leaf = enters_a_leaf
+        """Whether the hidden states that come in are a leaf of the graph (reentrant checkpointing detaches them)."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
@@ -249,6 +254,8 @@ class Tape:
         """What the caller of the model holds until the backward pass is over."""
         self.holds_output = False
         """Whether a variable of the model holds what this piece hands on until the last layer has run."""
+        self.returned: list[Tensor] = []
+        """What the piece returns beside its output, for nobody."""
         self.in_model: list[Tensor] = []
         """What variables of the model hold until the last layer returns."""
         self._path: list[str] = []
@@ -347,6 +354,10 @@ class Tape:
         self.tensors.append(out)
         self._record("view", (x,), (out,), gradients=(Gradient(x, alias=True),))
         return out
+
+    def also_returns(self, x: Tensor) -> None:
+        """The layer returns this one, too (attention weights), and the model makes no use of it."""
+        self.returned.append(x)
 
     def keep_alive(self, *tensors: Tensor) -> None:
         """These are held by a Python variable up to this point, although no operator needs them any more."""
@@ -503,13 +514,18 @@ class Tape:
         low = self.numerics.autocast
         if low is None or x.dtype not in {"fp32", "bf16", "fp16"} or x.dtype == low:
             return x
-        storage = self.storages[x.storage]
-        if self._parameter_of.get(storage.name) is not x or not x.requires_grad:
+        if not self._is_leaf(x) or not x.requires_grad:
             return self.cast(x, low)
         key = (x.number, low)
         if key not in self._casts:
             self._casts[key] = self.op("to (autocast cache)", (x,), x.shape, dtype=low, cached=True)
         return self._casts[key]
+
+    def _is_leaf(self, x: Tensor) -> bool:
+        storage = self.storages[x.storage]
+        if storage.role == "hidden":
+            return self.enters_a_leaf and x.shape == storage.shape and x.dtype == "fp32"
+        return self._parameter_of.get(storage.name) is x
 
     def autocast_fp32(self, x: Tensor) -> Tensor:
         """`x` as autocast hands it to an operator of its fp32 list."""

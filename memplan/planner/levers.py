@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SCORED
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION, SCORED
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -95,9 +95,12 @@ def _changes(setup: Setup) -> Iterator[Change]:
     if setup.activation_checkpointing != "full":
         fields: dict[str, Any] = {"activation_checkpointing": "full"}
         yield Change("recompute every layer in the backward pass", "--checkpointing full", fields)
+    if setup.activation_checkpointing == "full" and setup.attention != "eager":
+        fields = {"activation_checkpointing": SAVE_ATTENTION}
+        yield Change("recompute every layer but its attention", f"--checkpointing {SAVE_ATTENTION}", fields)
     if setup.activation_checkpointing != "none":
         yield Change("keep all activations", "--checkpointing none", {"activation_checkpointing": "none"})
-    if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
+    if setup.activation_checkpointing not in {"none", "selective", SAVE_ATTENTION} and setup.offload is None:
         fields = {"offload": "activations"}
         yield Change("what checkpointing keeps on the host", "--offload activations", fields, SAME, COPIED)
     if setup.attention == "eager":

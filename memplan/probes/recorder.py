@@ -107,6 +107,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._spans: list[tuple[str, int, int, int]] = []
         self._flops: list[int] = []
         self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
+        self._left_out: dict[int, _Watch] = {}
         self._num_keys = 0
         self._failure = (0, "", "")
         self.enter("load", -1, -1)
@@ -236,8 +237,19 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         elif isinstance(outputs, (tuple, list)):
             ignored = self._ignored.get(operator.func, ())
             for index, output in enumerate(outputs):
-                if isinstance(output, torch.Tensor) and index not in ignored:
+                if not isinstance(output, torch.Tensor):
+                    continue
+                if index in ignored:
+                    self._leave_out(output)
+                else:
                     self._adopt_tensor(operator.name, output)
+
+    def _leave_out(self, tensor: torch.Tensor) -> None:
+        """Its storage is not counted, whatever shows it later."""
+        storage = tensor.untyped_storage()
+        watch = _Watch(storage, lambda watch: self._left_out.pop(watch.address))
+        watch.address = storage._cdata
+        self._left_out[watch.address] = watch
 
     def _adopt_tensor(self, op: str, tensor: torch.Tensor) -> None:
         if tensor.device.type != self._device:
@@ -249,7 +261,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             return
         storage = tensor.untyped_storage()
         address, num_bytes = storage._cdata, storage.nbytes()
-        if address in self._live or not num_bytes:
+        if address in self._live or address in self._left_out or not num_bytes:
             return
         record = self._record(num_bytes, op, tuple(tensor.shape), dtype_name(tensor.dtype))
         watch = _Watch(storage, self._on_death)

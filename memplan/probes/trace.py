@@ -163,7 +163,13 @@ def _run(
     module = built.module.train()
     _refuse_recurrent(module)
     _load(module, recorder)
-    enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
+    enable_checkpointing(
+        module,
+        setup.activation_checkpointing,
+        autocast,
+        offload=setup.offload is not None,
+        reentrant=setup.reentrant,
+    )
     objective = find_objective(model, module, setup, autocast)
     if objective is None:
         unlabelled = setup.num_sequences - 1 if setup.is_flattened else 0

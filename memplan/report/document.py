@@ -214,6 +214,7 @@ def setup_document(setup: Setup) -> Document:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "offload": setup.offload,
+        "reentrant": setup.reentrant,
         "upcast": setup.upcast,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }

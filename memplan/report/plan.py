@@ -29,7 +29,14 @@ from memplan.report.text import (
     usable,
     vouched,
 )
-from memplan.report.trainer import CONFIG_OF_TRAINER, OPTIM_BY_OPTIMIZER, config_of, has_loss
+from memplan.report.trainer import (
+    CONFIG_BY_OBJECTIVE,
+    CONFIG_OF_TRAINER,
+    LOSSES_BESIDE_SAVED_ATTENTION,
+    OPTIM_BY_OPTIMIZER,
+    has_loss,
+)
+from memplan.specs.training import SAVE_ATTENTION
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -105,6 +112,7 @@ def _best(plan: Document) -> Iterator[Line]:
 def _kept(mode: str) -> str:
     meanings = {
         "none": "all activations",
+        "save-attention": "the input of each layer and the result of its attention; all else is computed again",
         "selective": "all activations but those of attention, which is computed again",
         "full": "the input of each layer, which is computed again in the backward pass",
     }
@@ -183,13 +191,14 @@ def _arguments(given: Document) -> str:
 def _no_trainer(setup: Document) -> str:
     """What of a setup no argument of the Trainer asks for."""
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
-    if setup["activation_checkpointing"] == "selective":
-        missing.append("selective checkpointing")
+    mode = setup["activation_checkpointing"]
+    if mode == "selective" or (mode == SAVE_ATTENTION and setup["loss"] not in LOSSES_BESIDE_SAVED_ATTENTION):
+        missing.append("selective checkpointing" if mode == "selective" else f"{mode} beside {setup['loss']} logits")
     if not has_loss(setup["loss"], setup["objective"]):
         missing.append(f"the loss {setup['loss']}")
     if setup["freeze"]:
         missing.append("frozen parts")
-    config = config_of(setup["objective"])
+    config = CONFIG_BY_OBJECTIVE.get(setup["objective"], CONFIG_OF_TRAINER)
     return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 

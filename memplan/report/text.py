@@ -181,6 +181,7 @@ def recipe_words(setup: Document) -> list[str]:
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []
     parts += [f"{setup['offload']} offloaded"] if setup["offload"] else []
+    parts += ["reentrant checkpointing"] if setup["reentrant"] else []
     parts += ["the rest of it in fp32"] if setup["upcast"] else []
     parts += [f"{', '.join(setup['freeze'])} frozen"] if setup["freeze"] else []
     return parts

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import PRECISIONS, SAVE_ATTENTION
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -72,6 +72,9 @@ VERSIONS_OF_SFT_BY_LOSS = {
 }
 """Which SFTTrainer computes its loss like this; padding-free and packed batches are its own."""
 
+LOSSES_BESIDE_SAVED_ATTENTION = ("tiled", "fused")
+"""Losses of those SFTTrainers that can keep what attention gives (``{"selective": True}``)."""
+
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -84,9 +87,9 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    config = config_of(setup)
-    if optim is None or mode == "selective" or not has_loss(setup.loss, setup.objective) or setup.freeze:
+    if optim is None or not _checkpoints(setup) or not has_loss(setup.loss, setup.objective) or setup.freeze:
         return None
+    config = config_of(setup)
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": setup.micro_batch_size,
@@ -95,11 +98,10 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     }
     if mode.startswith("every-"):
         arguments["activation_checkpointing_kwargs"] = {"every_n_layers": int(mode[6:])}
-    if setup.offload is not None:
-        arguments["activation_checkpointing_kwargs"] = {
-            **arguments.get("activation_checkpointing_kwargs", {}),
-            "offload": True,
-        }
+    switches = {"selective": mode == SAVE_ATTENTION, "offload": bool(setup.offload), "use_reentrant": setup.reentrant}
+    how = {name: True for name, on in switches.items() if on}
+    if how:
+        arguments["activation_checkpointing_kwargs"] = arguments.get("activation_checkpointing_kwargs", {}) | how
     arguments["optim"] = optim
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"
@@ -117,7 +119,7 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments |= _of_trl(setup, config)
     return {
         "config": config,
-        "versions": VERSIONS_OF_SFT_BY_LOSS[setup.loss] if config == CONFIG_OF_SFT else "",
+        "versions": _versions(setup) if config == CONFIG_OF_SFT else "",
         "dtype": DTYPE_NAMES[parameters],
         "attn_implementation": _attention(setup),
         "arguments": arguments,
@@ -130,12 +132,26 @@ def config_of(setup: Setup) -> str:
     """The class of arguments of the trainer that has this objective, its batches and its loss."""
     if setup.objective in CONFIG_BY_OBJECTIVE:
         return CONFIG_BY_OBJECTIVE[setup.objective]
-    return CONFIG_OF_SFT if setup.is_flattened or setup.loss not in LOSSES_OF_TRAINER else CONFIG_OF_TRAINER
+    of_sft = setup.is_flattened or setup.activation_checkpointing == SAVE_ATTENTION
+    return CONFIG_OF_SFT if of_sft or setup.loss not in LOSSES_OF_TRAINER else CONFIG_OF_TRAINER
 
 
 def has_loss(loss: str, objective: str) -> bool:
     """Whether a trainer takes its loss in this way: TRL's trainers of pairs have one way alone."""
     return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER or loss in VERSIONS_OF_SFT_BY_LOSS
+
+
+def _checkpoints(setup: Setup) -> bool:
+    """Whether a trainer checkpoints like this: all but attention is SFTTrainer's, in versions that hold no logits."""
+    mode = setup.activation_checkpointing
+    if mode == SAVE_ATTENTION:
+        return setup.objective not in CONFIG_BY_OBJECTIVE and setup.loss in LOSSES_BESIDE_SAVED_ATTENTION
+    return mode != "selective"
+
+
+def _versions(setup: Setup) -> str:
+    saved = setup.activation_checkpointing == SAVE_ATTENTION
+    return "TRL 1.16" if saved else VERSIONS_OF_SFT_BY_LOSS[setup.loss]
 
 
 def _of_trl(setup: Setup, config: str) -> dict[str, Any]:

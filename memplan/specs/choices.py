@@ -29,7 +29,7 @@ class Choices(TypedDict, total=False):
     optimizer: str | None
     """Key of `memplan.specs.training.OPTIMIZERS` (adamw)."""
     checkpointing: str | None
-    """none, selective, full or every-N (none)."""
+    """none, selective, save-attention, full or every-N (none)."""
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None
@@ -66,6 +66,8 @@ class Choices(TypedDict, total=False):
     """How the frozen weights of linear layers are stored: nf4, nf4-double or int8 (as loaded)."""
     offload: str | None
     """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
+    reentrant: bool | None
+    """Checkpointing by use_reentrant=True, the default of transformers 4."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
     eval_batch: int | None
@@ -95,6 +97,7 @@ FIELD_BY_ARGUMENT = {
     "freeze": "freeze",
     "quantize": "quantize",
     "offload": "offload",
+    "reentrant": "reentrant",
     "upcast": "upcast",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""

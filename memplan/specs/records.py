@@ -79,6 +79,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "offload": setup.offload,
+        "reentrant": setup.reentrant,
         "upcast": setup.upcast,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
@@ -140,6 +141,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         freeze=tuple(record.get("freeze", ())),
         quantize=record.get("quantize"),
         offload=record.get("offload"),
+        reentrant=record.get("reentrant", False),
         upcast=record.get("upcast", False),
         evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
     )

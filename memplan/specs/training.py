@@ -88,6 +88,8 @@ LIBRARY_BY_PART = {
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
+SAVE_ATTENTION = "save-attention"
+"""Checkpointing of all but what attention gives."""
 BATCHINGS = ("rows", "padding-free", "packed")
 LEAST_PACKED = 2
 """Sequences that a packed row holds at the least."""
@@ -142,7 +144,8 @@ class Setup:
     optimizer: str = "adamw"
     """Key of `OPTIMIZERS`."""
     activation_checkpointing: str = "none"
-    """``none``, ``selective`` (attention recomputed), ``full``, or ``every-N`` (each N-th layer, from the first)."""
+    """``none``, ``selective`` (attention recomputed), ``save-attention`` (all but attention recomputed: SFTTrainer's
+    ``{"selective": True}`` of TRL 1.16), ``full``, or ``every-N`` (each N-th layer, from the first)."""
     attention: str = "sdpa"
     """``eager``, ``sdpa`` or ``flash``."""
     loss: str = "full"
@@ -198,6 +201,9 @@ class Setup:
     offload: str | None = None
     """``activations``: what checkpointing keeps waits in the host's memory (`activation_checkpointing_kwargs`
     ``{"offload": True}`` of transformers 5.23, Unsloth's checkpointing); None: all is kept on the device."""
+    reentrant: bool = False
+    """Layers are checkpointed by ``use_reentrant=True`` of torch.utils.checkpoint, the default of transformers 4;
+    False: as transformers 5 does it."""
     upcast: bool = False
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
@@ -218,6 +224,7 @@ class Setup:
         self._check_batching()
         self._check_quantization()
         self._check_offload()
+        self._check_reentrant()
         self._check_updates()
 
     def _check_objective(self) -> None:
@@ -302,10 +309,27 @@ class Setup:
         if self.offload is None:
             return
         check_choice("offload", self.offload, OFFLOADS)
+        if self.activation_checkpointing == SAVE_ATTENTION:
+            raise UsageError(
+                "What attention gives is saved on the device: --offload activations with it is not modelled.",
+                "Give --checkpointing full or every-2.",
+            )
         if self.activation_checkpointing in {"none", "selective"}:
             raise UsageError(
                 "What is offloaded is what checkpointing keeps, and no layer is checkpointed.",
                 "Give --checkpointing full or every-2.",
+            )
+
+    def _check_reentrant(self) -> None:
+        if self.reentrant and self.activation_checkpointing == SAVE_ATTENTION:
+            raise UsageError(
+                "What attention gives is saved by non-reentrant checkpointing alone.",
+                "Give --checkpointing full, or leave --reentrant out.",
+            )
+        if self.reentrant and self.activation_checkpointing in {"none", "selective"}:
+            raise UsageError(
+                "Reentrant is a way of checkpointing whole layers, and no layer is checkpointed.",
+                "Give --checkpointing full or every-2, or leave --reentrant out.",
             )
 
     def _check_updates(self) -> None:
@@ -432,13 +456,13 @@ def check_choice(name: str, value: object, known: object) -> None:
 
 def check_checkpointing(value: object) -> None:
     """Raise `UsageError` unless `value` is none, selective, full or every-N."""
-    if value in {"none", "selective", "full"}:
+    if value in {"none", "selective", SAVE_ATTENTION, "full"}:
         return
     every = value[6:] if isinstance(value, str) and value.startswith("every-") else ""
     if not (every.isascii() and every.isdigit() and len(every) <= 10 and 1 <= int(every) <= LARGEST_COUNT):
         raise UsageError(
             f"activation_checkpointing {_shown(value)} is not known.",
-            "Known: none, selective, full, every-2, every-3, ...",
+            "Known: none, selective, save-attention, full, every-2, every-3, ...",
         )
 
 
@@ -463,7 +487,7 @@ def check_dropout(value: object) -> None:
 
 
 def checkpointed_layers(activation_checkpointing: str, num_layers: int) -> tuple[str, ...]:
-    """For each layer ``none``, ``selective`` or ``full``.
+    """For each layer ``none``, ``selective``, ``save-attention`` or ``full``.
 
     ``every-N`` checkpoints layers 0, N, 2N, ... (`every_n_layers` of transformers 5.23).
     """

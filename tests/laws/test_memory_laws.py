@@ -23,6 +23,8 @@ from tests.laws.models import CONFIGS, RECORDINGS, all_setups, flattened, models
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
 
+LONGEST_HEAD = 16
+"""Numbers of a head of the small models."""
 ESTIMATORS = {name: Estimator(read_architecture(config, name), name) for name, config in CONFIGS.items()}
 
 
@@ -130,17 +132,27 @@ def test_bytes_never_fall_with_more_layers(name: str, setup: Setup, layers: int)
 
 @given(model=models, setup=all_setups)
 def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
-    """Kept activations: full <= every second layer <= none, and selective <= none.
+    """Kept activations: full <= every second layer <= none, full <= all but attention <= none, and selective <= none.
 
-    Under autocast a span around a fused kernel keeps what is cast for it, in fp32, which may be more.
+    Under autocast a span around a fused kernel keeps what is cast for it, in fp32, which may be more; and scores of
+    sequences shorter than a head are smaller than queries, keys and values in blocks of 512 bytes.
     """
     kept = {
-        mode: peaks(model, replace(setup, activation_checkpointing=mode)).kept_activation_bytes
-        for mode in ("none", "selective", "every-2", "full")
+        mode: peaks(model, replace(setup, activation_checkpointing=mode, reentrant=False)).kept_activation_bytes
+        for mode in ("none", "selective", "every-2", "save-attention", "full")
     }
     assert kept["full"] <= kept["every-2"] <= kept["none"]
-    if setup.attention == "eager" or not setup.precision.endswith("-mixed"):
+    assert kept["full"] <= kept["save-attention"] <= kept["none"]
+    mixed = setup.precision.endswith("-mixed")
+    if not mixed or (setup.attention == "eager" and setup.seq_len >= LONGEST_HEAD):
         assert kept["selective"] <= kept["none"]
+
+
+@given(model=models, setup=all_setups)
+def test_reentrant_checkpointing_needs_no_less(model: str, setup: Setup) -> None:
+    """It keeps as much of the forward pass, and lets go of nothing earlier in the backward pass."""
+    plain = peaks(model, replace(setup, reentrant=False)).by_instant
+    assert all(value >= plain[name] for name, value in peaks(model, setup).by_instant.items())
 
 
 @given(model=models, setup=all_setups)

@@ -94,7 +94,8 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     by_head = ("b", m.num_heads, "s", m.head_dim)
     q, k = t.view(q, by_head), t.view(k, by_head)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
-    out = attention(t, q, k, v, shared.get("mask"), p=m.attention_dropout, softmax_dtype=None, weights_dtype=v.dtype)
+    p, mask = m.attention_dropout, shared.get("mask")
+    out = attention(t, q, k, v, mask, p=p, softmax_dtype=None, weights_dtype=v.dtype, returned=True)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)
     return out
