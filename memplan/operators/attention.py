@@ -178,8 +178,9 @@ def _fused(
     if padding:
         q, k, v = (t.op("pad", (x,), (*x.shape[:-1], _whole(x.shape[-1]) + padding)) for x in (q, k, v))
     rows: Dim = "s to 32" if kernel == "efficient" and s == "s" else s
-    if mask is not None:
-        mask = _kernel_mask(t, mask, q.dtype)
+    unpadded = None
+    if mask is not None and mask.dtype == "bool":
+        unpadded, mask = _kernel_mask(t, mask, q.dtype)
     extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
     if t.attention == "flash":
         extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
@@ -202,6 +203,8 @@ def _fused(
         flops=count((b, heads, s, _attended(t, s), head_dim)).times(4),
         reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
     )
+    if unpadded is not None:
+        t.keep_alive(unpadded)
     if padding:
         out = take(t, out, (b, s, heads, head_dim))
     return copy(t, out) if padding or (by_head and kernel != "efficient") else out
@@ -314,21 +317,14 @@ def _made_by(t: Tape, x: Tensor) -> str:
     return next((op.name for op in reversed(t.ops) if any(y.number == x.number for y in op.outputs)), "")
 
 
-def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> Tensor:
-    """A boolean mask as the memory-efficient kernel is given it: 0 and minus infinity, rows padded to 16 elements.
+def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """A boolean mask as 0 and minus infinity, and what the memory-efficient kernel is given: rows of 16 n elements.
 
-    Every layer makes its own (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/
-    attention.cpp).
+    Every layer makes its own; the first, empty where it is the second, is a variable of scaled_dot_product_attention
+    (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/attention.cpp).
     """
-    if mask.dtype != "bool":
-        return mask
-    return t.op(
-        "additive mask",
-        (mask,),
-        ("b", 1, "s", "s to 16"),
-        dtype=dtype,
-        scratch=[num_bytes(("b", 1, "s", "s[not 16s]"), dtype)],
-    )
+    unpadded = t.op("additive mask", (mask,), ("b", 1, "s", "s[not 16s]"), dtype=dtype)
+    return unpadded, t.op("pad", (unpadded, mask), ("b", 1, "s", "s to 16"), gradients=(), dtype=dtype)
 
 
 def attention(

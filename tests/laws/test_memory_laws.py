@@ -17,6 +17,7 @@ from memplan.estimation.ledger import ledger
 from memplan.estimation.step import EVALUATION, INSTANTS, Recordings
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
+from memplan.operators.sizes import allocated
 from memplan.specs.evaluation import Evaluation
 from tests.laws.models import CONFIGS, RECORDINGS, all_setups, flattened, models, peaks, setups
 
@@ -150,9 +151,20 @@ def test_checkpointing_keeps_less(model: str, setup: Setup) -> None:
 
 @given(model=models, setup=all_setups)
 def test_reentrant_checkpointing_needs_no_less(model: str, setup: Setup) -> None:
-    """It keeps as much of the forward pass, and lets go of nothing earlier in the backward pass."""
+    """It keeps as much of the forward pass, and lets go of nothing earlier in the backward pass.
+
+    Under autocast the other kind runs a layer again when its last product asks for the first tensor: the gradient of
+    the layer's output has been cast by then.
+    """
     plain = peaks(model, replace(setup, reentrant=False)).by_instant
-    assert all(value >= plain[name] for name, value in peaks(model, setup).by_instant.items())
+    mixed = setup.precision.endswith("-mixed")
+    cast = (
+        allocated((CONFIGS[model].get("hidden_size") or CONFIGS[model]["n_embd"]) * setup.tokens_per_micro_batch * 2)
+        if mixed
+        else 0
+    )
+    found = peaks(model, setup).by_instant
+    assert all(found[name] + (cast if name == "backward" else 0) >= value for name, value in plain.items())
 
 
 @given(model=models, setup=all_setups)
