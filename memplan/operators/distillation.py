@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.operators.elementwise import add, keeps_result, mul, neg, scale, sub
-from memplan.operators.fused_losses import PREDICTING
 from memplan.operators.layout import take
-from memplan.operators.losses import divide, log_softmax
+from memplan.operators.losses import PREDICTING, divide, log_softmax
 from memplan.operators.sizes import num_bytes
 from memplan.operators.tape import Gradient, elements
 
@@ -45,7 +44,7 @@ def distillation_loss(t: Tape, logits: Tensor, labels: Tensor, num_items: Tensor
             f"Logits of two dtypes are not modelled: the student's are in {logits.dtype}.",
             "Use a --precision with autocast.",
         )
-    given = [] if t.padded else [t.external("attention_mask", TOKENS, "int64", role="input")]
+    given = [] if t.batch.padded else [t.external("attention_mask", TOKENS, "int64", role="input")]
     t.pause()
     teacher = t.external("logits of the teacher", logits.shape, logits.dtype, role="buffer")
     before = (*PREDICTING, logits.shape[-1])

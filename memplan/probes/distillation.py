@@ -52,9 +52,10 @@ def find_teacher(model: TracedModel, student: nn.Module, setup: Setup) -> Distil
 def _setup_of_teacher(setup: Setup) -> Setup:
     """All weights as they were loaded, for a model that is not trained."""
     precision = next(name for name, dtypes in PRECISIONS.items() if dtypes == setup.teacher_numerics)
-    plain: dict[str, Any] = {"lora": None, "freeze": (), "quantize": None, "upcast": False, "offload": None}
+    plain: dict[str, Any] = {"lora": None, "freeze": (), "quantize": None, "upcast": False}
+    plain |= {"activation_checkpointing": "none", "offload": None, "reentrant": False}
     lm: dict[str, Any] = {"objective": "lm", "teacher": None, "teacher_dtype": None, "dropout": 0.0}
-    return replace(setup, precision=precision, activation_checkpointing="none", **plain, **lm)
+    return replace(setup, precision=precision, **plain, **lm)
 
 
 def _num_words(module: nn.Module) -> int:
@@ -101,7 +102,7 @@ class Distillation:
         """What a model hands out under accelerate: with autocast in fp32."""
         with autocast():
             outputs = model(**given)
-        return outputs if PRECISIONS[self.setup.precision][1] is None else outputs_to_fp32(outputs)
+        return outputs_to_fp32(outputs, self.setup)
 
 
 def divergence(student: Any, teacher: Any, labels: torch.Tensor, num_items: Any, supervised: float) -> torch.Tensor:

@@ -14,43 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memplan.probes.checkpointing import enable_checkpointing
-from memplan.probes.distillation import find_teacher
 from memplan.probes.heads import head_of, language_model
 from memplan.probes.losses import IGNORED, tiled_numbers
-from memplan.specs.training import DISTILLATION, PAIRED
 
 if TYPE_CHECKING:
     from torch import nn
 
     from memplan.probes.autocast import CudaAutocast
-    from memplan.probes.models import TracedModel
-    from memplan.probes.training import Objective, Region
+    from memplan.probes.training import Region
     from memplan.specs.training import Setup
 
 BETA = 0.1
 REPORTED = ("entropy", "mean", "best")
 """Numbers of each token that DPOTrainer has the policy's output layer compute besides."""
-
-
-def find_objective(
-    model: TracedModel, module: nn.Module, setup: Setup, autocast: CudaAutocast | None
-) -> Objective | None:
-    """What the module is trained for; None: its own loss.
-
-    Raises:
-        UsageError: the module is no causal language model of transformers, or its teacher does not fit.
-    """
-    if setup.objective == DISTILLATION:
-        return find_teacher(model, module, setup)
-    if setup.objective not in PAIRED:
-        return None
-    reference = None
-    if setup.has_reference and setup.lora is None:
-        with torch.device("meta"):
-            reference = model.build(setup).module.eval()
-        add_fused_head(reference, setup, autocast, ())
-    add_fused_head(module, setup, autocast, REPORTED)
-    return Preference(module, reference, setup, autocast)
 
 
 class Preference:

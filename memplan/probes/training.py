@@ -20,6 +20,8 @@ from torch import nn
 
 from memplan.probes.evaluation import evaluate
 from memplan.probes.faults import TraceError
+from memplan.probes.inputs import flattened
+from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from memplan.probes.models import Built
+    from memplan.probes.smoothing import Smoother
     from memplan.specs.training import Setup
 
     Region = Callable[[], AbstractContextManager[Any]]
@@ -104,12 +107,15 @@ class TrainingRun:
         module: Any = None,
         scaler: Any = None,
         objective: Objective | None = None,
+        smoother: Smoother | None = None,
     ) -> None:
         """`module`: what is called, where that is a wrapper of the model; `scaler`: a torch.amp.GradScaler.
 
-        `objective`: what takes the loss, where the model does not do so itself.
+        `objective`: what takes the loss, where the model does not do so itself; `smoother`: the same from what the
+        model returns.
         """
         self.objective = objective
+        self.smoother = smoother
         self.model: Any = built.module
         self.called: Any = built.module if module is None else module
         self.make_inputs = built.make_inputs
@@ -176,8 +182,8 @@ class TrainingRun:
         """One micro-batch."""
         with torch.device(self.device):
             make = self.make_inputs if self.objective is None else self.objective.make_inputs
-            inputs = make(setup.micro_batch_size, setup.seq_len)
-        if setup.padding and "attention_mask" not in inputs:
+            inputs = flattened(make, setup) if setup.is_flattened else make(setup.micro_batch_size, setup.seq_len)
+        if setup.padding and self.objective is None and "attention_mask" not in inputs:
             inputs["attention_mask"] = _mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):
             self.witness.label(tensor, "input", "inputs", name)
@@ -202,7 +208,7 @@ class TrainingRun:
         kept = setup.loss == "full-kept"  # in a loop without accelerate
         if not kept:
             outputs = self.handed_out(outputs)
-        loss = self.loss(outputs)
+        loss = self.loss(outputs, inputs, num_items)
         if self.loop.keep_outputs or kept:
             self._outputs = outputs
         accumulation = setup.gradient_accumulation_steps
@@ -211,17 +217,21 @@ class TrainingRun:
     def call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:
         """What the model returns."""
         if isinstance(inputs, dict):
+            if self.smoother is not None:
+                inputs = {name: x for name, x in inputs.items() if name != "labels"}
             extra = {} if num_items is None else {"num_items_in_batch": num_items}
             return self.called(**inputs, **extra)
         return self.called(*inputs) if isinstance(inputs, (tuple, list)) else self.called(inputs)
 
-    def loss(self, outputs: Any) -> torch.Tensor:
+    def loss(self, outputs: Any, inputs: Any, num_items: torch.Tensor | None) -> torch.Tensor:
         """The loss of what the model returned."""
+        if self.smoother is not None:
+            return self.smoother.loss(outputs, inputs["labels"], num_items)
         return find_loss(outputs, self.loss_of)
 
     def handed_out(self, outputs: Any) -> Any:
         """Outputs of the model as accelerate hands them out: under autocast in fp32."""
-        return outputs_to_fp32(outputs) if self.autocast and self.loop.outputs_to_fp32 else outputs
+        return _to_fp32(outputs) if self.autocast and self.loop.outputs_to_fp32 else outputs
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.updates_in_backward:
@@ -301,16 +311,21 @@ def _mask(ids: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def outputs_to_fp32(outputs: Any) -> Any:
+def outputs_to_fp32(outputs: Any, setup: Setup) -> Any:
+    """Outputs of the model as accelerate hands them out under the precision of `setup`."""
+    return outputs if PRECISIONS[setup.precision][1] is None else _to_fp32(outputs)
+
+
+def _to_fp32(outputs: Any) -> Any:
     """What accelerate's convert_outputs_to_fp32 does, for the tensors at the top of the output."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.is_floating_point() else outputs
     if isinstance(outputs, dict):
         for name in list(outputs):
             if isinstance(outputs[name], torch.Tensor):
-                outputs[name] = outputs_to_fp32(outputs[name])
+                outputs[name] = _to_fp32(outputs[name])
     elif type(outputs) in {tuple, list}:
-        return type(outputs)(outputs_to_fp32(x) if isinstance(x, torch.Tensor) else x for x in outputs)
+        return type(outputs)(_to_fp32(x) if isinstance(x, torch.Tensor) else x for x in outputs)
     return outputs
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from memplan.errors import UsageError, did_you_mean
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, TRAINER_WITHOUT_DROPOUT, check_count
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, TRAINER_BY_OBJECTIVE, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,13 +30,15 @@ class Choices(TypedDict, total=False):
     optimizer: str | None
     """Key of `memplan.specs.training.OPTIMIZERS` (adamw)."""
     checkpointing: str | None
-    """none, selective, full or every-N (none)."""
+    """none, selective, save-attention, full or every-N (none)."""
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None
     """Key of `memplan.specs.training.LOSSES` (full, or the first that the objective has)."""
     objective: str | None
     """Key of `memplan.specs.training.OBJECTIVES` (lm)."""
+    label_smoothing: float | None
+    """Share of the probability that is spread over all words (0)."""
     teacher: str | os.PathLike[str] | None
     """Model that is distilled, named like the one that is trained."""
     teacher_dtype: str | None
@@ -47,6 +49,10 @@ class Choices(TypedDict, total=False):
     """Overrides every dropout probability of the config."""
     padding: bool | None
     """Micro-batches hold padding, so that an attention mask is passed."""
+    batching: str | None
+    """Key of `memplan.specs.training.BATCHINGS` (rows)."""
+    packed_sequences: int | None
+    """Sequences in a packed row, on average (2)."""
     lora_rank: int | None
     """Rank of adapters that are trained in place of the weights."""
     lora_targets: Names | None
@@ -65,6 +71,8 @@ class Choices(TypedDict, total=False):
     """How the frozen weights of linear layers are stored: nf4, nf4-double or int8 (as loaded)."""
     offload: str | None
     """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
+    reentrant: bool | None
+    """Checkpointing by use_reentrant=True, the default of transformers 4."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
     eval_batch: int | None
@@ -85,14 +93,18 @@ FIELD_BY_ARGUMENT = {
     "attention": "attention",
     "loss": "loss",
     "objective": "objective",
+    "label_smoothing": "label_smoothing",
     "teacher": "teacher",
     "teacher_dtype": "teacher_dtype",
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
+    "batching": "batching",
+    "packed_sequences": "packed_sequences",
     "freeze": "freeze",
     "quantize": "quantize",
     "offload": "offload",
+    "reentrant": "reentrant",
     "upcast": "upcast",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""
@@ -116,7 +128,7 @@ EVALUATION_FIELD_BY_ARGUMENT = {
 
 ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_ARGUMENT)
 
-COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
+COUNTS = ("micro_batch", "accumulation", "seq_len", "packed_sequences", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
 
 
@@ -155,7 +167,7 @@ def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults_of(objective: object) -> dict[str, Any]:
     """Fields for which an objective has defaults of its own; none for what is no objective."""
-    if objective in TRAINER_WITHOUT_DROPOUT:
+    if objective in TRAINER_BY_OBJECTIVE:
         return {"loss": LOSSES_BY_OBJECTIVE[objective][0], "dropout": dropout_of({"objective": objective})}
     return {}
 
@@ -163,10 +175,10 @@ def _defaults_of(objective: object) -> dict[str, Any]:
 def dropout_of(choices: Mapping[str, Any]) -> float | None:
     """What takes the place of all dropout of a model's config, None where it is kept.
 
-    Some trainers switch dropout off unless they are told otherwise (`TRAINER_WITHOUT_DROPOUT`).
+    TRL's trainers switch dropout off unless they are told otherwise (`TRAINER_BY_OBJECTIVE`).
     """
     given: float | None = choices.get("dropout")
-    return 0.0 if given is None and choices.get("objective") in TRAINER_WITHOUT_DROPOUT else given
+    return 0.0 if given is None and choices.get("objective") in TRAINER_BY_OBJECTIVE else given
 
 
 def _flag(argument: str) -> str:

@@ -106,6 +106,27 @@ def test_other_choices(precision: str, dtype: str | None, attention: str, paddin
     assert_same(compare(LLAMA, setup, teacher=LARGE))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"activation_checkpointing": "full", "reentrant": True},
+        {"activation_checkpointing": "full", "reentrant": True, "lora": Lora(rank=8), "precision": "bf16-mixed"},
+        {"activation_checkpointing": "every-2", "reentrant": True, "gradient_accumulation_steps": 2},
+        {"activation_checkpointing": "every-2"},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "save-attention"},
+        {"activation_checkpointing": "save-attention", "lora": Lora(rank=8), "precision": "bf16-mixed"},
+        {"activation_checkpointing": "full", "offload": "activations"},
+        {"optimizer": "lomo"},
+        {"lora": Lora(rank=8), "quantize": "nf4"},
+    ],
+    ids=str,
+)
+def test_the_student_alone_is_trained_like_this(how: dict[str, Any]) -> None:
+    """GIVEN checkpointing, updates in the backward pass or a base of few bits THEN the teacher has none of it."""
+    assert_same(compare(LLAMA, setup_of(**how), teacher=LARGE))
+
+
 @pytest.mark.parametrize(("precision", "size"), list(product(["bf16", "bf16-mixed"], [(1, 700), (16, 64)])), ids=str)
 def test_the_teacher_runs_on_top_of_what_the_student_keeps(precision: str, size: tuple[int, int]) -> None:
     """GIVEN a teacher far wider than its vocabulary THEN its forward pass is the peak, of formula and trace."""

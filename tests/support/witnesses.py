@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.architectures.registry import read_architecture
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.probes.models import transformers_model
 from memplan.probes.trace import trace_training
 from memplan.specs.values import replace
@@ -47,7 +47,7 @@ def compare(
     """Evaluate and trace one setup; `teacher`: the config of the model that is distilled."""
     taught = None if teacher is None else read_architecture(teacher, "teacher", dropout=0.0)
     program = Recordings(read_architecture(config, "config", dropout=setup.dropout), taught).program(setup)
-    sizes = Sizes(bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised))
+    sizes = Sizes(dimensions(setup))
     peaks = program.peaks(sizes, setup.gradient_accumulation_steps)
     model = transformers_model(config)
     if teacher is not None:

@@ -12,6 +12,7 @@ from memplan.estimation.estimate import Estimator
 from memplan.estimation.grid import estimate_grid
 from memplan.estimation.step import TEACHER
 from memplan.operators.sizes import allocated
+from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import dropout_of, setup_fields
 from memplan.specs.records import parse_setup, setup_record
@@ -119,7 +120,8 @@ def test_what_there_is_to_say() -> None:
     said = {one.what: one for one in found.assumptions}
     assert "beta 0.5" in said["objective"].value
     assert "GKDTrainer" in said["objective"].why
-    assert "192 KiB" in said["teacher's cache"].value
+    held = 4 * 2 * 3 * 128 * 64 * 2  # layers, keys and values, sequences, tokens, one head's width, bytes of bf16
+    assert f"{held // 1024} KiB" in said["teacher's cache"].value
     assert {"generation", "the prompts"} <= {what for what, _ in found.unmodelled}
     assert TEACHER in {one.name for one in found.instants}
 
@@ -129,6 +131,27 @@ def test_defaults_of_the_objective() -> None:
     fields = setup_fields({"objective": "distillation", "teacher": "gpt2"})
     assert fields == {"objective": "distillation", "teacher": "gpt2", "loss": "full", "dropout": 0.0}
     assert dropout_of({"objective": "distillation"}) == 0.0
+
+
+def test_the_arguments_of_gkd_trainer() -> None:
+    """GIVEN a teacher in bf16 beside fp32 weights THEN it is loaded like this, and the student generates nothing."""
+    found = trainer_arguments(setup_of(precision="bf16-mixed", teacher_dtype="bf16", attention="eager", dropout=0.0))
+    assert found is not None
+    assert found["config"] == "GKDConfig"
+    assert found["dtype"] == "float32"
+    arguments = found["arguments"]
+    assert arguments["lmbda"] == 0.0
+    assert arguments["max_length"] == LENGTH
+    assert arguments["teacher_model_init_kwargs"] == {"dtype": "bfloat16", "attn_implementation": "eager"}
+    assert "disable_dropout" not in arguments
+
+
+def test_gkd_trainer_keeps_what_attention_gives() -> None:
+    """As SFTTrainer does, of which it is an heir; trainers of pairs do not."""
+    found = trainer_arguments(setup_of(activation_checkpointing="save-attention"))
+    assert found is not None
+    assert found["arguments"]["activation_checkpointing_kwargs"] == {"selective": True}
+    assert trainer_arguments(Setup(objective="dpo", loss="tiled", activation_checkpointing="save-attention")) is None
 
 
 def test_a_record_keeps_the_teacher() -> None:
