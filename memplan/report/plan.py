@@ -167,7 +167,8 @@ def _time(plan: Document, best: Document) -> str:
 
 def _trainer(trainer: Document, model: Document) -> str:
     config = trainer["config"]
-    always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout", "lmbda")
+    of_trl = () if config == CONFIG_OF_TRAINER else ("activation_checkpointing", "disable_dropout", "lmbda")
+    always = ("bf16", *of_trl)
     shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
     made = f"{config}({_arguments(shown)})"
     made += f" of {trainer['versions']}" if trainer["versions"] else ""

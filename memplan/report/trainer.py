@@ -149,7 +149,7 @@ def _checkpoints(setup: Setup) -> bool:
 
 
 def saves_attention(loss: str, objective: str) -> bool:
-    """Whether a trainer can keep what attention gives: SFTTrainer, where it holds no logits, and GKDTrainer, an heir."""
+    """Whether a trainer can keep what attention gives: SFTTrainer without logits, and GKDTrainer, its heir."""
     if objective in CONFIG_BY_OBJECTIVE:
         return objective == DISTILLATION
     return loss in LOSSES_BESIDE_SAVED_ATTENTION
