@@ -47,7 +47,7 @@ USAGE = [
     (f"{PLAN} --attention flesh", "--attention 'flesh'", "Did you mean flash?"),
     (f"{PLAN} --checkpointing every-0", "--checkpointing 'every-0'", "every-2"),
     (f"{PLAN} --checkpointing every-x", "--checkpointing 'every-x'", "every-2"),
-    (f"{PLAN} --checkpointing all", "--checkpointing 'all'", "Known: none, selective, full, every-N"),
+    (f"{PLAN} --checkpointing all", "--checkpointing 'all'", "Known: none, selective, save-attention, full"),
     (f"{PLAN} --headroom 100", "--headroom is '100'", "below 100"),
     (f"{PLAN} --headroom nan", "--headroom is 'nan'", "below 100"),
     (f"{PLAN} --headroom -3", "--headroom is '-3'", "below 100"),
