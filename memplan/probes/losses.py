@@ -201,7 +201,7 @@ def _scattered(numbers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> tuple[t
 
 def _masked(x: torch.Tensor, mask: torch.Tensor, head: Head) -> torch.Tensor:
     """``x[mask]``."""
-    return masked(x, mask, head.supervised)
+    return _Masked.apply(x, mask, head.num_supervised(mask.numel()))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor, supervised: float) -> torch.Tensor:
