@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import IN_BACKWARD, PRECISIONS
+from memplan.specs.training import IN_BACKWARD, LOSSES, LOSSES_BY_OBJECTIVE, PRECISIONS
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -134,14 +134,17 @@ def _changes(setup: Setup) -> Iterator[Change]:
 def _losses(setup: Setup) -> Iterator[Change]:
     """Losses that give the same gradients, but for rounding, without holding all logits."""
     names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
-    if setup.loss == "full":
-        for loss, name in names.items():
+    known = LOSSES_BY_OBJECTIVE.get(setup.objective, LOSSES)
+    for loss, name in names.items():
+        if setup.loss == "full" and loss in known:
             yield Change(name, f"--loss {loss}", replace(setup, loss=loss))
 
 
 def _adapters(setup: Setup) -> Iterator[Change]:
     """Adapters in place of the weights, and a base in few bits beside them."""
     lora = setup.lora
+    if lora is None and setup.objective == "token-classification":
+        return  # all linear layers are one too many (`memplan.specs.adapter.check_token_targets`)
     if lora is None:
         adapters = replace(setup, lora=Lora(rank=USUAL_RANK))
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)

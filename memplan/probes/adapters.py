@@ -13,7 +13,7 @@ from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
 from memplan.specs.recipe import ALL_LINEAR, covers
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import PRECISIONS, TASK_TYPE_BY_OBJECTIVE
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets),
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
+        task_type=TASK_TYPE_BY_OBJECTIVE.get(setup.objective),
     )
     high = lora.dtype == "fp32" or setup.quantize is not None
     if setup.upcast:
@@ -82,7 +83,7 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted: nn.Module = peft.get_peft_model(module, settings, autocast_adapter_dtype=high)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(
             f"peft {peft.__version__} cannot add these adapters: {text[:300]}",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.values import dataclass
+from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +51,28 @@ class Lora:
             raise UsageError(f"The dropout of LoRA is {self.dropout!r}.", "Give a probability from 0 up to, not 1.")
         if self.dtype not in ADAPTER_DTYPES:
             raise UsageError(f"The dtype of LoRA is {self.dtype!r}.", f"Known: {', '.join(ADAPTER_DTYPES)}.")
+
+
+CLASSIFIER_HEADS = ("classifier", "score")
+"""Names of layers that tell classes apart, of which peft trains a full copy (SEQ_CLS, TOKEN_CLS in peft_model.py)."""
+
+
+def with_head(lora: Lora) -> Lora:
+    """Adapters of a classifier, as ``PeftModelForSequenceClassification`` and ``...TokenClassification`` have them."""
+    return replace(lora, modules_to_save=(*lora.modules_to_save, *CLASSIFIER_HEADS))
+
+
+def check_token_targets(lora: Lora) -> None:
+    """Raise `UsageError` where the head of a classifier of tokens would get an adapter.
+
+    ``PeftModelForTokenClassification`` names the head as a module to save after adapters were added, and the two do not
+    go together (a TypeError of peft 0.21).
+    """
+    if lora.targets == (ALL_LINEAR,) or set(lora.targets) & set(CLASSIFIER_HEADS):
+        raise UsageError(
+            f"{', '.join(lora.targets)} has the head of a classifier of tokens in it, and peft fails on that.",
+            "Name the other layers, as in --lora-targets q_proj,v_proj (of BERT: query,value).",
+        )
 
 
 def check_names(fault: str, names: Sequence[object], cure: str) -> None:

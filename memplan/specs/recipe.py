@@ -50,11 +50,11 @@ class Recipe(NamedTuple):
         return not any(covers(p, name) for p in self.freeze)
 
     def copies(self, module: str) -> bool:
-        """Whether a trained copy of `module` stands beside the frozen original (``modules_to_save``)."""
+        """Whether a trained copy of `module`, or of what it is in, stands beside the original (``modules_to_save``)."""
         return self._has_copy(module) and not self.disabled
 
     def _has_copy(self, module: str) -> bool:
-        return self.lora is not None and _is_named(module, self.lora.modules_to_save)
+        return self.lora is not None and _is_within(module, self.lora.modules_to_save)
 
     def adapts(self, module: str) -> bool:
         """Whether the linear layer `module` gets an adapter."""
@@ -77,6 +77,11 @@ EVERYTHING = Recipe()
 
 def _is_named(module: str, names: Sequence[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _is_within(module: str, names: Sequence[str]) -> bool:
+    """Whether the module or one that it is part of has one of the names."""
+    return any(f".{name}." in f".{module}." for name in names)
 
 
 def covers(pattern: str, name: str) -> bool:

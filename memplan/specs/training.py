@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError, did_you_mean
+from memplan.specs.adapter import check_token_targets, with_head
 from memplan.specs.recipe import EVERYTHING, Recipe
 from memplan.specs.values import dataclass
 
@@ -92,6 +93,8 @@ QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
+TASK_TYPE_BY_OBJECTIVE = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+"""Objectives for which peft does more than for others, and what it calls them."""
 PAIRED = ("dpo", "dpo-precomputed")
 """Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
 LOSSES_BY_OBJECTIVE = {
@@ -190,10 +193,8 @@ class Setup:
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
             )
-        if self.objective in CLASSIFICATIONS and self.lora is not None:
-            raise UsageError(
-                "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
-            )
+        if self.objective == "token-classification" and self.lora is not None:
+            check_token_targets(self.lora)
         if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
             raise UsageError(
                 "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
@@ -238,7 +239,7 @@ class Setup:
         if self.lora is None and not self.freeze:
             return EVERYTHING
         return Recipe(
-            lora=self.lora,
+            lora=with_head(self.lora) if self.lora and self.objective in CLASSIFICATIONS else self.lora,
             freeze=self.freeze,
             quantize=self.quantize,
             upcast=self.upcast,

@@ -111,10 +111,11 @@ def layer(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
             attended = merged(t, attention(t, q, k, v, None, p=m.attention_dropout, softmax_dtype=None))
             t.keep_alive(q, k, v)
         x = attention_output = output(m, t, attended, x)
+        t.keep_alive(attended)
     with t.scope("intermediate"):
         fed = ACTIVATION_BY_NAME[m.activation](t, linear(t, x, m.intermediate_size, "dense", bias=True))
     x = output(m, t, fed, x)
-    t.keep_alive(before, attention_output)
+    t.keep_alive(before, attention_output, fed)
     return x
 
 
