@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
-from memplan.operators.matrix import EMBEDDING
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
 from memplan.specs.recipe import ALL_LINEAR, EVERYTHING
@@ -213,7 +212,9 @@ def record(
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)
-    stem_tape.holds_output |= _is_embedded(stem_tape, hidden)
+    embedded = stem_tape.embedded
+    if embedded is not None and embedded.storage == hidden.storage:
+        stem_tape.holds_output = True  # a variable of the model (inputs_embeds)
     stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
 
     def follow(part: LayerKind | Head, before: Tensor, prefix: str = "") -> Piece:
@@ -256,11 +257,6 @@ def record(
         _check_targets(recording, recipe)
         _check_trained(recording)
     return recording
-
-
-def _is_embedded(stem: Tape, hidden: Tensor) -> bool:
-    """Whether the first layer is handed what an embedding gives: a variable of the model (``inputs_embeds``)."""
-    return any(op.outputs[0].storage == hidden.storage for op in stem.ops if op.name == EMBEDDING)
 
 
 def _same_answers(known: Tape, recipe: Recipe, prefix: str) -> bool:

@@ -97,7 +97,7 @@ def causal_head(
             if t.loss == "full-kept":
                 t.outlive.append(made)
         return loss
-    if t.ask("adapts_head", name):
+    if t.ask("adapts_named", name):
         raise UsageError(
             f"--loss {t.loss} takes the weight of {name} alone and would leave its adapter out.",
             f"Use --loss full, or leave {name} out of --lora-targets.",

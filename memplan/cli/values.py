@@ -341,7 +341,7 @@ SETUP_ROWS = (
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),
-    Row(("--lora-targets",), TRAINED, "Linear layers that get one, with commas (all-linear).", read_names, "NAMES"),
+    Row(("--lora-targets",), TRAINED, "Layers that get one, embeddings too (all-linear).", read_names, "NAMES"),
     Row(("--lora-dropout",), TRAINED, "Dropout before them (0).", below(1), "P"),
     _named("--lora-dtype", TRAINED, "fp32, as peft keeps them, or that of the weights (fp32).", ADAPTER_DTYPES),
     Row(("--dora",), TRAINED, "Adapters of magnitude and direction (DoRA)."),

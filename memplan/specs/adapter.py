@@ -19,14 +19,14 @@ ADAPTER_DTYPES = ("fp32", "base")
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Adapters of low rank beside frozen linear layers (Hu et al., 2021), as peft adds them.
+    """Adapters of low rank beside frozen layers (Hu et al., 2021), as peft adds them.
 
     rsLoRA (Kalajdzievski, 2023) scales by another number and takes the same bytes.
     """
 
     rank: int
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    """Names of the linear layers, or ``all-linear`` alone: all of them but the head."""
+    """Names of linear layers and embeddings, or ``all-linear`` alone: all linear ones but the head."""
     dropout: float = 0.0
     """Probability before the first of the two matrices."""
     dtype: str = "fp32"

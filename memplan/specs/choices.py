@@ -45,7 +45,7 @@ class Choices(TypedDict, total=False):
     lora_rank: int | None
     """Rank of adapters that are trained in place of the weights."""
     lora_targets: Names | None
-    """Linear layers that get one, as a list or with commas (all of them but the head)."""
+    """Linear layers and embeddings that get one, as a list or with commas (all linear ones but the head)."""
     lora_dropout: float | None
     """Probability of dropout before them (0)."""
     lora_dtype: str | None

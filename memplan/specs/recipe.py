@@ -62,8 +62,8 @@ class Recipe(NamedTuple):
             return False
         return self.lora.targets == (ALL_LINEAR,) or _is_named(module, self.lora.targets)
 
-    def adapts_head(self, module: str) -> bool:
-        """The same of the layer that makes the logits: ``all-linear`` leaves it out."""
+    def adapts_named(self, module: str) -> bool:
+        """The same of an embedding, or the layer that makes the logits: ``all-linear`` leaves them out."""
         return self.lora is not None and self.lora.targets != (ALL_LINEAR,) and self.adapts(module)
 
     def quantises(self, module: str) -> bool:
