@@ -276,6 +276,12 @@ def _check_targets(recording: Recording, recipe: Recipe) -> None:
     asked = [(q, name, said) for piece in recording.pieces() for (q, name), said in piece.tape.asked.items()]
     layers = sorted({name.rpartition(".")[2] for question, name, _ in asked if question.startswith("adapts")})
     lora = recipe.lora
+    num_layers = len(recording.order)
+    if lora is not None and lora.layers and lora.layers[-1] >= num_layers:
+        raise UsageError(
+            f"The model has {num_layers} layers, and adapters are asked for in number {lora.layers[-1]}.",
+            f"Layers are counted from 0 to {num_layers - 1}.",
+        )
     if lora is not None and not any(said for question, _, said in asked if question.startswith("adapts")):
         raise UsageError(
             f"The model has no linear layer named {' or '.join(lora.targets)}.",

@@ -13,6 +13,7 @@ from memplan.operators.elementwise import mul
 from memplan.operators.int8 import int8_linear
 from memplan.operators.products import project
 from memplan.operators.quantised import quantised_linear
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -68,7 +69,7 @@ def with_adapter(t: Tape, base: Base, *, makes_logits: bool = False) -> Tensor:
     lora = t.recipe.lora
     if lora is None or not t.ask("adapts_named" if makes_logits else "adapts", t.module):
         return base.y
-    return adapted(t, base, lora)
+    return adapted(t, base, replace(lora, rank=t.ask("rank", t.module)))
 
 
 def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, scaled_by: Tensor | None = None) -> Tensor:
@@ -84,7 +85,8 @@ def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, sca
         if scaled_by is not None:
             x = mul(t, x, scaled_by)
         if t.recipe.lora is not None and t.ask("adapts_named", t.module):
-            x = adapted_embedding(t, ids, table, x, t.recipe.lora, scaled_by=scaled_by)
+            lora = replace(t.recipe.lora, rank=t.ask("rank", t.module))
+            x = adapted_embedding(t, ids, table, x, lora, scaled_by=scaled_by)
         if is_first:
             t.embedded = x = t.require_gradient(x) if t.recipe.input_gradients else x
         return x

@@ -74,6 +74,8 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets),
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
+        layers_to_transform=list(lora.layers) or None,
+        rank_pattern=dict(lora.ranks),
         task_type=TASK_TYPE_BY_OBJECTIVE.get(setup.objective),
     )
     high = lora.dtype == "fp32" or setup.quantize is not None

@@ -146,6 +146,17 @@ def choices(setup: Document) -> str:
     return ", ".join([*parts, *recipe_words(setup)])
 
 
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, those that follow each other as a range: ``0, 16-31``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
 def recipe_words(setup: Document) -> list[str]:
     """What is trained, and how the rest is stored, where that is not all as it was loaded."""
     parts = []
@@ -154,6 +165,8 @@ def recipe_words(setup: Document) -> list[str]:
         kind = "DoRA" if lora["dora"] else "LoRA"
         dtype = "fp32" if lora["dtype"] == "fp32" else "the base's dtype"
         parts.append(f"{kind} of rank {lora['rank']} in {dtype} on {', '.join(lora['targets'])}")
+        parts += [f"of layers {in_ranges(lora['layers'])} alone"] if lora["layers"] else []
+        parts += [f"rank {rank} on {name}" for name, rank in lora["ranks"].items()]
         parts += [f"adapter dropout {lora['dropout']:g}"] if lora["dropout"] else []
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []

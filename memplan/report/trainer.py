@@ -106,6 +106,8 @@ def _lora(lora: Lora, task_type: str | None) -> dict[str, Any]:
     found |= {"lora_dropout": lora.dropout} if lora.dropout else {}
     found |= {"use_dora": True} if lora.dora else {}
     found |= {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+    found |= {"layers_to_transform": list(lora.layers)} if lora.layers else {}
+    found |= {"rank_pattern": dict(lora.ranks)} if lora.ranks else {}
     found |= {"task_type": task_type} if task_type is not None else {}
     return found
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from memplan.errors import UsageError, did_you_mean
-from memplan.specs.adapter import Lora
+from memplan.specs.adapter import Lora, as_layers, as_ranks
 from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import LOSSES_BY_OBJECTIVE, PAIRED, check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Names = str | Sequence[str]
 
@@ -54,6 +54,10 @@ class Choices(TypedDict, total=False):
     """Adapters of magnitude and direction."""
     modules_to_save: Names | None
     """Modules of which a full copy is trained beside the adapters."""
+    lora_layers: str | int | Sequence[int] | None
+    """Numbers of the layers that get adapters, as a list or as in 0,16-31 (all)."""
+    lora_ranks: str | Mapping[str, int] | None
+    """Ranks of targets that have another one, as a mapping or as in down_proj=8,q_proj=64 (none)."""
     freeze: Names | None
     """Patterns of parameters or modules that are not trained."""
     quantize: str | None
@@ -97,6 +101,8 @@ LORA_FIELD_BY_ARGUMENT = {
     "lora_dtype": "dtype",
     "dora": "dora",
     "modules_to_save": "modules_to_save",
+    "lora_layers": "layers",
+    "lora_ranks": "ranks",
 }
 """Argument -> the field of `memplan.specs.adapter.Lora`."""
 
@@ -111,6 +117,7 @@ ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_A
 
 COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
+READER_BY_ARGUMENT: dict[str, Callable[[str, Any], Any]] = {"lora_layers": as_layers, "lora_ranks": as_ranks}
 
 
 def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,6 +178,8 @@ def _read(name: str, value: Any) -> Any:
         return as_count(name, value)
     if name in LISTS:
         return as_names(name, value)
+    if name in READER_BY_ARGUMENT:
+        return READER_BY_ARGUMENT[name](name, value)
     return value
 
 

@@ -9,6 +9,7 @@ quantizers/quantizer_bnb_4bit.py.
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
 
 ALL_LINEAR = "all-linear"
+
+LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+"""The number of the layer in the path of a module: the first that is one."""
 
 
 class Recipe(NamedTuple):
@@ -60,7 +64,20 @@ class Recipe(NamedTuple):
         """Whether the linear layer `module` gets an adapter."""
         if self.lora is None or self.disabled or self.copies(module):
             return False
-        return self.lora.targets == (ALL_LINEAR,) or _is_named(module, self.lora.targets)
+        return self.lora.targets == (ALL_LINEAR,) or (_is_named(module, self.lora.targets) and self._in_layers(module))
+
+    def _in_layers(self, module: str) -> bool:
+        """Whether the module is in one of the layers that get adapters; what is in none has no number."""
+        if self.lora is None or not self.lora.layers:
+            return True
+        found = LAYER_NUMBER.match(module)
+        return found is not None and int(found[1]) in self.lora.layers
+
+    def rank(self, module: str) -> int:
+        """The rank of the adapter of `module`; 0 without one."""
+        if self.lora is None:
+            return 0
+        return next((rank for name, rank in self.lora.ranks if _is_named(module, (name,))), self.lora.rank)
 
     def adapts_named(self, module: str) -> bool:
         """The same of an embedding, or the layer that makes the logits: ``all-linear`` leaves them out."""
