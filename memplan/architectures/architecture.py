@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
+from memplan.architectures.named import check_names
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
-from memplan.specs.recipe import ALL_LINEAR, EVERYTHING
+from memplan.specs.recipe import EVERYTHING
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def record(
         head=follow(architecture.head, hidden),
     )
     if grad:
-        _check_targets(recording, recipe)
+        check_names(recording, recipe, objective)
         _check_trained(recording)
     return recording
 
@@ -269,24 +270,6 @@ def _same_answers(known: Tape, recipe: Recipe, prefix: str) -> bool:
 def _check_trained(recording: Recording) -> None:
     if not any(row.trainable for piece in recording.pieces() for row in piece.tape.parameters):
         raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
-
-
-def _check_targets(recording: Recording, recipe: Recipe) -> None:
-    """Raise `UsageError` where nothing of the model is what the recipe names."""
-    asked = [(q, name, said) for piece in recording.pieces() for (q, name), said in piece.tape.asked.items()]
-    layers = sorted({name.rpartition(".")[2] for question, name, _ in asked if question.startswith("adapts")})
-    lora = recipe.lora
-    num_layers = len(recording.order)
-    if lora is not None and lora.layers and lora.layers[-1] >= num_layers:
-        raise UsageError(
-            f"The model has {num_layers} layers, and adapters are asked for in number {lora.layers[-1]}.",
-            f"Layers are counted from 0 to {num_layers - 1}.",
-        )
-    if lora is not None and not any(said for question, _, said in asked if question.startswith("adapts")):
-        raise UsageError(
-            f"The model has no linear layer named {' or '.join(lora.targets)}.",
-            f"Known: {', '.join(layers)}, or {ALL_LINEAR}." if layers else "memplan knows none of its linear layers.",
-        )
 
 
 def _within_a_loop(layer: LayerKind) -> LayerKind:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
-from memplan.specs.adapter import ADAPTER_DTYPES, as_layers, as_ranks
+from memplan.specs.adapter import ADAPTER_DTYPES
 from memplan.specs.choices import ARGUMENTS, as_names
+from memplan.specs.ranks import as_layers, as_ranks
 from memplan.specs.training import (
     ATTENTIONS,
     LARGEST_COUNT,
@@ -145,7 +146,7 @@ def read_layers(text: str, flag: str) -> tuple[int, ...]:
 
 
 def read_ranks(text: str, flag: str) -> tuple[tuple[str, int], ...]:
-    """Names of targets with their ranks."""
+    """Patterns of adapted layers with their ranks."""
     return as_ranks(flag, read_text(text, flag))
 
 
@@ -358,8 +359,8 @@ SETUP_ROWS = (
     _named("--lora-dtype", TRAINED, "fp32, as peft keeps them, or that of the weights (fp32).", ADAPTER_DTYPES),
     Row(("--dora",), TRAINED, "Adapters of magnitude and direction (DoRA)."),
     Row(("--modules-to-save",), TRAINED, "Modules of which a full copy is trained, too.", read_names, "NAMES"),
-    Row(("--lora-layers",), TRAINED, "Layers that get adapters: 0,16-31 (all).", read_layers, "NUMBERS"),
-    Row(("--lora-ranks",), TRAINED, "Other ranks of some: down_proj=8,q_proj=64.", read_ranks, "NAME=R,..."),
+    Row(("--lora-layers",), TRAINED, "Layers that get adapters, as in 0,16-31 (all).", read_layers, "NUMBERS"),
+    Row(("--lora-ranks",), TRAINED, "Ranks of some: down_proj=8,layers.0.*=64.", read_ranks, "NAME=R,..."),
     Row(("--freeze",), TRAINED, "Parameters or modules that are not: model.embed_tokens,...", read_names, "PATTERNS"),
     _named("--quantize", TRAINED, "Store the frozen linear weights in few bits.", QUANTIZATIONS),
     Row(("--upcast",), TRAINED, "What is not quantised in fp32 (prepare_model_for_kbit_training)."),

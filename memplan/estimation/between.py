@@ -95,7 +95,7 @@ def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) 
         compared = "more than the step" if more else "not more than the step"
         return Assumption(
             EVALUATION,
-            f"not counted; at the Trainer's batch of {DEFAULT_EVAL_BATCH} it takes {format_bytes(need)}, {compared}",
+            f"not counted; {DEFAULT_EVAL_BATCH} sequences (the Trainer's) take {format_bytes(need)}, {compared}",
             f"--eval-batch {DEFAULT_EVAL_BATCH}",
             more,
             "per_device_eval_batch_size of TrainingArguments is 8, whatever the micro-batch (transformers 5.23)",

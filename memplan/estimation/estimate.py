@@ -70,6 +70,8 @@ class ModelSummary(NamedTuple):
     """``causal-lm``, ``masked-lm``, ``features`` or a classification: which head and loss were estimated."""
     attentions: tuple[str, ...] = ()
     """Attention implementations that transformers has for it."""
+    unit: str = "sequence"
+    """What a micro-batch counts; of others than sequences, the length means nothing."""
 
 
 class Instant(NamedTuple):

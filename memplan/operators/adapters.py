@@ -107,7 +107,7 @@ def _dims(weight: Tensor) -> tuple[int, int]:
 def _low_rank(t: Tape, x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
     """``B(A(x))``: keeps `x` for A and the product of `rank` numbers a row for B."""
     for name, weight in zip(("lora_A", "lora_B"), weights, strict=True):
-        with t.scope(name):
+        with t.scope(name, x):
             x = project(t, x, weight, None, weight.shape[0])
     return x
 

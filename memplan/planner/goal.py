@@ -178,8 +178,17 @@ class Goal:
                 yield micro, steps
 
     def modes(self) -> tuple[str, ...]:
-        """The checkpointing choices that are open."""
-        return self.checkpointings if self.activation_checkpointing is None else (self.activation_checkpointing,)
+        """The checkpointing choices that are open, and go with the rest of the setup."""
+        if self.activation_checkpointing is not None:
+            return (self.activation_checkpointing,)
+        return tuple(mode for mode in self.checkpointings if self._allows(mode))
+
+    def _allows(self, mode: str) -> bool:
+        try:
+            replace(self.setup, activation_checkpointing=mode)
+        except UsageError:
+            return False
+        return True
 
     def at(self, micro: int, steps: int, mode: str) -> Setup:
         """The setup of one candidate."""

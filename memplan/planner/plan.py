@@ -57,7 +57,7 @@ class Lever(NamedTuple):
     """The option that makes it."""
     candidate: Candidate
     delta_bytes: int
-    """Change of the process peak; negative frees."""
+    """Change of the allocated peak; negative frees.  Levers are not replayed through the allocator."""
     delta_step_time_s: float
     departure: int
     """How far it goes from the run that was asked for, from 0, the same update, to 5 (`memplan.planner.levers`)."""

@@ -6,19 +6,23 @@ freezes everything else.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
-from memplan.specs.recipe import ALL_LINEAR, covers
+from memplan.specs.ranks import check_adapters, check_ranks
+from memplan.specs.recipe import ALL_LINEAR, check_known, covers, is_within
 from memplan.specs.training import PRECISIONS, TASK_TYPE_BY_OBJECTIVE
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memplan.specs.adapter import Lora
+    from memplan.specs.recipe import Recipe
     from memplan.specs.training import Setup
 
 
@@ -30,6 +34,7 @@ def prepared(module: nn.Module, setup: Setup) -> nn.Module:
         UsageError: the model has no layer of the names given, or nothing is left to train.
     """
     module = with_adapters(quantise(module, setup), setup)
+    check_known("--freeze", setup.freeze, {plain_name(name) for name, _ in module.named_parameters()}, covers)
     for name, parameter in module.named_parameters():
         if any(covers(pattern, plain_name(name)) for pattern in setup.freeze):
             parameter.requires_grad_(False)
@@ -65,8 +70,11 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
     lora = setup.lora
     if lora is None:
         return module
+    _check_modules(module, setup.recipe, lora)
     require("peft")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it speaks of kernels for CPUs
     import peft
+    from peft.tuners.lora import LoraLayer
 
     settings = peft.LoraConfig(
         r=lora.rank,
@@ -91,10 +99,18 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
             f"peft {peft.__version__} cannot add these adapters: {text[:300]}",
             "Name linear layers of the model with --lora-targets, or say all-linear.",
         ) from error
+    check_ranks(lora, [plain_name(name) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)])
     if lora.dtype == "base":
         dtype = DTYPES[PRECISIONS[setup.precision][0]]
         _in_dtype_of_the_base(adapted, dtype, magnitudes=setup.quantize is None)
     return adapted
+
+
+def _check_modules(module: nn.Module, recipe: Recipe, lora: Lora) -> None:
+    """Raise `UsageError` for names that no module has: peft takes them where another one fits."""
+    paths = [path for path, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))]
+    check_adapters(recipe, lora, paths)
+    check_known("--modules-to-save", lora.modules_to_save, paths, is_within)
 
 
 def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:

@@ -58,7 +58,9 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     )
     before = dict(module.named_modules())
     heads = setup.objective in CLASSIFICATIONS
-    replace_with_bnb_linear(module, [*CLASSIFIER_HEADS] if heads else get_keys_to_not_convert(module), config)
+    kept = [*(CLASSIFIER_HEADS if heads else get_keys_to_not_convert(module))]
+    kept += getattr(module, "_keep_in_fp32_modules", None) or ()
+    replace_with_bnb_linear(module, kept, config)
     for name, layer in module.named_modules():
         if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
             _fill(layer, before[name])

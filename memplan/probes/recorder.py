@@ -97,6 +97,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._operators: dict[int, Operator] = {}
         self._events: list[tuple[StorageRecord, int]] = []
         self._spans: list[tuple[str, int, int, int]] = []
+        self._flops: list[int] = []
         self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
         self._num_keys = 0
         self._failure = (0, "", "")
@@ -120,15 +121,22 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         if operator is None:
             operator = self._operators[id(func)] = Operator(func)
         try:
-            outputs = operator.run(args, kwargs)
+            outputs = operator.run(self._on_device(args), kwargs)
         except Exception as error:
             self._failure = (id(error), operator.name, self.trail.current())
             raise
+        self._flops[-1] += operator.flops(args, kwargs, outputs)
         self._adopt(operator, outputs)
         scratch = self._scratch.get(func)
         if scratch is not None:
             self._add_scratch(operator.name, scratch(*args, **kwargs))
         return outputs
+
+    def _on_device(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Arguments for an operator without numbers: small ones that Python read on the host, as a GPU holds them."""
+        if not any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+            return args
+        return [x.to("meta") if isinstance(x, torch.Tensor) and x.is_cpu and x.ndim else x for x in args]
 
     # -- what the run says -------------------------------------------------------------------------------------------
 
@@ -139,6 +147,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     def enter(self, phase: str, step: int, micro_step: int) -> None:
         """Begin a span; it ends where the next begins."""
         self._spans.append((phase, step, micro_step, len(self._events)))
+        self._flops.append(0)
 
     def label(self, tensor: torch.Tensor, category: str, module: str, op: str) -> None:
         """Say what a storage is for: a parameter, a buffer, a gradient, a state, an input."""
@@ -181,8 +190,8 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """The spans so far."""
         stops = [*(start for *_, start in self._spans[1:]), len(self._events)]
         return tuple(
-            Span(phase, step, micro_step, start, stop)
-            for (phase, step, micro_step, start), stop in zip(self._spans, stops, strict=True)
+            Span(phase, step, micro_step, start, stop, flops)
+            for (phase, step, micro_step, start), stop, flops in zip(self._spans, stops, self._flops, strict=True)
         )
 
     def events(self) -> tuple[TraceEvent, ...]:

@@ -84,6 +84,7 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError("Flash attention has no fp32 kernel.", "Use --attention sdpa or another precision.")
     if setup.data_parallel_size != 1:
         raise UsageError("A trace is of one rank.", "Leave --gpus out.")
+    _check_loss(model, setup)
     if setup.padding and not model.accepts_padding:
         raise UsageError(
             f"{model.name} makes its own inputs.", "Leave --padding out, and let inputs() return the mask."
@@ -93,6 +94,21 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError(f"sdpa_kernel {sdpa_kernel!r} is not known.", cure)
     if num_steps < 1:
         raise UsageError(f"num_steps is {num_steps}.", "Trace at least one step, two for the steady state.")
+
+
+def _check_loss(model: TracedModel, setup: Setup) -> None:
+    """Raise `UsageError` for losses of language models where there is none."""
+    if model.kind.has_words:
+        return
+    what = f"{model.name} is {model.kind.name}"
+    if setup.objective != "lm":
+        raise UsageError(
+            f"{what}: it is trained for its own loss, not for {setup.objective}.", "Leave --objective out."
+        )
+    if setup.loss not in {"full", "full-kept"}:
+        raise UsageError(f"{what}: --loss {setup.loss} is for language models.", "Leave --loss out.")
+    if setup.supervised != 1:
+        raise UsageError(f"{what}: which tokens have a label makes no difference.", "Leave --supervised out.")
 
 
 def _run(
@@ -152,6 +168,7 @@ def _run(
         spans=recorder.spans(),
         assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions),
         host_bytes=getattr(optimizer, "host_bytes", 0),
+        unit=model.kind.unit,
     )
 
 

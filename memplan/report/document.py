@@ -182,6 +182,7 @@ def model_document(model: ModelSummary, origin: str) -> Document:
         "num_trainable_parameters": model.num_trainable_parameters,
         "task": model.task,
         "attentions": list(model.attentions),
+        "unit": model.unit,
         "origin": origin,
     }
 
@@ -277,8 +278,7 @@ def lever_document(lever: Lever) -> Document:
         "flag": lever.flag,
         "delta_bytes": lever.delta_bytes,
         "delta_step_time_s": lever.delta_step_time_s,
-        "peak_process_bytes": lever.candidate.memory.peak_process_bytes,
-        "fits": lever.candidate.fits,
+        "peak_allocated_bytes": lever.candidate.memory.peak_allocated_bytes,
         "same_update": lever.same_update,
         "price": lever.price,
     }

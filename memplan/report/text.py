@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
 from memplan.report.layout import columns, plural, wrap
+from memplan.specs.ranks import in_ranges
 from memplan.specs.training import PAIRED, PRECISIONS
 from memplan.units import GIB, format_bytes, format_count, format_seconds
 
@@ -23,6 +24,9 @@ MANY_GIB = 10**5
 
 HEAD_BY_TASK = {"masked-lm": ", with the head for masked tokens", "features": ", without a head"}
 """What is said of heads that predict no next token."""
+
+SEQUENCE = "sequence"
+"""What a micro-batch counts; others (images) have no length."""
 
 STAR = "* nvidia-smi's total; what torch sees is not known for this card, mostly 0.25 to 0.75 GiB less"
 
@@ -84,13 +88,11 @@ def split_of(setup: Document) -> str:
     )
 
 
-def equation(setup: Document) -> str:
-    """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``."""
-    unit = "pair" if setup["objective"] in PAIRED else "sequence"
-    return (
-        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit)} = "
-        f"{plural(setup['tokens_per_step'], 'token')} per step"
-    )
+def equation(setup: Document, unit: str = SEQUENCE) -> str:
+    """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``; of images without tokens."""
+    example = "pair" if setup["objective"] in PAIRED else unit
+    tokens = f" = {plural(setup['tokens_per_step'], 'token')}" if unit == SEQUENCE else ""
+    return f"{split_of(setup)} = {plural(setup['global_batch_size'], example)}{tokens} per step"
 
 
 # -- whom it is about --------------------------------------------------------------------------------------------------
@@ -142,19 +144,18 @@ def choices(setup: Document) -> str:
     if setup["padding"]:
         parts.append("padded batches")
     if setup["evaluation"]:
-        parts.append(f"evaluation in batches of {setup['evaluation']['batch']}")
+        parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])
 
 
-def in_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, those that follow each other as a range: ``0, 16-31``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
+def _evaluated(evaluation: Document) -> str:
+    words = f"evaluation in batches of {evaluation['batch']}"
+    if evaluation["samples"] is not None:
+        words += f", the logits of {evaluation['samples']:,} sequences kept"
+        if evaluation["accumulation"] is not None:
+            number = evaluation["accumulation"]
+            words += f" and moved to the host {'batch by batch' if number == 1 else f'every {number:,} batches'}"
+    return words
 
 
 def recipe_words(setup: Document) -> list[str]:

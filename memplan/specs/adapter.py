@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
+from memplan.specs.ranks import check_rank
 from memplan.specs.recipe import ALL_LINEAR
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-LARGEST_RANK = 2**16
-"""No rank beyond the width of a model is taken seriously."""
-
-MOST_LAYERS = 10_000
-"""No model with more layers is taken seriously."""
-
-NAME = re.compile(r"[\w.]+")
-"""A module's name, or the end of its path."""
 
 ADAPTER_DTYPES = ("fp32", "base")
 
@@ -46,8 +37,8 @@ class Lora:
     layers: tuple[int, ...] = ()
     """Numbers of the layers that get adapters, ascending; empty: all (``layers_to_transform``)."""
     ranks: tuple[tuple[str, int], ...] = ()
-    """(name of targets, their rank) of those that have another one; the first that names a layer counts
-    (``rank_pattern``)."""
+    """(pattern, rank) of what has another rank: regular expressions of a path or the end of it, of which the first that
+    fits counts (``rank_pattern``)."""
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *(rank for _, rank in self.ranks)):
@@ -109,49 +100,3 @@ def lora_record(lora: Lora) -> dict[str, Any]:
         "layers": list(lora.layers),
         "ranks": dict(lora.ranks),
     }
-
-
-def check_rank(rank: object) -> None:
-    """Raise `UsageError` unless `rank` is one."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
-        raise UsageError(f"The rank of LoRA is {rank!r}.", f"Give a whole number from 1 to {LARGEST_RANK:,}.")
-
-
-def as_layers(name: str, value: Any) -> tuple[int, ...]:
-    """Numbers of layers, ascending, of a text such as ``0,16-31``, of one number, or of several.
-
-    Raises:
-        UsageError: it is none of these; the message names the argument.
-    """
-    if isinstance(value, str):
-        parts = [part.strip().partition("-") for part in value.split(",")]
-        good = all(a.strip().isdecimal() and (not dash or b.strip().isdecimal()) for a, dash, b in parts)
-        ends = [(int(a), int(b) if dash else int(a)) for a, dash, b in parts] if good else [(1, 0)]
-        found = [n for first, last in ends for n in range(first, min(last, first + MOST_LAYERS) + 1)]
-        good = all(first <= last for first, last in ends)
-    else:
-        found = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple, range)) else []
-        good = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found)
-    if not good or not 0 < len(found) <= MOST_LAYERS:
-        raise UsageError(f"{name} is {str(value)[:40]!r}, not numbers of layers.", "Give them as in 0,2 or 16-31.")
-    return tuple(sorted(set(found)))
-
-
-def as_ranks(name: str, value: Any) -> tuple[tuple[str, int], ...]:
-    """(name, rank) of a text such as ``down_proj=8,q_proj=64``, or of a mapping.
-
-    Raises:
-        UsageError: it is neither; the message names the argument.
-    """
-    if isinstance(value, str):
-        pairs = [part.partition("=") for part in value.split(",")]
-        found = [(key.strip(), int(rank) if rank.strip().isdecimal() else rank.strip()) for key, _, rank in pairs]
-    else:
-        found = list(value.items() if isinstance(value, dict) else value) if isinstance(value, (dict, tuple)) else []
-    if not found or not all(isinstance(key, str) and NAME.fullmatch(key) for key, _ in found):
-        raise UsageError(
-            f"{name} is {str(value)[:40]!r}, not names and ranks.", "Give them as in down_proj=8,q_proj=64."
-        )
-    for _, rank in found:
-        check_rank(rank)
-    return tuple((key, int(rank)) for key, rank in found)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from memplan.errors import UsageError, did_you_mean
-from memplan.specs.adapter import Lora, as_layers, as_ranks
+from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
+from memplan.specs.ranks import as_layers, as_ranks
 from memplan.specs.training import LOSSES_BY_OBJECTIVE, PAIRED, check_count
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Choices(TypedDict, total=False):
     lora_layers: str | int | Sequence[int] | None
     """Numbers of the layers that get adapters, as a list or as in 0,16-31 (all)."""
     lora_ranks: str | Mapping[str, int] | None
-    """Ranks of targets that have another one, as a mapping or as in down_proj=8,q_proj=64 (none)."""
+    """Ranks of what has another one, by the end of its path (a regular expression), as a mapping or as in
+    down_proj=8,layers.0.*=64; the first that fits counts (none)."""
     freeze: Names | None
     """Patterns of parameters or modules that are not trained."""
     quantize: str | None

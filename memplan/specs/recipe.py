@@ -3,7 +3,7 @@
 Names are those of modules and parameters in transformers: ``model.layers.0.self_attn.q_proj``.
 
 Sources: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``, ``_maybe_include_all_linear_layers``),
-utils/other.py (``ModulesToSaveWrapper``, ``prepare_model_for_kbit_training``); transformers 5.23,
+utils/other.py (``get_pattern_key``, ``ModulesToSaveWrapper``, ``prepare_model_for_kbit_training``); transformers 5.23,
 quantizers/quantizer_bnb_4bit.py.
 """
 
@@ -13,17 +13,17 @@ import re
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from memplan.specs.adapter import Lora
 
 ALL_LINEAR = "all-linear"
 
 LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-"""The number of the layer in the path of a module: the first that is one."""
 
 
 class Recipe(NamedTuple):
@@ -58,26 +58,25 @@ class Recipe(NamedTuple):
         return self._has_copy(module) and not self.disabled
 
     def _has_copy(self, module: str) -> bool:
-        return self.lora is not None and _is_within(module, self.lora.modules_to_save)
+        return self.lora is not None and any(is_within(name, module) for name in self.lora.modules_to_save)
 
     def adapts(self, module: str) -> bool:
         """Whether the linear layer `module` gets an adapter."""
         if self.lora is None or self.disabled or self.copies(module):
             return False
-        return self.lora.targets == (ALL_LINEAR,) or (_is_named(module, self.lora.targets) and self._in_layers(module))
+        if self.lora.targets == (ALL_LINEAR,) or module in self.lora.targets:
+            return True  # a whole path stands for itself, whatever its layer
+        return any(is_named(name, module) for name in self.lora.targets) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         """Whether the module is in one of the layers that get adapters; what is in none has no number."""
-        if self.lora is None or not self.lora.layers:
-            return True
-        found = LAYER_NUMBER.match(module)
-        return found is not None and int(found[1]) in self.lora.layers
+        return self.lora is None or not self.lora.layers or layer_number(module) in self.lora.layers
 
     def rank(self, module: str) -> int:
         """The rank of the adapter of `module`; 0 without one."""
         if self.lora is None:
             return 0
-        return next((rank for name, rank in self.lora.ranks if _is_named(module, (name,))), self.lora.rank)
+        return next((rank for pattern, rank in self.lora.ranks if ends_in(pattern, module)), self.lora.rank)
 
     def adapts_named(self, module: str) -> bool:
         """The same of an embedding, or the layer that makes the logits: ``all-linear`` leaves them out."""
@@ -92,15 +91,57 @@ EVERYTHING = Recipe()
 """All weights are trained as they were loaded."""
 
 
-def _is_named(module: str, names: Sequence[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def is_named(name: str, module: str) -> bool:
+    """Whether `name` is the path of the module or how it ends, from a dot on."""
+    return module == name or module.endswith(f".{name}")
 
 
-def _is_within(module: str, names: Sequence[str]) -> bool:
-    """Whether the module or one that it is part of has one of the names."""
-    return any(f".{name}." in f".{module}." for name in names)
+def is_within(name: str, module: str) -> bool:
+    """Whether the module or one that it is part of has the name."""
+    return f".{name}." in f".{module}."
+
+
+def ends_in(pattern: str, module: str) -> bool:
+    """Whether the regular expression `pattern` is the path of the module or its end, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def layer_number(module: str) -> int | None:
+    """The number of the layer that the module is in, None outside of all: the first number in its path."""
+    found = LAYER_NUMBER.match(module)
+    return None if found is None else int(found[1])
 
 
 def covers(pattern: str, name: str) -> bool:
-    """Whether `pattern` (with ``*``, ``?`` and ``[0-9]``) names the parameter, or a module that holds it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    """Whether `pattern` (with ``*``, ``?`` and ``[0-9]``) names the parameter, or a module that holds it.
+
+    By its whole path or by the end of it, from a dot on.
+    """
+    return any(fnmatchcase(f".{name}", tried) for tried in (f"*.{pattern}", f"*.{pattern}.*"))
+
+
+MOST_NAMED = 12
+
+
+def check_known(
+    option: str, names: Sequence[str], known: Collection[str], means: Callable[[str, str], bool], *, also: str = ""
+) -> None:
+    """Raise `UsageError` for the first of `names` that means nothing that is `known`: peft and PyTorch say nothing.
+
+    `means`: (name, path) -> whether it does; `also`: a further word that the option takes.
+    """
+    for name in names:
+        if any(means(name, path) for path in known):
+            continue
+        ends = sorted(
+            end for end in {_without_parameter(path).rpartition(".")[2] for path in known} if end.isidentifier()
+        )
+        shown = ", ".join(
+            (*ends[:MOST_NAMED], *(("...",) if len(ends) > MOST_NAMED else ()), *((also,) if also else ()))
+        )
+        raise UsageError(f"{option} {name}: the model has nothing of its own by this name.", f"Known: {shown}.")
+
+
+def _without_parameter(path: str) -> str:
+    module, _, last = path.rpartition(".")
+    return module if last in {"weight", "bias"} and module else path
