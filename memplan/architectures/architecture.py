@@ -14,6 +14,7 @@ from memplan.architectures.named import check_names
 from memplan.errors import UsageError
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
+from memplan.specs.conversions import converted
 from memplan.specs.recipe import EVERYTHING
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -196,6 +197,8 @@ def record(
             f"Use --attention {' or '.join(architecture.attentions)}.",
         )
 
+    given, recipe = recipe, converted(recipe, architecture.model_type)
+
     def tape(prefix: str = "") -> Tape:
         return Tape(
             numerics,
@@ -255,7 +258,7 @@ def record(
         head=follow(architecture.head, hidden),
     )
     if grad:
-        check_names(recording, recipe, objective)
+        check_names(recording, given, objective)
         _check_trained(recording)
     return recording
 

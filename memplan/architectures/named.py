@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.specs.adapter import CLASSIFIER_HEADS
+from memplan.specs.conversions import PARAMETER_BY_NAME
 from memplan.specs.ranks import check_adapters, check_ranks
 from memplan.specs.recipe import check_known, covers, is_within
 from memplan.specs.training import CLASSIFICATIONS
@@ -30,6 +31,7 @@ def check_names(recording: Recording, recipe: Recipe, objective: str) -> None:
     lora = recipe.lora
     if lora is not None:
         linear = known("adapts", "adapts_named")
+        linear |= set(PARAMETER_BY_NAME.get(recording.architecture.model_type, ()))
         if not linear:
             raise UsageError("memplan knows no linear layer of this model.", "Leave --lora-rank out.")
         check_adapters(recipe, lora, linear)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
+from memplan.specs.conversions import PARAMETER_BY_NAME
 from memplan.specs.ranks import check_adapters, check_ranks
 from memplan.specs.recipe import ALL_LINEAR, check_known, covers, is_within
 from memplan.specs.training import PRECISIONS, TASK_TYPE_BY_OBJECTIVE
@@ -99,17 +100,25 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
             f"peft {peft.__version__} cannot add these adapters: {text[:300]}",
             "Name linear layers of the model with --lora-targets, or say all-linear.",
         ) from error
-    check_ranks(lora, [plain_name(name) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)])
+    check_ranks(lora, [_path(name, part) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)])
     if lora.dtype == "base":
         dtype = DTYPES[PRECISIONS[setup.precision][0]]
         _in_dtype_of_the_base(adapted, dtype, magnitudes=setup.quantize is None)
     return adapted
 
 
+def _path(name: str, wrapper: Any) -> str:
+    """The path of what the wrapper adapts: a module, or a parameter."""
+    parts = [part for part in plain_name(name).split(".") if part != "base_layer"]
+    return ".".join((*parts, *filter(None, (getattr(wrapper, "parameter_name", None),))))
+
+
 def _check_modules(module: nn.Module, recipe: Recipe, lora: Lora) -> None:
     """Raise `UsageError` for names that no module has: peft takes them where another one fits."""
     paths = [path for path, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))]
-    check_adapters(recipe, lora, paths)
+    config: Any = getattr(module, "config", None)
+    old = PARAMETER_BY_NAME.get(getattr(config, "model_type", ""), ())
+    check_adapters(recipe, lora, [*paths, *old])
     check_known("--modules-to-save", lora.modules_to_save, paths, is_within)
 
 

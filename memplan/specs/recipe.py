@@ -38,6 +38,10 @@ class Recipe(NamedTuple):
     """What is not quantised is cast to fp32 (``prepare_model_for_kbit_training``)."""
     input_gradients: bool = False
     """The result of the embedding is made to require a gradient (``enable_input_require_grads``)."""
+    parameters: tuple[str, ...] = ()
+    """Names of parameters that get adapters without a linear layer (`memplan.specs.conversions`)."""
+    spared: tuple[str, ...] = ()
+    """Names of linear layers that get none, because their name means one of these parameters."""
     disabled: bool = False
     """Adapters are there and switched off (``disable_adapter``): the model is the one that they were added to."""
 
@@ -64,6 +68,8 @@ class Recipe(NamedTuple):
         """Whether the linear layer `module` gets an adapter."""
         if self.lora is None or self.disabled or self.copies(module):
             return False
+        if any(is_named(name, module) for name in self.spared):
+            return False
         if self.lora.targets == (ALL_LINEAR,) or module in self.lora.targets:
             return True  # a whole path stands for itself, whatever its layer
         return any(is_named(name, module) for name in self.lora.targets) and self._in_layers(module)
@@ -71,6 +77,10 @@ class Recipe(NamedTuple):
     def _in_layers(self, module: str) -> bool:
         """Whether the module is in one of the layers that get adapters; what is in none has no number."""
         return self.lora is None or not self.lora.layers or layer_number(module) in self.lora.layers
+
+    def adapts_parameter(self, path: str) -> bool:
+        """Whether the parameter, which is no linear layer's, gets one."""
+        return not self.disabled and any(is_named(name, path) for name in self.parameters)
 
     def rank(self, module: str) -> int:
         """The rank of the adapter of `module`; 0 without one."""
