@@ -41,7 +41,7 @@ def check_adapters(recipe: Recipe, lora: Lora, modules: Collection[str]) -> None
             raise UsageError(f"--lora-layers {number}: the model has no such layer.", f"Known: {in_ranges(numbers)}.")
     if lora.layers and not any(map(recipe.adapts, modules)):
         raise UsageError(
-            f"No layer of --lora-layers {in_ranges(lora.layers)} has a {' or '.join(lora.targets)}.",
+            f"No layer of --lora-layers {in_ranges(lora.layers)} has any {' or '.join(lora.targets)}.",
             "Name layers that have one, or other targets.",
         )
 
@@ -102,6 +102,8 @@ def as_ranks(name: str, value: Any) -> tuple[tuple[str, int], ...]:
         found = [(key.strip(), int(rank) if rank.strip().isdecimal() else rank.strip()) for key, _, rank in parts]
     elif isinstance(value, dict):
         found = list(value.items())
+    elif isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        found = list(value)
     if not found or not all(isinstance(key, str) and _is_pattern(key) for key, _ in found):
         raise UsageError(
             f"{name} is {str(value)[:40]!r}, not names and ranks.", "Give them as in down_proj=8,q_proj=64."

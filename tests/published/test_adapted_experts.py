@@ -90,3 +90,8 @@ def test_what_peft_cannot(lora: Lora) -> None:
         Recordings(read_architecture(CONFIG_BY_NAME["mixtral"], "config")).program(setup)
     with pytest.raises(UsageError, match=r"peft .* cannot add these adapters"):
         trace_training(CONFIG_BY_NAME["mixtral"], setup)
+
+
+def test_a_policy_and_its_reference() -> None:
+    """GIVEN DPO THEN the reference runs with the experts as they were."""
+    agree(run("mixtral", Lora(rank=16), objective="dpo", loss="tiled"), 0)
