@@ -263,7 +263,7 @@ def find_target(setup: Setup, target_batch: int | None, target_tokens: int | str
         return Target(as_count("target_batch", target_batch))
     assert target_tokens is not None
     tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else as_count("target_tokens", target_tokens)
-    return target_from_tokens(tokens, setup.seq_len, setup.data_parallel_size)
+    return target_from_tokens(tokens, setup.tokens_per_example, setup.data_parallel_size)
 
 
 def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:

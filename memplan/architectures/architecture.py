@@ -12,8 +12,9 @@ from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
 from memplan.architectures.named import check_names
 from memplan.errors import UsageError
+from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
-from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
+from memplan.operators.tape import ROWS, Batch, Numerics, Parameter, Tape, Tensor
 from memplan.specs.conversions import converted
 from memplan.specs.recipe import EVERYTHING
 from memplan.specs.values import NamedTuple, dataclass
@@ -171,26 +172,29 @@ def record(
     *,
     attention: str = "sdpa",
     exceeded: frozenset[int] = frozenset(),
-    padded: bool = False,
+    batch: Batch = ROWS,
     recipe: Recipe = EVERYTHING,
     loss: str = "full",
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
+    leaves: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
     Layers described by the same function are the same piece where the recipe says the same of all that is in them,
     and where their hidden states are alike in dtype and in whether they require a gradient.
 
-    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph.
+    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
+    in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `leaves`: what
+    comes into a layer is a leaf of its graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
     """
     check_loss(loss, architecture.model_type, architecture.task, objective)
+    classes = architecture.classes._replace(num=1) if objective == "reward" else architecture.classes
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",
@@ -204,14 +208,15 @@ def record(
             numerics,
             attention=attention,
             exceeded=exceeded,
-            padded=padded,
+            batch=batch,
             loss=loss,
             objective=objective,
-            classes=architecture.classes,
+            classes=classes,
             grad=grad,
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
+            enters_a_leaf=leaves,
         )
 
     stem_tape = tape()
@@ -292,5 +297,7 @@ def buffer_bytes(architecture: Architecture) -> Size:
 
 
 def int64(t: Tape, name: str, shape: Shape) -> Tensor:
-    """Token ids or labels of the micro-batch: an input of the step."""
+    """Token ids or labels of the micro-batch: an input of the step, or put together from several."""
+    if name == "input_ids" and t.objective == "orpo":
+        return concatenated_ids(t)
     return t.external(name, shape, "int64", role="input")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -95,9 +95,12 @@ def _changes(setup: Setup) -> Iterator[Change]:
     if setup.activation_checkpointing != "full":
         fields: dict[str, Any] = {"activation_checkpointing": "full"}
         yield Change("recompute every layer in the backward pass", "--checkpointing full", fields)
+    if setup.activation_checkpointing == "full" and setup.attention != "eager":
+        fields = {"activation_checkpointing": SAVE_ATTENTION}
+        yield Change("recompute every layer but its attention", f"--checkpointing {SAVE_ATTENTION}", fields)
     if setup.activation_checkpointing != "none":
         yield Change("keep all activations", "--checkpointing none", {"activation_checkpointing": "none"})
-    if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
+    if setup.activation_checkpointing not in {"none", "selective", SAVE_ATTENTION} and setup.offload is None:
         fields = {"offload": "activations"}
         yield Change("what checkpointing keeps on the host", "--offload activations", fields, SAME, COPIED)
     if setup.attention == "eager":
@@ -120,7 +123,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
 def _losses(setup: Setup) -> Iterator[Change]:
     """Losses that give the same gradients, but for rounding, without holding all logits."""
     names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
-    if setup.loss == "full":
+    if setup.loss == "full" and setup.objective not in LOSSES_BY_OBJECTIVE and not setup.label_smoothing:
         for loss, name in names.items():
             yield Change(name, f"--loss {loss}", {"loss": loss})
 

@@ -123,7 +123,7 @@ class Plan(Tabular):
         target, micro = found
         given = ""
         if self.target.target_tokens is not None:
-            given = f" (--target-tokens {target * best.setup.seq_len})"
+            given = f" (--target-tokens {target * best.setup.tokens_per_example})"
         return (
             f"{self.target.global_batch_size:,} sequences allow micro-batches of {best.setup.micro_batch_size:,} here; "
             f"--target-batch {target}{given} would allow {micro:,}"

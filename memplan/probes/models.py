@@ -76,6 +76,7 @@ def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
 
 AUTO_CLASS_BY_OBJECTIVE = {
     "sequence-classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
 
@@ -93,7 +94,8 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
         raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
 
     def build(setup: Setup) -> Built:
-        module = _build(values, setup, auto_class)
+        one_score = {"num_labels": 1} if setup.objective == "reward" else {}
+        module = _build(values | one_score, setup, auto_class)
         inputs = transformers_inputs(module, PARAMETER_DTYPES[PRECISIONS[setup.precision][0]])
         if setup.objective == "sequence-classification":
             inputs = class_inputs(module)
@@ -195,6 +197,8 @@ def _register_flash() -> str:
     """An attention implementation that runs the flash kernel and asks for no mask, as flash_attention_2 does."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    from memplan.probes import attention as kernels
+
     def no_mask(*_: Any, **__: Any) -> None:
         return None
 
@@ -207,12 +211,20 @@ def _register_flash() -> str:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         missing = query.shape[-1] - value.shape[-1]
         if missing:  # the kernel wants heads of one length; so does flash_attention_forward of transformers
             value = torch.nn.functional.pad(value, [0, missing])
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+            ends, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q or 0, max_length_k or 0)
+            output = kernels.varlen_attention(query, key, value, ends, longest, dropout, bool(causal), scaling)
+            return output[..., : output.shape[-1] - missing], None
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
         )

@@ -24,11 +24,19 @@ from memplan.report.text import (
     split_of,
     table,
     title,
+    unit_of,
     unmodelled_lines,
     usable,
     vouched,
 )
-from memplan.report.trainer import LOSSES_OF_TRAINER, OPTIM_BY_OPTIMIZER
+from memplan.report.trainer import (
+    CONFIG_BY_OBJECTIVE,
+    CONFIG_OF_TRAINER,
+    LOSSES_BESIDE_SAVED_ATTENTION,
+    OPTIM_BY_OPTIMIZER,
+    has_loss,
+)
+from memplan.specs.training import SAVE_ATTENTION
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -67,15 +75,20 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from model_lines(plan["model"])
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from calibration_lines(plan["calibration"])
-    unit = plan["model"]["unit"]
-    length = f" of {plural(target['seq_len'], 'token')} = {plural(target['tokens_per_step'], 'token')}"
+    unit = unit_of(setup, plan["model"]["unit"])
+    length = f" of {_length_of(target, setup, unit)} = {plural(target['tokens_per_step'], 'token')}"
     batch = plural(target["global_batch_size"], unit)
-    yield from paragraph("target", f"{batch}{length if unit == SEQUENCE else ''} per step")
+    yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
     if target["coarseness"]:
         yield from paragraph("", f"{target['coarseness']}.")
     yield from paragraph("setup", choices(setup))
+
+
+def _length_of(target: Document, setup: Document, unit: str) -> str:
+    length = plural(target["seq_len"], "token") + (" on average" if setup["batching"] == "padding-free" else "")
+    return f"2 x {length}" if unit == "pair" else length
 
 
 # -- it fits -----------------------------------------------------------------------------------------------------------
@@ -99,6 +112,7 @@ def _best(plan: Document) -> Iterator[Line]:
 def _kept(mode: str) -> str:
     meanings = {
         "none": "all activations",
+        "save-attention": "the input of each layer and the result of its attention; all else is computed again",
         "selective": "all activations but those of attention, which is computed again",
         "full": "the input of each layer, which is computed again in the backward pass",
     }
@@ -152,17 +166,22 @@ def _time(plan: Document, best: Document) -> str:
 
 
 def _trainer(trainer: Document, model: Document) -> str:
-    shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
-    arguments = _arguments(shown)
+    config = trainer["config"]
+    always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout")
+    shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
+    made = f"{config}({_arguments(shown)})"
+    made += f" of {trainer['versions']}" if trainer["versions"] else ""
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), TrainingArguments({arguments})"
+        return f"module.to(torch.{trainer['dtype']}), {made}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
+    if config == "RewardConfig":
+        asked += ", num_labels=1"
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
     adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}TrainingArguments({arguments})"
+    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{made}"
 
 
 def _arguments(given: Document) -> str:
@@ -172,13 +191,15 @@ def _arguments(given: Document) -> str:
 def _no_trainer(setup: Document) -> str:
     """What of a setup no argument of the Trainer asks for."""
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
-    if setup["activation_checkpointing"] == "selective":
-        missing.append("selective checkpointing")
-    if setup["loss"] not in LOSSES_OF_TRAINER:
+    mode = setup["activation_checkpointing"]
+    if mode == "selective" or (mode == SAVE_ATTENTION and setup["loss"] not in LOSSES_BESIDE_SAVED_ATTENTION):
+        missing.append("selective checkpointing" if mode == "selective" else f"{mode} beside {setup['loss']} logits")
+    if not has_loss(setup["loss"], setup["objective"]):
         missing.append(f"the loss {setup['loss']}")
     if setup["freeze"]:
         missing.append("frozen parts")
-    return f"TrainingArguments has no key for {' and '.join(missing)}: it takes a training loop of one's own"
+    config = CONFIG_BY_OBJECTIVE.get(setup["objective"], CONFIG_OF_TRAINER)
+    return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 
 def _roomier(plan: Document) -> list[Document]:

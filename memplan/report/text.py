@@ -90,9 +90,15 @@ def split_of(setup: Document) -> str:
 
 def equation(setup: Document, unit: str = SEQUENCE) -> str:
     """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``; of images without tokens."""
-    example = "pair" if setup["objective"] in PAIRED else unit
     tokens = f" = {plural(setup['tokens_per_step'], 'token')}" if unit == SEQUENCE else ""
-    return f"{split_of(setup)} = {plural(setup['global_batch_size'], example)}{tokens} per step"
+    return f"{split_of(setup)} = {plural(setup['global_batch_size'], unit_of(setup, unit))}{tokens} per step"
+
+
+def unit_of(setup: Document, unit: str = SEQUENCE) -> str:
+    """What a micro-batch counts: ``unit`` is what the model reads one of, a pair what the objective compares."""
+    if setup["batching"] == "packed":
+        return "packed row"
+    return "pair" if setup["objective"] in PAIRED else unit
 
 
 # -- whom it is about --------------------------------------------------------------------------------------------------
@@ -137,12 +143,18 @@ def choices(setup: Document) -> str:
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
     if setup["objective"] != "lm":
         parts.append(f"trained for {setup['objective']}")
+    if setup["label_smoothing"]:
+        parts.append(f"labels smoothed by {setup['label_smoothing']:g}")
     if setup["supervised"] < 1:
         parts.append(f"{100 * setup['supervised']:g} % of the tokens have a label")
     if setup["dropout"] is not None:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["batching"] == "padding-free":
+        parts.append("padding-free batches")
+    if setup["batching"] == "packed":
+        parts.append(f"{setup['packed_sequences']} sequences in a packed row")
     if setup["evaluation"]:
         parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])
@@ -172,6 +184,7 @@ def recipe_words(setup: Document) -> list[str]:
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []
     parts += [f"{setup['offload']} offloaded"] if setup["offload"] else []
+    parts += ["reentrant checkpointing"] if setup["reentrant"] else []
     parts += ["the rest of it in fp32"] if setup["upcast"] else []
     parts += [f"{', '.join(setup['freeze'])} frozen"] if setup["freeze"] else []
     return parts

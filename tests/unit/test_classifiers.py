@@ -112,10 +112,11 @@ def test_adapters_of_the_head_of_tokens(targets: tuple[str, ...]) -> None:
     ("config", "choices", "said"),
     [
         (LLAMA, {"loss": "tiled"}, "not modelled as --loss tiled"),
-        (LLAMA | {"model_type": "gpt2"}, {}, "not modelled for gpt2"),
+        (LLAMA | {"model_type": "opt", "ffn_dim": 128}, {}, "not modelled for opt"),
+        (BERT | {"model_type": "gpt2"}, {"objective": TOKEN}, "not modelled for gpt2"),
     ],
 )
 def test_what_is_refused(config: dict[str, Any], choices: dict[str, Any], said: str) -> None:
     """By name."""
     with pytest.raises(UsageError, match=said):
-        estimator(config).memory(Setup(objective=SEQUENCE, seq_len=64, **choices))
+        estimator(config).memory(Setup(**{"objective": SEQUENCE, "seq_len": 64} | choices))
