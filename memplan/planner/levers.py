@@ -105,6 +105,7 @@ def _changes(setup: Setup) -> Iterator[Change]:
         yield Change("what checkpointing keeps on the host", "--offload activations", fields, SAME, COPIED)
     if setup.attention == "eager":
         yield Change("fused attention", "--attention sdpa", {"attention": "sdpa"})
+    yield from _evaluations(setup)
     yield from _losses(setup)
     yield from _other_optimizers(setup)
     yield from _adapters(setup)
@@ -118,6 +119,19 @@ def _changes(setup: Setup) -> Iterator[Change]:
         micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
         fields = {"micro_batch_size": micro, "gradient_accumulation_steps": steps}
         yield Change("half the micro-batch, twice the accumulation", f"--micro-batch {micro}", fields)
+
+
+def _evaluations(setup: Setup) -> Iterator[Change]:
+    """Evaluations that take less at once and measure the same."""
+    found = setup.evaluation
+    if found is None:
+        return
+    if found.batch > 1:
+        fields = {"evaluation": replace(found, batch=1)}
+        yield Change("evaluation of one sequence at a time", "--eval-batch 1", fields)
+    if found.samples is not None and found.accumulation != 1:
+        fields = {"evaluation": replace(found, accumulation=1)}
+        yield Change("logits moved to the host after every batch", "--eval-accumulation 1", fields)
 
 
 def _losses(setup: Setup) -> Iterator[Change]:

@@ -171,8 +171,9 @@ def _trainer(trainer: Document, model: Document) -> str:
     shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
     made = f"{config}({_arguments(shown)})"
     made += f" of {trainer['versions']}" if trainer["versions"] else ""
+    dropout = "" if trainer["dropout"] is None else f"every dropout of its config at {trainer['dropout']:g}, "
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), {made}"
+        return f"module.to(torch.{trainer['dtype']}), {dropout}{made}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
@@ -180,8 +181,20 @@ def _trainer(trainer: Document, model: Document) -> str:
         asked += ", num_labels=1"
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
-    adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{made}"
+    loaded = f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {dropout}"
+    prepared = "prepare_model_for_kbit_training(model), " if trainer["upcast"] else ""
+    return f"{loaded}{prepared}{_adapters(trainer)}{made}"
+
+
+def _adapters(trainer: Document) -> str:
+    if not trainer["lora"]:
+        return ""
+    adapters = f"LoraConfig({_arguments(trainer['lora'])})"
+    return (
+        f"get_peft_model(..., {adapters}, autocast_adapter_dtype=False), "
+        if trainer["adapters_as_base"]
+        else f"{adapters}, "
+    )
 
 
 def _arguments(given: Document) -> str:

@@ -64,6 +64,8 @@ CONFIG_BY_OBJECTIVE = {
 }
 """What holds the arguments of TRL's trainers."""
 CONFIG_OF_SFT = "SFTConfig"
+WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE.values())
+"""Those whose trainers switch dropout off unless they are told otherwise (``disable_dropout``)."""
 
 VERSIONS_OF_SFT_BY_LOSS = {
     "full": "TRL up to 1.6",
@@ -85,6 +87,9 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     `config` is TrainingArguments, or the class of arguments of the trainer in TRL that has the objective, the loss or
     the batches; `versions` are those of TRL that take the loss like this, empty for any.
     `lora` is for peft's LoraConfig and `quantization` for BitsAndBytesConfig, None where there is none.
+    `adapters_as_base` is get_peft_model's ``autocast_adapter_dtype=False``, `upcast` asks for
+    prepare_model_for_kbit_training first, and `dropout` is for every probability of the model's config, None to leave
+    them.
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
@@ -116,6 +121,7 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments["liger_kernel_config"] = {"fused_linear_cross_entropy": True, **others}
     if setup.label_smoothing:
         arguments["label_smoothing_factor"] = setup.label_smoothing
+    arguments |= _of_evaluation(setup)
     if config != CONFIG_OF_TRAINER:
         arguments |= _of_trl(setup, config)
     return {
@@ -126,6 +132,9 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         "arguments": arguments,
         "lora": None if setup.lora is None else _lora(setup.lora, TASK_TYPE_BY_OBJECTIVE.get(setup.objective)),
         "quantization": _quantization(setup),
+        "adapters_as_base": setup.lora is not None and setup.lora.dtype == "base",
+        "upcast": setup.upcast,
+        "dropout": None if setup.dropout == 0 and config in WITHOUT_DROPOUT else setup.dropout,
     }
 
 
@@ -140,6 +149,14 @@ def config_of(setup: Setup) -> str:
 def has_loss(loss: str, objective: str) -> bool:
     """Whether a trainer takes its loss in this way: TRL's trainers of pairs have one way alone."""
     return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER or loss in VERSIONS_OF_SFT_BY_LOSS
+
+
+def _of_evaluation(setup: Setup) -> dict[str, Any]:
+    found = setup.evaluation
+    if found is None:
+        return {}
+    moved = {} if found.accumulation is None else {"eval_accumulation_steps": found.accumulation}
+    return {"eval_strategy": "steps", "per_device_eval_batch_size": found.batch} | moved
 
 
 def _checkpoints(setup: Setup) -> bool:
@@ -158,7 +175,7 @@ def _versions(setup: Setup) -> str:
 def _of_trl(setup: Setup, config: str) -> dict[str, Any]:
     """What TRL's trainers take besides."""
     found: dict[str, Any] = {"max_length": setup.seq_len}
-    if config != CONFIG_OF_SFT and setup.dropout != 0:
+    if config in WITHOUT_DROPOUT and setup.dropout != 0:
         found["disable_dropout"] = False
     if setup.objective == "dpo-precomputed":
         found["precompute_ref_log_probs"] = True
@@ -168,7 +185,7 @@ def _of_trl(setup: Setup, config: str) -> dict[str, Any]:
 
 
 def _lora(lora: Lora, task_type: str | None) -> dict[str, Any]:
-    """Arguments of LoraConfig; ``autocast_adapter_dtype`` is one of get_peft_model."""
+    """Arguments of LoraConfig."""
     targets = ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets)
     found: dict[str, Any] = {"r": lora.rank, "target_modules": targets}
     found |= {"lora_dropout": lora.dropout} if lora.dropout else {}
