@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.specs.adapter import CLASSIFIER_HEADS
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import CLASSIFICATIONS, DISTILLATION, PRECISIONS, SAVE_ATTENTION, TASK_TYPE_BY_OBJECTIVE
+from memplan.specs.training import (
+    CLASSIFICATIONS,
+    DISTILLATION,
+    PRECISIONS,
+    SAVE_ATTENTION,
+    TASK_TYPE_BY_OBJECTIVE,
+    TRAINER_BY_OBJECTIVE,
+)
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -62,10 +69,13 @@ CONFIG_BY_OBJECTIVE = {
     "orpo": "ORPOConfig",
     "reward": "RewardConfig",
     DISTILLATION: "GKDConfig",
+    "contrastive": "SentenceTransformerTrainingArguments",
 }
-"""What holds the arguments of TRL's trainers."""
+"""What holds the arguments of TRL's trainers, and of sentence-transformers'."""
 CONFIG_OF_SFT = "SFTConfig"
-WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE.values())
+OF_TRANSFORMERS = (CONFIG_OF_TRAINER, CONFIG_BY_OBJECTIVE["contrastive"])
+"""Those with the names and defaults of transformers."""
+WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE[objective] for objective in TRAINER_BY_OBJECTIVE)
 """Those whose trainers switch dropout off unless they are told otherwise (``disable_dropout``)."""
 
 VERSIONS_OF_SFT_BY_LOSS = {
@@ -123,7 +133,7 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     if setup.label_smoothing:
         arguments["label_smoothing_factor"] = setup.label_smoothing
     arguments |= _of_evaluation(setup)
-    if config != CONFIG_OF_TRAINER:
+    if config not in OF_TRANSFORMERS:
         arguments |= _of_trl(setup, config)
     return {
         "config": config,
