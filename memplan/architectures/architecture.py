@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
+from memplan.architectures.named import check_names
 from memplan.errors import UsageError
 from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import ROWS, Batch, Numerics, Parameter, Tape, Tensor
-from memplan.specs.recipe import ALL_LINEAR, EVERYTHING, check_known, covers, is_named
+from memplan.specs.conversions import converted
+from memplan.specs.recipe import EVERYTHING
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -200,6 +202,8 @@ def record(
             f"Use --attention {' or '.join(architecture.attentions)}.",
         )
 
+    given, recipe = recipe, converted(recipe, architecture.model_type)
+
     def tape(prefix: str = "") -> Tape:
         return Tape(
             numerics,
@@ -219,6 +223,9 @@ def record(
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)
+    embedded = stem_tape.embedded
+    if embedded is not None and embedded.storage == hidden.storage:
+        stem_tape.holds_output = True  # a variable of the model (inputs_embeds)
     stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
 
     def follow(part: LayerKind | Head, before: Tensor, prefix: str = "") -> Piece:
@@ -258,7 +265,7 @@ def record(
         head=follow(architecture.head, hidden),
     )
     if grad:
-        _check_names(recording, recipe)
+        check_names(recording, given, objective)
         _check_trained(recording)
     return recording
 
@@ -273,24 +280,6 @@ def _same_answers(known: Tape, recipe: Recipe, prefix: str) -> bool:
 def _check_trained(recording: Recording) -> None:
     if not any(row.trainable for piece in recording.pieces() for row in piece.tape.parameters):
         raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
-
-
-def _check_names(recording: Recording, recipe: Recipe) -> None:
-    """Raise `UsageError` where nothing of the model is what the recipe names."""
-
-    def known(*questions: str) -> set[str]:
-        asked = ((p.tape.prefix + name, q) for p in recording.pieces() for q, name in p.tape.asked)
-        return {name for name, question in asked if question in questions}
-
-    if recipe.lora is not None:
-        linear = known("adapts", "adapts_head")
-        if recipe.lora.targets == (ALL_LINEAR,):
-            if not linear:
-                raise UsageError("memplan knows no linear layer of this model.", "Leave --lora-rank out.")
-        else:
-            check_known("--lora-targets", recipe.lora.targets, linear, is_named, also=ALL_LINEAR)
-        check_known("--modules-to-save", recipe.lora.modules_to_save, known("copies"), is_named)
-    check_known("--freeze", recipe.freeze, known("trains", "trains_adapter"), covers)
 
 
 def _within_a_loop(layer: LayerKind) -> LayerKind:

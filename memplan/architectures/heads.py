@@ -107,7 +107,7 @@ def causal_head(
         if t.objective == DISTILLATION:
             return _distilled(t, hidden, made, name)
         return _of_all_logits(t, hidden, made, holds_hidden=holds_hidden)
-    if t.ask("adapts_head", name):
+    if t.ask("adapts_named", name):
         raise UsageError(
             f"--loss {t.loss} takes the weight of {name} alone and would leave its adapter out.",
             f"Use --loss full, or leave {name} out of --lora-targets.",

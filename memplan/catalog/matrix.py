@@ -58,6 +58,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "lora_dtype": (str,),
     "dora": (bool,),
     "modules_to_save": (str,),
+    "lora_layers": (str,),
+    "lora_ranks": (str,),
     "freeze": (str,),
     "quantize": (str,),
     "offload": (str,),

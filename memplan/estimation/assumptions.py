@@ -13,7 +13,14 @@ from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
 from memplan.memory.loops import RANK
 from memplan.memory.model_states import GRADIENT_BUCKETS
-from memplan.specs.training import DISTILLATION, LOSSES_BY_OBJECTIVE, OPTIMIZERS, PRECISIONS, library_of
+from memplan.specs.training import (
+    CLASSIFICATIONS,
+    DISTILLATION,
+    LOSSES_BY_OBJECTIVE,
+    OPTIMIZERS,
+    PRECISIONS,
+    library_of,
+)
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
 
@@ -360,6 +367,13 @@ def _adapters(case: _Case) -> Iterator[Assumption]:
         value = "before adapters: a mask of one byte an element, as CUDA's fused kernel makes it"
         why = "written out, as on a CPU, it would be in the dtype of its input (Dropout.cpp)"
         yield Assumption("dropout", value, "", None, why)
+    if case.setup.objective in CLASSIFICATIONS:
+        value = "a full copy of the head is trained beside the original"
+        why = "peft's task types SEQ_CLS and TOKEN_CLS add it to modules_to_save"
+        if case.setup.quantize is not None:
+            value += ", in the dtype of the model"
+            why += "; peft cannot copy what is quantised: name the head in llm_int8_skip_modules"
+        yield Assumption("head", value, "", None, why)
 
 
 def _quantised(case: _Case) -> Iterator[Assumption]:

@@ -203,6 +203,9 @@ class Span(NamedTuple):
 class Tape:
     """The recording of one piece of a model."""
 
+    embedded: Tensor | None = None
+    """What the embedding of the tokens gave."""
+
     def __init__(  # noqa: PLR0915 - one statement for each thing that is recorded
         self,
         numerics: Numerics,
@@ -353,11 +356,14 @@ class Tape:
         """A tensor made elsewhere: an ``input`` of the step, a ``buffer``, or something ``shared`` by all layers."""
         return self._new(shape, dtype, role=role, name=name, requires_grad=requires_grad)
 
-    def view(self, x: Tensor, shape: Shape) -> Tensor:
-        """Another shape on the same storage; its gradient is a view of the incoming one."""
+    def view(self, x: Tensor, shape: Shape, *, copied_back: bool = False) -> Tensor:
+        """Another shape on the same storage; its gradient is a view of the incoming one.
+
+        `copied_back`: the gradient is a copy, because it is a parameter's and has to have its layout.
+        """
         out = Tensor(len(self.tensors), shape, x.dtype, x.storage, x.requires_grad)
         self.tensors.append(out)
-        self._record("view", (x,), (out,), gradients=(Gradient(x, alias=True),))
+        self._record("view", (x,), (out,), gradients=(Gradient(x, alias=not copied_back),))
         return out
 
     def also_returns(self, x: Tensor) -> None:
@@ -411,7 +417,7 @@ class Tape:
 
         It is a leaf of the graph, which holds it to the end of the backward pass (``AccumulateGrad``).
         """
-        if self.evaluation or not self.grad:
+        if self.evaluation or not self.grad or x.requires_grad:
             return x
         self.tensors[x.number] = x = x._replace(requires_grad=True)
         self._record("requires_grad_", (x,), (), keeps=(x,), reason="a leaf of the graph is held by it")

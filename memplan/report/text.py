@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
 from memplan.report.layout import columns, plural, wrap
+from memplan.specs.ranks import in_ranges
 from memplan.specs.training import PAIRED, PRECISIONS
 from memplan.units import GIB, format_bytes, format_count, format_seconds
 
@@ -179,6 +180,8 @@ def recipe_words(setup: Document) -> list[str]:
         kind = "DoRA" if lora["dora"] else "LoRA"
         dtype = "fp32" if lora["dtype"] == "fp32" else "the base's dtype"
         parts.append(f"{kind} of rank {lora['rank']} in {dtype} on {', '.join(lora['targets'])}")
+        parts += [f"of layers {in_ranges(lora['layers'])} alone"] if lora["layers"] else []
+        parts += [f"rank {rank} on {name}" for name, rank in lora["ranks"].items()]
         parts += [f"adapter dropout {lora['dropout']:g}"] if lora["dropout"] else []
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []

@@ -136,6 +136,8 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
             dtype=lora.get("dtype", "fp32"),
             dora=lora.get("dora", False),
             modules_to_save=tuple(lora.get("modules_to_save", ())),
+            layers=tuple(lora.get("layers", ())),
+            ranks=tuple(lora.get("ranks", {}).items()),
         )
     return Setup(
         **given,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError, did_you_mean
+from memplan.specs.adapter import check_token_targets, with_head
 from memplan.specs.recipe import EVERYTHING, Recipe
 from memplan.specs.values import dataclass
 
@@ -110,6 +111,8 @@ OBJECTIVES = (
 TRACED = ("contrastive",)
 """Objectives that no formula describes: the real module is run."""
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
+TASK_TYPE_BY_OBJECTIVE = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+"""Objectives for which peft does more than for others, and what it calls them."""
 SCORED = ("reward", *CLASSIFICATIONS)
 """Objectives of models that have a layer of scores in place of the words' output layer."""
 PREFERRED = ("dpo", "dpo-precomputed")
@@ -261,10 +264,10 @@ class Setup:
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
             )
-        if self.objective in SCORED and self.lora is not None:
-            raise UsageError(
-                "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
-            )
+        if self.objective == "token-classification" and self.lora is not None:
+            check_token_targets(self.lora)
+        if self.objective == "reward" and self.lora is not None:
+            raise UsageError("Adapters of a reward model are not modelled.", "Leave --lora-rank or --objective out.")
         if self.objective in UNEVALUATED and self.evaluation is not None:
             raise UsageError(
                 f"What the trainer evaluates for {self.objective} is not modelled.",
@@ -400,7 +403,7 @@ class Setup:
         if self.lora is None and not self.freeze:
             return EVERYTHING
         return Recipe(
-            lora=self.lora,
+            lora=with_head(self.lora) if self.lora and self.objective in CLASSIFICATIONS else self.lora,
             freeze=self.freeze,
             quantize=self.quantize,
             upcast=self.upcast,

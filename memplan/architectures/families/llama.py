@@ -82,7 +82,6 @@ def stem(m: Llama, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding, causal mask and rotary tables."""
     with t.scope("model"):
         x = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "embed_tokens")
-        t.holds_output = not m.embedding_scaled  # inputs_embeds
         if m.embedding_scaled:
             x = scale(t, x)
         shared = masks(t, x, full=m.full_mask, window=m.masked_window)
