@@ -110,6 +110,8 @@ OBJECTIVES = (
 )
 TRACED = ("contrastive",)
 """Objectives that no formula describes: the real module is run."""
+IN_BATCH = ("contrastive",)
+"""Those whose loss compares all examples of a micro-batch: accumulated, it is another loss."""
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
 TASK_TYPE_BY_OBJECTIVE = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
 """Objectives for which peft does more than for others, and what it calls them."""
