@@ -59,6 +59,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "quantize": (str,),
     "offload": (str,),
     "upcast": (bool,),
+    "compile": (bool,),
     "limit": (str,),
     "find_max": (bool,),
     "target_batch": (int,),

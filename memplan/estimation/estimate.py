@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
+from memplan.estimation import compiled
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
+from memplan.estimation.compiled import Compiled, Range
 from memplan.estimation.evaluation import EvaluationProgram
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
 from memplan.estimation.lints import Lint, lints
@@ -129,6 +131,8 @@ class Estimate(Tabular):
     """Bytes of optimizer states in unified memory: on the host, as far as the card has no room for them."""
     lints: tuple[Lint, ...] = ()
     """What is worth knowing before the run."""
+    compiled: Compiled | None = None
+    """Between which bounds the bytes lie under ``torch.compile``; those of the other fields are the upper ones."""
     confidence: float = 0.0
     """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
 
@@ -175,11 +179,12 @@ class Estimator:
         self.gpu = gpu
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture)
-        self._timed: dict[int, TimedModel] = {}
+        self._timed: dict[tuple[int, bool], TimedModel] = {}
         self._sizes: dict[tuple[int, int, float], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
+        setup.check_compiled()
         self.architecture.check_length(setup.seq_len, self.name)
         if setup.attention not in self.architecture.attentions:
             raise UsageError(
@@ -190,7 +195,13 @@ class Estimator:
             self._check_flash(setup)
         if setup.evaluation is not None and setup.evaluation.samples is not None:
             self.evaluation(setup, setup.evaluation).results()
-        if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
+        if setup.passes_mask and not self.program(setup).recording.stem.tape.minds_padding:
+            if not setup.padding:
+                raise UsageError(
+                    f"Under torch.compile transformers gives {self.architecture.model_type} a mask, and what that adds "
+                    "is not modelled.",
+                    "Use --attention eager, or leave --compile out.",
+                )
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
             )
@@ -219,6 +230,7 @@ class Estimator:
 
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`."""
+        setup.check_compiled()
         return self._recordings.program(setup)
 
     def sizes(self, setup: Setup) -> Sizes:
@@ -303,9 +315,10 @@ class Estimator:
         if self._speed is None:
             return None
         recording = self.program(setup).recording
-        key = id(recording)
+        key = (id(recording), setup.compile)
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed, self._recordings.reference(setup))
+            reference = self._recordings.reference(setup)
+            self._timed[key] = TimedModel(recording, self._speed, reference, fused=setup.compile)
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:
@@ -357,7 +370,22 @@ class Estimator:
             ),
             unmodelled=self.unmodelled(setup),
             lints=lints(self, setup, program, sizes, steady),
+            compiled=self._compiled(setup, steady, memory) if setup.compile else None,
         )
+
+    def _compiled(self, setup: Setup, peaks: Peaks, memory: Memory) -> Compiled:
+        """The range under ``torch.compile``, whose upper end `memory` is."""
+        program, sizes = self.program(setup), self.sizes(setup)
+        accumulation = setup.gradient_accumulation_steps
+        kept = compiled.least_kept(program, sizes)
+        low = compiled.least_peak(
+            sum(tensors.total(sizes) for tensors in program.resident(accumulation, with_states=True)),
+            program.gradients.total(sizes),
+            kept,
+            peaks.by_instant,
+            accumulates=accumulation > 1,
+        )
+        return compiled.range_of(Range(kept, peaks.kept_activation_bytes), low, memory)
 
     def longest_head(self, setup: Setup) -> int:
         """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
@@ -388,6 +416,7 @@ class Estimator:
             found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
         if self.gpu is not None and set(PRECISIONS[setup.precision]) & set(self.gpu.unsupported_dtypes):
             found.append((f"{setup.precision} on this card", "it has no fast units for it: bytes hold, times do not"))
+        found += compiled.UNMODELLED if setup.compile else ()
         if setup.data_parallel_size > 1:
             found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
         if setup.precision == "fp16-mixed":

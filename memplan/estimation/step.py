@@ -108,7 +108,7 @@ class Recordings:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         how = (loss, setup.objective, recipe, grad, evaluation)
-        key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
+        key = (setup.precision, setup.attention, exceeded, setup.passes_mask, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -116,7 +116,7 @@ class Recordings:
                 numerics,
                 attention=setup.attention,
                 exceeded=exceeded,
-                padded=setup.padding,
+                padded=setup.passes_mask,
                 recipe=recipe,
                 loss=loss,
                 objective=setup.objective,
@@ -146,10 +146,12 @@ class Recordings:
                 reference=self.reference(setup),
                 offloads=setup.offload == "activations",
             )
-        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
+        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, setup.compile)
         if key not in self._programs:
             layout = self._layouts[layout_key]
-            self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
+            self._programs[key] = StepProgram(
+                layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, compiled=setup.compile
+            )
         return self._programs[key]
 
 
@@ -400,8 +402,10 @@ class StepProgram:
     Laid out once for a recording and the choices that change what is kept; evaluated for as many sizes as wanted.
     """
 
-    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int) -> None:
+    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int, *, compiled: bool = False) -> None:
+        """`compiled`: the backward pass is one graph of ``torch.compile``, which hands out all gradients at its end."""
         self.layout = layout
+        self.compiled = compiled
         self.recording = layout.recording
         self.data_parallel_size = data_parallel_size
         self.states = layout.states._replace(optimizer=optimizer)
@@ -450,8 +454,8 @@ class StepProgram:
 
     @property
     def backward_again(self) -> tuple[Part, ...]:
-        """The same in later micro-steps."""
-        return self.layout.backward_again
+        """The same in later micro-steps; compiled, all its gradients are there before one is added to the others."""
+        return self.layout.backward if self.compiled else self.layout.backward_again
 
     @cached_property
     def _buckets(self) -> Tensors:

@@ -80,6 +80,11 @@ class TracedEstimator:
         """Raise `UsageError` for what a trace cannot answer."""
         if setup.evaluation is not None:
             raise UsageError("A traced module is estimated in training alone.", "Leave --eval-... out, or trace it.")
+        if setup.compile:
+            raise UsageError(
+                "A traced module is planned as it runs without a compiler.",
+                "Leave --compile out, or ask memplan trace about one size.",
+            )
         if setup.data_parallel_size > 1:
             raise UsageError("A traced module is planned for one GPU.", "Leave --gpus out.")
 

@@ -179,7 +179,9 @@ class Goal:
 
     def modes(self) -> tuple[str, ...]:
         """The checkpointing choices that are open."""
-        return self.checkpointings if self.activation_checkpointing is None else (self.activation_checkpointing,)
+        if self.activation_checkpointing is not None:
+            return (self.activation_checkpointing,)
+        return tuple(m for m in self.checkpointings if m != "selective" or not self.setup.compile)
 
     def at(self, micro: int, steps: int, mode: str) -> Setup:
         """The setup of one candidate."""

@@ -12,6 +12,7 @@ from memplan.report.text import (
     assumption_lines,
     calibration_lines,
     choices,
+    compiled_lines,
     equation,
     exactly,
     gib,
@@ -95,6 +96,7 @@ def _totals(estimate: Document) -> Iterator[Line]:
         said = vouched(estimate["confidence"]) or f"with {format_bytes(margin)} of headroom and reserve"
         rows.append(("bound", gib(estimate["upper_bound_bytes"]), said))
     yield from table([("", "GiB", ""), *rows], left=(0, 2))
+    yield from compiled_lines(estimate["compiled"])
     if estimate["step_time_s"] is not None:
         yield from paragraph("time", _time(estimate))
     yield from _verdict(estimate)
@@ -103,7 +105,7 @@ def _totals(estimate: Document) -> Iterator[Line]:
 def _time(estimate: Document) -> str:
     seconds = format_seconds(estimate["step_time_s"])
     calibration = estimate["calibration"]
-    if calibration is not None and calibration["is_timed"]:
+    if calibration is not None and calibration["is_timed"] and not estimate["setup"]["compile"]:
         return f"about {seconds} per step, at the speed that was measured"
     return f"at least {seconds} per step (roofline)"
 

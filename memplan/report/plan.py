@@ -11,6 +11,7 @@ from memplan.report.text import (
     assumption_lines,
     calibration_lines,
     choices,
+    compiled_lines,
     equation,
     exactly,
     gib,
@@ -87,6 +88,7 @@ def _best(plan: Document) -> Iterator[Line]:
     yield from (Line(line, "title") for line in wrap(equation(setup), first="  "))
     yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
+    yield from compiled_lines(plan["compiled"])
     yield from paragraph("free", _free(plan, best))
     if best["alloc_conf"]:
         text = f"export PYTORCH_ALLOC_CONF={best['alloc_conf']} (without it the allocator fragments too much)"
@@ -145,7 +147,7 @@ def _time(plan: Document, best: Document) -> str:
             f"rates of {rates}: it serves to rank plans and is no bound"
         )
     calibration = plan["calibration"]
-    if calibration is not None and calibration["is_timed"]:
+    if calibration is not None and calibration["is_timed"] and not best["setup"]["compile"]:
         return (
             f"about {format_seconds(best['step_time_s'])} per step, {best['tokens_per_s']:,.0f} tokens/s, "
             "at the speed that was measured"

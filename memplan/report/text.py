@@ -141,9 +141,28 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["compile"]:
+        parts.append("torch.compile")
     if setup["evaluation"]:
         parts.append(f"evaluation in batches of {setup['evaluation']['batch']}")
     return ", ".join([*parts, *recipe_words(setup)])
+
+
+def compiled_lines(compiled: Document | None) -> Iterator[Line]:
+    """The range under torch.compile, and where its ends come from."""
+    if compiled is None:
+        return
+    allocated, process, kept = (
+        f"{gib(compiled[name]['low'])} to {gib(compiled[name]['high'])} GiB"
+        for name in ("peak_allocated_bytes", "peak_process_bytes", "kept_activation_bytes")
+    )
+    if compiled["is_traced"]:
+        kept = f"{gib(compiled['kept_activation_bytes']['high'])} GiB kept, by the compiler's own partition"
+        ends = "from there to the peak without the compiler"
+    else:
+        kept = f"{kept} kept"
+        ends = "from what products need to what is kept without the compiler"
+    yield from paragraph("compiled", f"peak {process} ({allocated} allocated; {kept}): {ends}, which is planned with")
 
 
 def recipe_words(setup: Document) -> list[str]:

@@ -62,6 +62,8 @@ class Choices(TypedDict, total=False):
     """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
+    compile: bool | None
+    """torch.compile of the model, with inductor."""
     eval_batch: int | None
     """Sequences per forward pass of an evaluation, which is then counted (8)."""
     eval_samples: int | None
@@ -87,6 +89,7 @@ FIELD_BY_ARGUMENT = {
     "quantize": "quantize",
     "offload": "offload",
     "upcast": "upcast",
+    "compile": "compile",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""
 

@@ -77,6 +77,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "quantize": setup.quantize,
         "offload": setup.offload,
         "upcast": setup.upcast,
+        "compile": setup.compile,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
@@ -138,6 +139,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         quantize=record.get("quantize"),
         offload=record.get("offload"),
         upcast=record.get("upcast", False),
+        compile=record.get("compile", False),
         evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
     )
 

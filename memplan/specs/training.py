@@ -165,6 +165,8 @@ class Setup:
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
     """An evaluation between the steps; None: none is counted."""
+    compile: bool = False
+    """``torch.compile`` of the model with inductor (``TrainingArguments.torch_compile``)."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):
@@ -231,6 +233,36 @@ class Setup:
             raise UsageError(
                 f"{what}, before GPUs could exchange their gradients.", "Use one GPU or another --optimizer."
             )
+
+    def check_compiled(self) -> None:
+        """Raise `UsageError` for what is not modelled together with ``torch.compile``."""
+        if not self.compile:
+            return
+        cure = "Leave --compile or {} out."
+        if self.optimizer in IN_BACKWARD:
+            raise UsageError(
+                f"{self.optimizer} updates in the backward pass; a compiled one hands out gradients at its end.",
+                "Use another --optimizer, or leave --compile out.",
+            )
+        for is_given, what, flag in (
+            (self.quantize is not None, "bitsandbytes' kernels", "--quantize"),
+            (self.lora is not None and self.lora.dora, "DoRA", "--dora"),
+            (self.offload is not None, "Offloading to the host", "--offload"),
+            (self.loss != "full", f"The {self.loss} loss", "--loss"),
+            (self.objective != "lm", f"Training for {self.objective}", "--objective"),
+            (self.activation_checkpointing == "selective", "Selective checkpointing", "--checkpointing"),
+        ):
+            if is_given:
+                raise UsageError(f"{what} under torch.compile is not modelled.", cure.format(flag))
+
+    @property
+    def passes_mask(self) -> bool:
+        """Whether attention is given a mask.
+
+        Under ``torch.compile`` transformers (5.23, masking_utils.py) may not look at data, and makes one for
+        scaled_dot_product_attention even where it hides nothing but the future.
+        """
+        return self.padding or (self.compile and self.attention == "sdpa")
 
     @property
     def recipe(self) -> Recipe:
