@@ -61,9 +61,9 @@ def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
 
 
 def padding_mask(t: Tape) -> None:
-    """The ``attention_mask`` of (b, s) that comes with a padded micro-batch."""
+    """The ``attention_mask`` of (b, s) that comes with a padded micro-batch (with pairs of ORPO's it always does)."""
     t.minds_padding = True
-    if t.padded:
+    if t.padded and t.objective != "orpo":
         t.external("attention_mask", HIDDEN, "int64", role="input")
 
 

@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "checkpointing": (str,),
     "attention": (str,),
     "loss": (str,),
+    "label_smoothing": (int, float),
     "dropout": (int, float),
     "padding": (bool,),
     "lora_rank": (int,),

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "csv", "markdown")
 CHECKPOINTINGS = ("none", "selective", "full", "every-N")
 
-NOT_MODELLED = ("--zero-stage", "--label-smoothing")
+NOT_MODELLED = ("--zero-stage",)
 """Documented options that have no formula yet."""
 
-OBJECTIVES_NOT_MODELLED = ("reward", "orpo", "kto", "grpo", "distillation", "contrastive")
+OBJECTIVES_NOT_MODELLED = ("kto", "grpo", "distillation", "contrastive")
 """Objectives that have no formula yet."""
 
 LONGEST_ECHO = 40
@@ -62,6 +62,7 @@ class Options(NamedTuple):
     attention: str | None = None
     loss: str | None = None
     objective: str | None = None
+    label_smoothing: float | None = None
     supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
@@ -334,11 +335,12 @@ SETUP_ROWS = (
     _named(
         "--objective",
         TRAINING,
-        f"{', '.join(OBJECTIVES)}; dpo's micro-batch counts pairs (lm).",
+        f"{', '.join(OBJECTIVES)}; a micro-batch of dpo, orpo and reward counts pairs (lm).",
         OBJECTIVES,
         later=OBJECTIVES_NOT_MODELLED,
         metavar="NAME",
     ),
+    Row(("--label-smoothing",), TRAINING, "Share spread over all words, label_smoothing_factor (0).", below(1), "P"),
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),

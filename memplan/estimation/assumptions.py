@@ -73,9 +73,11 @@ class _Case:
         """Peak of another setup less that of this one."""
         return self.estimator.memory(other).peak_allocated_bytes - int(self.peaks.peak)
 
-    def effect_if(self, other: Setup) -> int | None:
-        """The same; None where there is no such setup."""
+    def effect_if(self, **changes: object) -> int | None:
+        """The same of this setup with `changes`; None where that cannot be had."""
         try:
+            other = replace(self.setup, **changes)  # type: ignore[arg-type]
+            self.estimator.check(other)
             return self.effect(other)
         except UsageError:
             return None
@@ -301,10 +303,9 @@ def _attention(case: _Case) -> Iterator[Assumption]:
         "flash": ("flash: no scores stored", "the kernel keeps its output and one number a row"),
     }
     other = "sdpa" if now == "eager" else "eager"
-    known = other in case.estimator.architecture.attentions
-    effect = case.effect(replace(case.setup, attention=other)) if known else None
+    effect = case.effect_if(attention=other)
     value, why = values[now]
-    yield Assumption("attention", value, other if known else "", effect, why)
+    yield Assumption("attention", value, other if effect is not None else "", effect, why)
 
 
 def _padding(case: _Case) -> Iterator[Assumption]:
@@ -313,12 +314,15 @@ def _padding(case: _Case) -> Iterator[Assumption]:
         why = "a kernel that is given a mask is another one, and the mask is a tensor"
         yield Assumption("padding", "padded, so a mask is passed", "packed batches", case.effect(other), why)
         return
-    try:
-        case.estimator.check(other)
-    except UsageError:  # it is not modelled what padding does to this architecture
+    effect = case.effect_if(padding=True)
+    if effect is None:  # it is not modelled what padding does to this architecture
+        return
+    if case.setup.passes_mask:
+        why = "under torch.compile transformers does not look whether a mask hides anything (torch before 2.14)"
+        yield Assumption("padding", "none, and a mask all the same", "padded batches", effect, why)
         return
     why = "the mask is left out where it would hide nothing: packed or equally long sequences"
-    yield Assumption("padding", "none, so no mask", "padded batches", case.effect(other), why)
+    yield Assumption("padding", "none, so no mask", "padded batches", effect, why)
 
 
 def _adapters(case: _Case) -> Iterator[Assumption]:
@@ -378,6 +382,9 @@ def _logits(case: _Case) -> Iterator[Assumption]:
         value, why = OBJECTIVE_WORDS[case.setup.objective]
         yield Assumption("objective", value, "", None, why)
         return
+    if case.setup.label_smoothing:
+        yield _smoothing(case)
+        return
     if case.setup.loss != "full":
         value, why = LOSS_WORDS[case.setup.loss]
         effect = case.effect(replace(case.setup, loss="full"))
@@ -391,14 +398,22 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     largest = max(row.num_bytes // row.num for row in wide)
     at_loss = case.peaks.by_instant[LOSS] == case.peaks.peak
     value = f"all logits at once: {format_bytes(alive)} at the peak" if at_loss else "all logits at once"
-    known = case.estimator.architecture.task == "causal-lm"
+    causal = case.estimator.architecture.task == "causal-lm"
+    other = case.effect_if(loss=OTHER_LOSS) if causal else None
     yield Assumption(
         "loss",
         f"{value}, {format_bytes(largest)} the largest of them",
-        f"--loss {OTHER_LOSS}, TRL's from 1.15 on" if known else "",
-        case.effect_if(replace(case.setup, loss=OTHER_LOSS)) if known else None,
+        f"--loss {OTHER_LOSS}, TRL's from 1.15 on" if other is not None else "",
+        other,
         "so transformers computes it; TRL, Liger and others go chunk by chunk",
     )
+
+
+def _smoothing(case: _Case) -> Assumption:
+    """The loss of smoothed labels."""
+    value = "labels smoothed by the Trainer, of all logits at once; no other loss has them"
+    why = "LabelSmoother of transformers keeps log-probabilities of all words, and their negative"
+    return Assumption("loss", value, "no smoothing", case.effect(replace(case.setup, label_smoothing=0.0)), why)
 
 
 OTHER_LOSS = "tiled"
@@ -421,6 +436,15 @@ OBJECTIVE_WORDS = {
     "dpo-precomputed": (
         "no reference while training; a micro-batch of n is n pairs, 2n sequences",
         "DPOTrainer of TRL from 1.15 on, precompute_ref_log_probs=True",
+    ),
+    "orpo": (
+        "all logits of both sequences at once, no reference; a micro-batch of n is n pairs, 2n sequences; ids and mask "
+        "of the prompts alone are not counted",
+        "ORPOTrainer of TRL 1.16 (experimental), with its Triton kernel of log-probabilities",
+    ),
+    "reward": (
+        "one score a sequence, no margins; a micro-batch of n is n pairs, 2n sequences",
+        "RewardTrainer of TRL 1.16, center_rewards_coefficient=None; AutoModelForSequenceClassification, num_labels=1",
     ),
     "sequence-classification": (
         "a class of each sequence, one of those that the config names",

@@ -18,7 +18,7 @@ from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.sizes import bind
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import CLASSIFICATIONS, OPTIMIZERS, PRECISIONS
+from memplan.specs.training import OPTIMIZERS, PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
@@ -72,6 +72,8 @@ class ModelSummary(NamedTuple):
     """``causal-lm``, ``masked-lm``, ``features`` or a classification: which head and loss were estimated."""
     attentions: tuple[str, ...] = ()
     """Attention implementations that transformers has for it."""
+    unit: str = "sequence"
+    """What a micro-batch counts; of others than sequences, the length means nothing."""
 
 
 class Instant(NamedTuple):
@@ -184,7 +186,6 @@ class Estimator:
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
-        setup.check_compiled()
         self.architecture.check_length(setup.seq_len, self.name)
         if setup.attention not in self.architecture.attentions:
             raise UsageError(
@@ -230,7 +231,6 @@ class Estimator:
 
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`."""
-        setup.check_compiled()
         return self._recordings.program(setup)
 
     def sizes(self, setup: Setup) -> Sizes:
@@ -399,7 +399,7 @@ class Estimator:
             model_type=self.architecture.model_type,
             num_parameters=program.states.num_parameters,
             num_trainable_parameters=program.states.num_trained,
-            task=setup.objective if setup.objective in CLASSIFICATIONS else self.architecture.task,
+            task=setup.objective if setup.objective in SCORED else self.architecture.task,
             attentions=self.architecture.attentions,
         )
 

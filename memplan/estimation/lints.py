@@ -89,7 +89,8 @@ def _fp32(run: _Run) -> Iterator[Lint]:
 
 def _logits(run: _Run) -> Iterator[Lint]:
     """All logits at once, where their hump is the peak and larger than all that the layers keep."""
-    if run.setup.loss != "full" or run.estimator.architecture.task != "causal-lm":
+    own = run.setup.objective == "lm" and run.setup.loss == "full" and not run.setup.label_smoothing
+    if not own or run.estimator.architecture.task != "causal-lm":
         return
     at_loss = run.peaks.by_instant[LOSS]
     kept = int(run.peaks.kept_activation_bytes)

@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import record
+from memplan.architectures.heads import SMOOTHED
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
 from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
@@ -107,6 +108,7 @@ class Recordings:
     def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False) -> Recording:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
+        loss = SMOOTHED if setup.label_smoothing else loss
         how = (loss, setup.objective, recipe, grad, evaluation)
         key = (setup.precision, setup.attention, exceeded, setup.passes_mask, *how)
         if key not in self._recordings:

@@ -342,6 +342,8 @@ class _Backward:
         self.blocks: dict[int, tuple[tuple[Any, ...], Size, Row]] = {}
         self.holders: dict[int, int] = {}
         self.pending: dict[int, int] = {}
+        self.shown: set[int] = set()
+        """Of which tensors the pending gradient is shown for more elements than it has."""
         self.parameter_of = {row.tensor: row for row in self.tape.parameters}
         self.first_use: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
@@ -502,6 +504,7 @@ class _Backward:
             self._release(number)
         for g, number in results:
             self._accumulate(i, g.of, number)
+            self.shown |= {g.of.number} if g.shown else set()
 
     def _hand_out(self, s: int, kept: list[_Kept]) -> list[_Kept]:
         """What the forward pass kept becomes a gradient: it is let go in the instant in which that is there."""
@@ -534,9 +537,10 @@ class _Backward:
         old = self.pending.get(x.number)
         if old is None:
             self.pending[x.number] = number
-        elif self.holders[old] == 1:
+        elif self.holders[old] == 1 and x.number not in self.shown:
             self._release(number)
         else:
+            self.shown.discard(x.number)
             row = Row("", "sum of gradients", "temporary", x.shape, x.dtype)
             self.pending[x.number] = self._allocate(x.bytes, row)
             self._release(old)

@@ -140,7 +140,8 @@ def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[s
 
     ``s+[b=1]`` is one longer for a micro-batch of one, where PyTorch's ``contiguous()`` of a slice copies nothing and
     keeps the whole; ``[b=1]`` is 1 there and else 0.  ``s to 16``, ``s to 32`` and ``s to 128`` are rounded up to
-    such a multiple; ``s[not 16s]`` is nothing where the length already is one.  ``b/2`` are pairs of sequences.
+    such a multiple; ``s[not 16s]`` is nothing where the length already is one.  ``b/2`` are pairs of sequences, and
+    ``[b=2]`` is 1 where there is a single one.
     """
     to_16 = -(-seq_len // 16) * 16
     pairs = micro_batch_size * (seq_len - 1)
@@ -156,6 +157,8 @@ def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[s
         "s+[b=1]": seq_len + (micro_batch_size == 1),
         "[b=1]": (micro_batch_size == 1) * 1,
         "[b>1]": (micro_batch_size > 1) * 1,
+        "[b=2]": (micro_batch_size == 2) * 1,
+        "[b>2]": (micro_batch_size > 2) * 1,
         "s to 16": to_16,
         "s to 32": -(-seq_len // 32) * 32,
         "s to 128": -(-seq_len // 128) * 128,

@@ -114,6 +114,8 @@ class Gradient(NamedTuple):
     of: Tensor
     alias: bool = False
     """True where the gradient lies on the storage of the incoming gradient (views, plain sums)."""
+    shown: bool = False
+    """True where it is, besides, shown for more elements than it has (``expand``): nothing is added to it in place."""
     scratch: tuple[Size, ...] = ()
     """Bytes alive beside it while it is computed."""
     computed_at: Size | None = None
@@ -210,7 +212,7 @@ class Tape:
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
         self.loss = loss
-        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`."""
+        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`, or ``smoothed``."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
         self.padded = padded
@@ -341,7 +343,7 @@ class Tape:
         self._held[0].append(tensor)
 
     def pause(self) -> None:
-        """The model has returned; something else runs before its caller goes on (a reference model)."""
+        """The model has returned and autocast has ended; a reference model may run before its caller goes on."""
         self._record(PAUSE, (), ())
 
     def hold_in_model(self, tensor: Tensor) -> None:

@@ -39,14 +39,17 @@ class Target(NamedTuple):
     target_tokens: int | None = None
     """Tokens per step as asked for, None where sequences were."""
 
-    def rounding(self, seq_len: int) -> str | None:
-        """What became of a target in tokens, in words; None where nothing was rounded."""
+    def rounding(self, seq_len: int, unit: str = "sequence") -> str | None:
+        """What became of a target in tokens, in words; None where nothing was rounded.
+
+        `seq_len`: tokens of a `unit`, two sequences of a pair.
+        """
         if self.target_tokens is None:
             return None
         got = self.global_batch_size * seq_len
         difference = got - self.target_tokens
         exact = "exactly" if difference == 0 else f"{abs(difference):,} {'more' if difference > 0 else 'fewer'}"
-        noun = "sequence" if self.global_batch_size == 1 else "sequences"
+        noun = unit if self.global_batch_size == 1 else f"{unit}s"
         sequences = f"{self.global_batch_size:,} {noun} of {seq_len:,}"
         return f"{self.target_tokens:,} tokens are {sequences}: {got:,} tokens, {exact}"
 
@@ -178,10 +181,17 @@ class Goal:
                 yield micro, steps
 
     def modes(self) -> tuple[str, ...]:
-        """The checkpointing choices that are open."""
+        """The checkpointing choices that are open, and go with the rest of the setup."""
         if self.activation_checkpointing is not None:
             return (self.activation_checkpointing,)
-        return tuple(m for m in self.checkpointings if m != "selective" or not self.setup.compile)
+        return tuple(mode for mode in self.checkpointings if self._allows(mode))
+
+    def _allows(self, mode: str) -> bool:
+        try:
+            replace(self.setup, activation_checkpointing=mode)
+        except UsageError:
+            return False
+        return True
 
     def at(self, micro: int, steps: int, mode: str) -> Setup:
         """The setup of one candidate."""

@@ -94,7 +94,6 @@ def compiled_activations(
 
 def check(setup: Setup) -> None:
     """Raise `UsageError` for what cannot be traced together with ``torch.compile``."""
-    setup.check_compiled()
     if setup.activation_checkpointing != "none":
         raise UsageError(
             "What a compiler makes of checkpointed layers is not traced.",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 
+from memplan.probes.vision_language import VISION_LANGUAGE, image_and_words
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ FLUX_TEXT_TOKENS = 512
 STABLE_DIFFUSION_TEXT_TOKENS = 77
 
 
-NO_LENGTH = "whatever --seq-len; cuDNN's workspaces are left out"
+NO_WORKSPACES = "cuDNN's workspaces are left out"
 SAMPLES = "one audio frame a token of --seq-len; no masks at random (SpecAugment), and CTC's table of paths is left out"
 
 
@@ -80,12 +81,17 @@ def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
     """What a model of transformers is trained on, by its main input; floating-point inputs in `dtype`."""
     config = module.config
     main = module.main_input_name
+    if config.model_type in VISION_LANGUAGE:
+        make, said = image_and_words(config, token_inputs(int(config.get_text_config().vocab_size)), dtype)
+        return Inputs(make, said=(said,))
     if hasattr(config, "vision_config") and hasattr(config, "projection_dim"):
         length = config.text_config.max_position_embeddings
-        said = f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_LENGTH}"
+        said = (
+            f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_WORKSPACES}"
+        )
         return Inputs(_image_text(config, dtype), said=(said,))
     if main == "pixel_values":
-        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_LENGTH}",))
+        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_WORKSPACES}",))
     if main == "input_features":
         return Inputs(_log_mel(config, dtype), said=(f"{2 * config.max_source_positions:,} log-mel frames a sequence",))
     if main == "input_values":
@@ -192,7 +198,7 @@ def unet_inputs(config: Any, dtype: torch.dtype) -> Inputs:
         return made
 
     size = f"latents of {config.sample_size} x {config.sample_size} and a text of {STABLE_DIFFUSION_TEXT_TOKENS} tokens"
-    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_LENGTH}",))
+    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_WORKSPACES}",))
 
 
 def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
@@ -213,7 +219,7 @@ def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
             made["guidance"] = torch.ones(micro_batch_size, dtype=dtype)
         return made
 
-    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_LENGTH}"
+    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_WORKSPACES}"
     return Inputs(inputs, _mean_squared_error, (said,))
 
 

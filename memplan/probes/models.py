@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, type_of
+from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, OWN, kind_of, type_of
 from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
 from memplan.probes.inputs import class_inputs, diffusion_network, transformers_inputs
+from memplan.probes.vision_language import VISION_LANGUAGE
 from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from memplan.architectures.undescribed import Kind
     from memplan.specs.training import Setup
 
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +50,8 @@ class TracedModel:
     """Makes it on the default device; may run code of the user."""
     accepts_padding: bool = False
     """Whether it can be given an ``attention_mask``."""
+    kind: Kind = OWN
+    """Which loss it has, and what its micro-batches count."""
 
 
 def model_of(config: Mapping[str, Any], name: str = "") -> TracedModel:
@@ -67,11 +71,12 @@ def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
             module, inputs = diffusion_network(values, dtype)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    return TracedModel(name=name or values["_class_name"], build=build)
+    return TracedModel(name=name or values["_class_name"], build=build, kind=kind_of(values))
 
 
 AUTO_CLASS_BY_OBJECTIVE = {
     "sequence-classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
 
@@ -89,14 +94,17 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
         raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
 
     def build(setup: Setup) -> Built:
-        module = _build(values, setup, auto_class)
+        one_score = {"num_labels": 1} if setup.objective == "reward" else {}
+        module = _build(values | one_score, setup, auto_class)
         inputs = transformers_inputs(module, PARAMETER_DTYPES[PRECISIONS[setup.precision][0]])
         if setup.objective == "sequence-classification":
             inputs = class_inputs(module)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    takes_ids = kind_of(values).usual != NO_LENGTH
-    return TracedModel(name=name or values["model_type"], build=build, accepts_padding=takes_ids)
+    kind = kind_of(values)
+    return TracedModel(
+        name=name or values["model_type"], build=build, accepts_padding=kind.usual != NO_LENGTH, kind=kind
+    )
 
 
 def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.Module:
@@ -165,8 +173,9 @@ def _auto_class(values: Mapping[str, Any]) -> str:
     if named.endswith("ForCausalLM"):
         return "AutoModelForCausalLM"
     seq2seq = bool(values.get("is_encoder_decoder", model_type in {"t5", "bart"}))
+    reads_images = "text_config" in values or model_type in VISION_LANGUAGE
     tables = (
-        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "text_config" in values),
+        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, reads_images),
         ("AutoModel", auto.MODEL_MAPPING_NAMES, model_type in {"clip", "siglip"}),
         ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, seq2seq),
         ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, True),

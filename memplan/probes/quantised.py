@@ -53,7 +53,8 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
         bnb_4bit_compute_dtype=DTYPES[autocast or parameters],
     )
     before = dict(module.named_modules())
-    replace_with_bnb_linear(module, get_keys_to_not_convert(module), config)
+    kept = [*get_keys_to_not_convert(module), *(getattr(module, "_keep_in_fp32_modules", None) or ())]
+    replace_with_bnb_linear(module, kept, config)
     for name, layer in module.named_modules():
         if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
             _fill(layer, before[name])

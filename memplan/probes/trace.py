@@ -88,6 +88,7 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError("Flash attention has no fp32 kernel.", "Use --attention sdpa or another precision.")
     if setup.data_parallel_size != 1:
         raise UsageError("A trace is of one rank.", "Leave --gpus out.")
+    _check_loss(model, setup)
     if setup.padding and not model.accepts_padding:
         raise UsageError(
             f"{model.name} makes its own inputs.", "Leave --padding out, and let inputs() return the mask."
@@ -97,6 +98,21 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError(f"sdpa_kernel {sdpa_kernel!r} is not known.", cure)
     if num_steps < 1:
         raise UsageError(f"num_steps is {num_steps}.", "Trace at least one step, two for the steady state.")
+
+
+def _check_loss(model: TracedModel, setup: Setup) -> None:
+    """Raise `UsageError` for losses of language models where there is none."""
+    if model.kind.has_words:
+        return
+    what = f"{model.name} is {model.kind.name}"
+    if setup.objective != "lm":
+        raise UsageError(
+            f"{what}: it is trained for its own loss, not for {setup.objective}.", "Leave --objective out."
+        )
+    if setup.loss not in {"full", "full-kept"}:
+        raise UsageError(f"{what}: --loss {setup.loss} is for language models.", "Leave --loss out.")
+    if setup.supervised != 1:
+        raise UsageError(f"{what}: which tokens have a label makes no difference.", "Leave --supervised out.")
 
 
 def _run(
@@ -114,10 +130,11 @@ def _run(
     from memplan.probes.checkpointing import enable_checkpointing, host_memory, repeated_layers, selective_checkpointing
     from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
+    from memplan.probes.objectives import find_objective
     from memplan.probes.optimizers import build_optimizer
-    from memplan.probes.preference import find_objective
     from memplan.probes.quantised import num_elements
     from memplan.probes.semantics import cuda_semantics
+    from memplan.probes.smoothing import find_smoother
     from memplan.probes.training import TrainingRun
 
     lower = PRECISIONS[setup.precision][1]
@@ -136,7 +153,8 @@ def _run(
         _label(objective.reference, recorder, "reference model: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
-    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective)
+    smoother = find_smoother(module, setup)
+    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective, smoother=smoother)
     with (
         cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel, compute_capability=compute_capability),
         selective_checkpointing(module, setup.activation_checkpointing, autocast),
@@ -156,6 +174,7 @@ def _run(
         spans=recorder.spans(),
         assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions),
         host_bytes=getattr(optimizer, "host_bytes", 0),
+        unit=model.kind.unit,
     )
 
 

@@ -2,7 +2,8 @@
 
 Names as in `TrainingArguments` of transformers 5.23.  Parameters get their dtype when the model is loaded
 (`from_pretrained(..., dtype=...)`); `bf16=True` is autocast and nothing else.  Selective checkpointing is nothing that
-the Trainer offers.
+the Trainer offers.  Objectives of TRL have configs of their own, with other defaults (trainer/base_config.py of TRL
+1.16): checkpointing and ``bf16`` are on, and sequences are cut to 1024 tokens.
 """
 
 from __future__ import annotations
@@ -53,17 +54,27 @@ TAKES_MODULES = ("galore_adamw", "apollo_adamw")
 LOSSES_OF_TRAINER = ("full", "fused")
 """The others are TRL's, or those of libraries that replace a model's forward."""
 
+CONFIG_OF_TRAINER = "TrainingArguments"
+CONFIG_BY_OBJECTIVE = {
+    "dpo": "DPOConfig",
+    "dpo-precomputed": "DPOConfig",
+    "orpo": "ORPOConfig",
+    "reward": "RewardConfig",
+}
+"""What holds the arguments of TRL's trainers."""
+
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
-    """`dtype` for from_pretrained and `arguments` for TrainingArguments; None where the Trainer cannot do it.
+    """`dtype` for from_pretrained and `arguments` for `config`; None where the Trainer cannot do it.
 
+    `config` is TrainingArguments, or the class of arguments of the trainer in TRL that has the objective.
     `lora` is for peft's LoraConfig and `quantization` for BitsAndBytesConfig, None where there is none.
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    if optim is None or mode == "selective" or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
+    if optim is None or mode == "selective" or not has_loss(setup.loss, setup.objective) or setup.freeze:
         return None
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
@@ -91,13 +102,39 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments["use_liger_kernel"] = True
         others = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy"), False)
         arguments["liger_kernel_config"] = {"fused_linear_cross_entropy": True, **others}
+    if setup.label_smoothing:
+        arguments["label_smoothing_factor"] = setup.label_smoothing
+    config = config_of(setup.objective)
+    if config != CONFIG_OF_TRAINER:
+        arguments |= _of_pairs(setup)
     return {
+        "config": config,
         "dtype": DTYPE_NAMES[parameters],
         "attn_implementation": _attention(setup),
         "arguments": arguments,
         "lora": None if setup.lora is None else _lora(setup.lora),
         "quantization": _quantization(setup),
     }
+
+
+def config_of(objective: str) -> str:
+    """The class of arguments that the trainer of an objective takes."""
+    return CONFIG_BY_OBJECTIVE.get(objective, CONFIG_OF_TRAINER)
+
+
+def has_loss(loss: str, objective: str) -> bool:
+    """Whether a trainer takes its loss in this way: TRL's trainers of pairs have one way alone."""
+    return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER
+
+
+def _of_pairs(setup: Setup) -> dict[str, Any]:
+    """What TRL's trainers of pairs take besides."""
+    found: dict[str, Any] = {"max_length": setup.seq_len}
+    if setup.dropout != 0:
+        found["disable_dropout"] = False
+    if setup.objective == "dpo-precomputed":
+        found["precompute_ref_log_probs"] = True
+    return found
 
 
 def _lora(lora: Lora) -> dict[str, Any]:

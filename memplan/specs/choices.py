@@ -36,6 +36,8 @@ class Choices(TypedDict, total=False):
     """Key of `memplan.specs.training.LOSSES` (full, or the first that the objective has)."""
     objective: str | None
     """Key of `memplan.specs.training.OBJECTIVES` (lm)."""
+    label_smoothing: float | None
+    """Share of the probability that is spread over all words (0)."""
     supervised: float | None
     """Share of the tokens that have a label (1)."""
     dropout: float | None
@@ -82,6 +84,7 @@ FIELD_BY_ARGUMENT = {
     "attention": "attention",
     "loss": "loss",
     "objective": "objective",
+    "label_smoothing": "label_smoothing",
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
@@ -159,7 +162,7 @@ def _defaults_of(objective: object) -> dict[str, Any]:
 def dropout_of(choices: Mapping[str, Any]) -> float | None:
     """What takes the place of all dropout of a model's config, None where it is kept.
 
-    DPOTrainer switches dropout off unless it is told otherwise (``disable_dropout=True``).
+    TRL's trainers of pairs switch dropout off unless they are told otherwise (``disable_dropout=True``).
     """
     given: float | None = choices.get("dropout")
     return 0.0 if given is None and choices.get("objective") in PAIRED else given

@@ -54,6 +54,7 @@ SETUP_FIELDS = (
     "attention",
     "loss",
     "objective",
+    "label_smoothing",
     "dropout",
     "padding",
 )

@@ -90,13 +90,19 @@ LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
-OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
+OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "orpo", "reward", "sequence-classification", "token-classification")
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
-PAIRED = ("dpo", "dpo-precomputed")
+SCORED = ("reward", *CLASSIFICATIONS)
+"""Objectives of models that have a layer of scores in place of the words' output layer."""
+PREFERRED = ("dpo", "dpo-precomputed")
+"""Those of direct preference optimisation."""
+PAIRED = (*PREFERRED, "orpo", "reward")
 """Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
 LOSSES_BY_OBJECTIVE = {
     "dpo": ("tiled",),
     "dpo-precomputed": ("tiled",),
+    "orpo": ("full",),
+    "reward": ("full",),
     "sequence-classification": ("full",),
     "token-classification": ("full",),
 }
@@ -104,6 +110,16 @@ LOSSES_BY_OBJECTIVE = {
 
 DPOTrainer of TRL up to 1.14 had all logits, and kernels of its own for them, which are not modelled.
 """
+
+TRAINER_BY_OBJECTIVE = {
+    "dpo": "DPOTrainer",
+    "dpo-precomputed": "DPOTrainer",
+    "orpo": "ORPOTrainer",
+    "reward": "RewardTrainer",
+}
+"""TRL's, of objectives that are not transformers' own."""
+UNEVALUATED = ("orpo", "reward")
+"""Objectives whose trainer has an evaluation of its own, which is not modelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +159,15 @@ class Setup:
     ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
                          model, or with adapters the same one without them; it runs after each pass of the policy
     ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
+    ``orpo``             odds-ratio preference optimisation (ORPOTrainer of TRL 1.16): likelihood of the chosen sequence
+                         and odds against the rejected one, from all logits; no reference
+    ``reward``           a score of each sequence, compared within pairs (RewardTrainer of TRL 1.16)
     ``sequence-classification``, ``token-classification``
                          classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
+    label_smoothing: float = 0.0
+    """Share of the probability that is spread over all words (`label_smoothing_factor` of TrainingArguments); above 0
+    the Trainer takes the loss from all logits itself."""
     supervised: float = 1.0
     """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
     dropout: float | None = None
@@ -176,12 +198,14 @@ class Setup:
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("loss", self.loss, LOSSES)
         self._check_objective()
+        self._check_smoothing()
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
         self._check_quantization()
         self._check_offload()
         self._check_updates()
+        self._check_compiled()
 
     def _check_objective(self) -> None:
         """Raise `UsageError` where the loss of the objective is not computed like this."""
@@ -192,14 +216,35 @@ class Setup:
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
             )
-        if self.objective in CLASSIFICATIONS and self.lora is not None:
+        if self.objective in SCORED and self.lora is not None:
             raise UsageError(
                 "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
             )
-        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+        if self.objective in UNEVALUATED and self.evaluation is not None:
             raise UsageError(
-                "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
+                f"What TRL evaluates for {self.objective} is not modelled.", "Leave --eval-batch and --objective apart."
+            )
+        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+            trainer = TRAINER_BY_OBJECTIVE[self.objective]
+            raise UsageError(
+                f"{trainer} switches dropout off, that of adapters, too (disable_dropout=True).",
                 "Leave --lora-dropout out.",
+            )
+
+    def _check_smoothing(self) -> None:
+        """Raise `UsageError` where no smoothed loss is taken from the logits."""
+        check_label_smoothing(self.label_smoothing)
+        if not self.label_smoothing:
+            return
+        if self.objective != "lm":
+            raise UsageError(
+                f"Label smoothing is modelled for language models, not for --objective {self.objective}.",
+                "Leave --label-smoothing out.",
+            )
+        if self.loss != "full":
+            raise UsageError(
+                f"The Trainer smooths labels with all logits at hand, and --loss {self.loss} has none.",
+                "Use --loss full, or leave --label-smoothing out.",
             )
 
     def _check_quantization(self) -> None:
@@ -234,7 +279,7 @@ class Setup:
                 f"{what}, before GPUs could exchange their gradients.", "Use one GPU or another --optimizer."
             )
 
-    def check_compiled(self) -> None:
+    def _check_compiled(self) -> None:
         """Raise `UsageError` for what is not modelled together with ``torch.compile``."""
         if not self.compile:
             return
@@ -245,11 +290,12 @@ class Setup:
                 "Use another --optimizer, or leave --compile out.",
             )
         for is_given, what, flag in (
+            (self.objective != "lm", f"Training for {self.objective}", "--objective"),
             (self.quantize is not None, "bitsandbytes' kernels", "--quantize"),
             (self.lora is not None and self.lora.dora, "DoRA", "--dora"),
             (self.offload is not None, "Offloading to the host", "--offload"),
             (self.loss != "full", f"The {self.loss} loss", "--loss"),
-            (self.objective != "lm", f"Training for {self.objective}", "--objective"),
+            (self.label_smoothing > 0, "Label smoothing", "--label-smoothing"),
             (self.activation_checkpointing == "selective", "Selective checkpointing", "--checkpointing"),
         ):
             if is_given:
@@ -286,6 +332,11 @@ class Setup:
     def sequences_per_micro_batch(self) -> int:
         """Sequences in one forward pass on one rank: two a pair."""
         return self.micro_batch_size * sequences_of(self.objective)
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Tokens of a sequence, or of the two of a pair."""
+        return sequences_of(self.objective) * self.seq_len
 
     @property
     def has_reference(self) -> bool:
@@ -355,6 +406,12 @@ def check_share(name: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a share above 0 and up to 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise UsageError(f"{name} is {_shown(value)}.", "Give a share above 0 and up to 1.")
+
+
+def check_label_smoothing(value: object) -> None:
+    """Raise `UsageError` unless `value` is a share below 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UsageError(f"label_smoothing is {_shown(value)}.", "Give a number from 0 up to, but not including, 1.")
 
 
 def check_dropout(value: object) -> None:
