@@ -309,8 +309,8 @@ def _attention(case: _Case) -> Iterator[Assumption]:
 
 
 def _padding(case: _Case) -> Iterator[Assumption]:
-    other = replace(case.setup, padding=not case.setup.padding)
     if case.setup.padding:
+        other = replace(case.setup, padding=False)
         why = "a kernel that is given a mask is another one, and the mask is a tensor"
         yield Assumption("padding", "padded, so a mask is passed", "packed batches", case.effect(other), why)
         return
@@ -330,10 +330,10 @@ def _adapters(case: _Case) -> Iterator[Assumption]:
     if lora is None:
         return
     if lora.dtype == "fp32" and PRECISIONS[case.setup.precision][0] != "fp32":
-        other = replace(case.setup, lora=replace(lora, dtype="base"))
+        effect = case.effect_if(lora=replace(lora, dtype="base"))
         value = "fp32, and so are the copies of what goes into them"
         why = "peft casts them up (autocast_adapter_dtype)"
-        yield Assumption("adapters", value, "--lora-dtype base", case.effect_if(other), why)
+        yield Assumption("adapters", value, "--lora-dtype base", effect, why)
     if lora.dropout:
         value = "before adapters: a mask of one byte an element, as CUDA's fused kernel makes it"
         why = "written out, as on a CPU, it would be in the dtype of its input (Dropout.cpp)"
@@ -346,10 +346,9 @@ def _quantised(case: _Case) -> Iterator[Assumption]:
     if how is None:
         return
     if not case.setup.upcast:
-        other = replace(case.setup, upcast=True)
         value = "norms, embeddings and head stay in the dtype of the model"
         why = "TRL's trainers leave them so; prepare_model_for_kbit_training (--upcast) casts them to fp32"
-        yield Assumption("not quantised", value, "all in fp32", case.effect_if(other), why)
+        yield Assumption("not quantised", value, "all in fp32", case.effect_if(upcast=True), why)
     if how == "int8":
         why = "how many columns have some depends on the data"
         yield Assumption("outliers", "none, so that no column is multiplied in half precision", "", None, why)
