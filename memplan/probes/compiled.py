@@ -31,6 +31,8 @@ from memplan.specs.values import NamedTuple, replace
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import torch
+
     from memplan.estimation.estimate import Estimate
     from memplan.probes.autocast import CudaAutocast
     from memplan.probes.events import Trace
@@ -149,12 +151,15 @@ def _partitioned(
         found.extend(_saved(halves[0], num_fwd_outputs))
         return halves
 
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = model.build(setup)
+    module = built.module.train()
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # of constants in the code of a module
     with fake, torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        built = model.build(setup)
-        module = built.module.train()
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        named = (*module.named_parameters(), *module.named_buffers())
+        tensors = {name: _on_cpu(tensor) for name, tensor in named}
         inputs = _inputs(built, setup)
         compiled = aot_function(
             _forward(built, autocast),
@@ -167,6 +172,14 @@ def _partitioned(
         with cuda, _told_it_is_compiled():
             compiled(tensors, inputs)
     return tuple(found)
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like one of the meta device."""
+    import torch
+
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return like.requires_grad_(tensor.requires_grad)
 
 
 def _as_it_is(gm: Any, example_inputs: Sequence[Any]) -> Any:
