@@ -3,17 +3,20 @@
 The compiler fuses operators and decides what of the forward pass is kept for the backward pass, and what is computed
 again (torch 2.13, torch/_functorch/partitioners.py: ``min_cut_rematerialization_partition``).
 
-upper end   what autograd keeps of the same model without the compiler.  The partitioner looks for the fewest bytes that
-            the backward pass can do with, and what autograd keeps is one choice among those.  Two things are the
-            compiler's own: transformers passes a mask (`Setup.passes_mask`), and a compiled backward pass hands out its
-            gradients at its end, so that those of a later micro-step are all there beside those they are added to.
+upper end   what autograd keeps of the same model without the compiler.  The partitioner looks for few bytes that the
+            backward pass can do with, and what autograd keeps is near one choice among those.  That is no proof: bytes
+            are weighed by their distance from the backward pass (``get_node_weight``), and it cuts a graph of
+            decomposed operators.  No traced family keeps more (tests/published/test_compiled.py).  Two things are
+            the compiler's own: transformers passes a mask (`Setup.passes_mask`), and a compiled backward pass hands out
+            its gradients at its end, so that those of a later micro-step are all there beside those they are added to.
 lower end   what no choice can do without.  Products are never computed again (``compute_intensive_ops``), nor is what
             a product of the backward pass has to read in memory (``ban_recompute_materialized_backward``).  Kept are
             thus the inputs of matrix products and attention kernels where the backward reads them, and results of
             products that other operators keep.  Layers that are checkpointed keep what goes in.
 
-Left out of the lower end are temporaries altogether; of the upper end what `UNMODELLED` names.  The scores of attention
-that is written out do not count: inductor may put a fused kernel in its place (fx_passes/fuse_attention.py).
+Left out of the lower end are temporaries altogether; of the upper end what `UNMODELLED` names.  What has a
+number for every pair of tokens does not count: in place of attention that is written out inductor may put a fused
+kernel (fx_passes/fuse_attention.py), and the masks of all layers are computed once where they are the same.
 """
 
 from __future__ import annotations
@@ -50,6 +53,12 @@ UNMODELLED = (
 )
 """(what, why) of what compiling brings and nobody counts here."""
 
+NOT_PROVEN = (
+    "the partitioner's heuristics",
+    "that it keeps no more than autograd is seen in traces of all families, not proven; memplan trace --compile looks",
+)
+"""The same of the formula's range alone."""
+
 
 class Range(NamedTuple):
     """Bytes between two bounds."""
@@ -70,17 +79,29 @@ class Compiled(NamedTuple):
 
 def least_kept(program: StepProgram, sizes: Sizes) -> Any:
     """Bytes that a compiled forward pass keeps at least, for one size or on arrays."""
-    layout, recording = program.layout, program.recording
+    layout = program.layout
     pieces = [(layout.stem, "none"), *zip(layout.layers, layout.modes, strict=True), (layout.head, "none")]
     known: dict[tuple[int, str], Any] = {}
     whole: Any = 0
     for lifetimes, mode in pieces:
         key = (id(lifetimes.piece), mode)
         if key not in known:
-            eager = recording.stem.tape.attention == "eager"
-            known[key] = sum(sizes[size] for size in _needed(lifetimes, mode, scores=not eager))
+            known[key] = sum(sizes[size] for size in _needed(lifetimes, mode))
         whole = whole + known[key]
     return whole
+
+
+def least(program: StepProgram, sizes: Sizes, instants: Mapping[str, Any], accumulation: int) -> tuple[Any, Any]:
+    """Bytes that a compiled step keeps at least, and those allocated at its peak at least; see `least_peak`."""
+    kept = least_kept(program, sizes)
+    low = least_peak(
+        sum(tensors.total(sizes) for tensors in program.resident(accumulation, with_states=True)),
+        program.gradients.total(sizes),
+        kept,
+        instants,
+        accumulates=accumulation > 1,
+    )
+    return kept, low
 
 
 def least_peak(resident: Any, gradients: Any, kept: Any, instants: Mapping[str, Any], *, accumulates: bool) -> Any:
@@ -111,13 +132,13 @@ def range_of(kept: Range, low: int, memory: Memory, *, is_traced: bool = False) 
     )
 
 
-def _needed(lifetimes: PieceLifetimes, mode: str, *, scores: bool) -> Iterator[Size]:
+def _needed(lifetimes: PieceLifetimes, mode: str) -> Iterator[Size]:
     """Sizes of what a piece has to keep; what it hands on is the next one's."""
     piece = lifetimes.piece
     for number in _input_of(piece) if mode == "full" else _read_by_products(piece):
         storage = piece.tape.storages[number]
         counted = storage.role in OF_THE_FORWARD and not storage.cached and number != piece.output.storage
-        if counted and (scores or not _is_a_score(storage.size)):
+        if counted and not _is_of_pairs(storage.size):
             yield storage.size
 
 
@@ -137,6 +158,6 @@ def _read_by_products(piece: Piece) -> set[int]:
     return found
 
 
-def _is_a_score(size: Size) -> bool:
+def _is_of_pairs(size: Size) -> bool:
     """Whether it has a number for every pair of tokens."""
-    return sum(dim in {"s", "b*s"} for dim in size.dims) > 1
+    return sum("s" in dim for dim in size.dims) > 1

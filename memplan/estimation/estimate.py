@@ -376,15 +376,7 @@ class Estimator:
     def _compiled(self, setup: Setup, peaks: Peaks, memory: Memory) -> Compiled:
         """The range under ``torch.compile``, whose upper end `memory` is."""
         program, sizes = self.program(setup), self.sizes(setup)
-        accumulation = setup.gradient_accumulation_steps
-        kept = compiled.least_kept(program, sizes)
-        low = compiled.least_peak(
-            sum(tensors.total(sizes) for tensors in program.resident(accumulation, with_states=True)),
-            program.gradients.total(sizes),
-            kept,
-            peaks.by_instant,
-            accumulates=accumulation > 1,
-        )
+        kept, low = compiled.least(program, sizes, peaks.by_instant, setup.gradient_accumulation_steps)
         return compiled.range_of(Range(kept, peaks.kept_activation_bytes), low, memory)
 
     def longest_head(self, setup: Setup) -> int:
@@ -416,7 +408,7 @@ class Estimator:
             found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
         if self.gpu is not None and set(PRECISIONS[setup.precision]) & set(self.gpu.unsupported_dtypes):
             found.append((f"{setup.precision} on this card", "it has no fast units for it: bytes hold, times do not"))
-        found += compiled.UNMODELLED if setup.compile else ()
+        found += (compiled.NOT_PROVEN, *compiled.UNMODELLED) if setup.compile else ()
         if setup.data_parallel_size > 1:
             found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
         if setup.precision == "fp16-mixed":

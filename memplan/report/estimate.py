@@ -19,6 +19,7 @@ from memplan.report.text import (
     gib,
     gpu_lines,
     lint_lines,
+    may_fit,
     model_lines,
     paragraph,
     table,
@@ -120,6 +121,8 @@ def _verdict(estimate: Document) -> Iterator[Line]:
     usable = format_bytes(gpu["usable_bytes"])
     if estimate["fits"]:
         text, style = f"It fits: {format_bytes(spare)} of {usable} are to spare", "good"
+    elif may_fit(estimate["compiled"], gpu):
+        text, style = f"It may not fit: at the upper end {exactly(-spare)} are missing of {usable}", "bad"
     else:
         text, style = f"It does not fit: {exactly(-spare)} are missing of {usable}", "bad"
     yield from title(text, style)

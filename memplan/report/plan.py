@@ -18,6 +18,7 @@ from memplan.report.text import (
     gib,
     gpu_lines,
     lint_lines,
+    may_fit,
     model_lines,
     paragraph,
     signed,
@@ -268,7 +269,10 @@ def _rejections(plan: Document) -> Iterator[Line]:
 def _nothing_fits(plan: Document) -> Iterator[Line]:
     nearest, budget = plan["nearest"], plan["budget"]
     setup = nearest["setup"]
-    yield from title(f"Nothing fits: {exactly(-nearest['headroom_bytes'])} are missing", "bad")
+    missing = f"{exactly(-nearest['headroom_bytes'])} are missing"
+    unsure = may_fit(plan["compiled"], plan["gpu"])
+    said = "Nothing is sure to fit: at the upper end" if unsure else "Nothing fits:"
+    yield from title(f"{said} {missing}", "bad")
     yield from paragraph("smallest", f"{split_of(setup)}, checkpointing {setup['activation_checkpointing']}")
     margins = _margins(plan, nearest)
     if budget["reserve_bytes"]:
@@ -278,6 +282,7 @@ def _nothing_fits(plan: Document) -> Iterator[Line]:
         f"{format_bytes(nearest['peak_process_bytes'])} at its highest ({plan['peak_instant']}), and {margins}; "
         f"usable are {format_bytes(plan['gpu']['usable_bytes'])}",
     )
+    yield from compiled_lines(plan["compiled"])
     cards = [f"{card['name']} ({usable(card)})" for card in plan["cards"]]
     text = ", ".join(cards) or "no card of the catalogue; sharding over several GPUs is not modelled yet"
     yield from paragraph("held by", text)

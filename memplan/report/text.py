@@ -172,6 +172,11 @@ def compiled_lines(compiled: Document | None) -> Iterator[Line]:
     yield from paragraph("compiled", f"peak {process} ({allocated} allocated; {kept}): {ends}, which is planned with")
 
 
+def may_fit(compiled: Document | None, gpu: Document) -> bool:
+    """Whether the lower end of a range fits on a card where the upper one does not."""
+    return compiled is not None and bool(compiled["peak_process_bytes"]["low"] <= gpu["usable_bytes"])
+
+
 def _evaluated(evaluation: Document) -> str:
     words = f"evaluation in batches of {evaluation['batch']}"
     if evaluation["samples"] is not None:
