@@ -135,6 +135,7 @@ def _partitioned(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
 
     from memplan.probes.autocast import CudaAutocast
     from memplan.probes.models import PARAMETER_DTYPES
@@ -160,7 +161,7 @@ def _partitioned(
         warnings.simplefilter("ignore")
         named = (*module.named_parameters(), *module.named_buffers())
         tensors = {name: _on_cpu(tensor) for name, tensor in named}
-        inputs = _inputs(built, setup)
+        inputs = tree_map_only(torch.Tensor, _on_cpu, _inputs(built, setup))
         compiled = aot_function(
             _forward(built, autocast),
             fw_compiler=_as_it_is,

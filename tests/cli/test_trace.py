@@ -422,7 +422,7 @@ def test_what_is_not_traced_under_the_compiler(run, options: str, said: str) -> 
 
 
 def test_a_module_of_ones_own_is_traced_under_the_compiler_and_not_planned(run) -> None:
-    assert parsed(run("trace own_modules:mlp --compile --json"))["compiled"]["is_traced"]
-    ran = run("estimate own_modules:mlp --compile")
+    assert parsed(run("estimate own_modules:mlp --compile --json"))["compiled"]["is_traced"]
+    ran = run("suggest own_modules:mlp --compile --gpu 24GB --target-batch 8")
     assert ran.status == 2
     assert "ask memplan trace" in ran.err
