@@ -13,7 +13,7 @@ from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
 from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
-from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
+from memplan.operators.tape import ROWS, Batch, Numerics, Parameter, Tape, Tensor
 from memplan.specs.recipe import ALL_LINEAR, EVERYTHING, check_known, covers, is_named
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -170,21 +170,23 @@ def record(
     *,
     attention: str = "sdpa",
     exceeded: frozenset[int] = frozenset(),
-    padded: bool = False,
+    batch: Batch = ROWS,
     recipe: Recipe = EVERYTHING,
     loss: str = "full",
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
+    leaves: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
     Layers described by the same function are the same piece where the recipe says the same of all that is in them,
     and where their hidden states are alike in dtype and in whether they require a gradient.
 
-    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph.
+    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
+    in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `leaves`: what
+    comes into a layer is a leaf of its graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -202,7 +204,7 @@ def record(
             numerics,
             attention=attention,
             exceeded=exceeded,
-            padded=padded,
+            batch=batch,
             loss=loss,
             objective=objective,
             classes=classes,
@@ -210,6 +212,7 @@ def record(
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
+            enters_a_leaf=leaves,
         )
 
     stem_tape = tape()

@@ -101,7 +101,7 @@ def assumptions(
         *_gradient_buckets(case),
         *_inputs(case),
         *_attention(case),
-        *_padding(case),
+        *(_batching(case) if setup.is_flattened else _padding(case)),
         *_routing(case),
         *_adapters(case),
         *_quantised(case),
@@ -323,6 +323,31 @@ def _padding(case: _Case) -> Iterator[Assumption]:
         return
     why = "the mask is left out where it would hide nothing: packed or equally long sequences"
     yield Assumption("padding", "none, so no mask", "padded batches", effect, why)
+
+
+def _batching(case: _Case) -> Iterator[Assumption]:
+    """What sequences in one row are taken to be."""
+    setup = case.setup
+    other = replace(setup, batching="rows", packed_sequences=None)
+    if setup.batching == "padding-free":
+        yield Assumption(
+            "batching",
+            f"padding-free: {setup.tokens_per_micro_batch:,} tokens in one row, however long each sequence is",
+            f"rows of {setup.seq_len:,} tokens",
+            case.effect(other),
+            "--seq-len is the mean length: a micro-batch of longer sequences takes more, none takes padding",
+        )
+        return
+    num = setup.sequences_per_row
+    given = "" if setup.packed_sequences is not None else ", the fewest there can be"
+    twice = 2 * num
+    yield Assumption(
+        "batching",
+        f"packed: {num} sequences in a row of {setup.seq_len:,} tokens{given}",
+        f"--packed-sequences {twice}",
+        case.effect_if(packed_sequences=twice),
+        "the backward of flash attention takes 128 rows more for each of them; nothing else depends on their number",
+    )
 
 
 def _adapters(case: _Case) -> Iterator[Assumption]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import UsageError
+from memplan.architectures.flattened import check_flattened
+from memplan.errors import MemplanError, UsageError
 from memplan.estimation import compiled
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
 from memplan.estimation.compiled import Compiled, Range
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.evaluation import EvaluationProgram
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
 from memplan.estimation.lints import Lint, lints
 from memplan.estimation.step import EVALUATION, Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
-from memplan.operators.sizes import bind
+from memplan.operators.tape import ATTENTION_KERNEL
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, SCORED
@@ -182,7 +184,7 @@ class Estimator:
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture)
         self._timed: dict[tuple[int, bool], TimedModel] = {}
-        self._sizes: dict[tuple[int, int, float], Sizes] = {}
+        self._sizes: dict[tuple[int, int, float, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
@@ -196,6 +198,8 @@ class Estimator:
             self._check_flash(setup)
         if setup.evaluation is not None and setup.evaluation.samples is not None:
             self.evaluation(setup, setup.evaluation).results()
+        if setup.is_flattened:
+            check_flattened(self.architecture, setup)
         if setup.passes_mask and not self.program(setup).recording.stem.tape.minds_padding:
             if not setup.padding:
                 raise UsageError(
@@ -206,6 +210,14 @@ class Estimator:
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
             )
+
+    def accepts(self, setup: Setup) -> bool:
+        """Whether `check` lets it pass."""
+        try:
+            self.check(setup)
+        except MemplanError:
+            return False
+        return True
 
     def _check_flash(self, setup: Setup) -> None:
         """Raise `UsageError` where the flash kernel does not run (check_flash_attention_* in sdp_utils.cpp)."""
@@ -235,9 +247,10 @@ class Estimator:
 
     def sizes(self, setup: Setup) -> Sizes:
         """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
-        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised)
+        flattened = setup.is_flattened and setup.num_sequences
+        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised, flattened)
         if key not in self._sizes:
-            self._sizes[key] = Sizes(bind(*key))
+            self._sizes[key] = Sizes(dimensions(setup))
         return self._sizes[key]
 
     def peaks(self, setup: Setup, *, first_step: bool = False) -> Peaks:
@@ -252,7 +265,8 @@ class Estimator:
     def evaluation(self, setup: Setup, evaluation: Evaluation) -> EvaluationProgram:
         """Such an evaluation between the steps of `setup`."""
         setup = replace(setup, evaluation=evaluation)
-        return EvaluationProgram(self.program(setup), self._recordings.evaluation_layout(setup), setup, evaluation)
+        layout = self._recordings.evaluation_layout(replace(setup, micro_batch_size=evaluation.batch))
+        return EvaluationProgram(self.program(setup), layout, setup, evaluation)
 
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration in steady state; reserved bytes are the least that can be."""
@@ -324,7 +338,7 @@ class Estimator:
     def _step_of(self, setup: Setup) -> dict[str, Any]:
         program = self.program(setup)
         return {
-            "env": bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised),
+            "env": dimensions(setup),
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],
@@ -428,13 +442,13 @@ class Estimator:
 
 def longest_head(recording: Recording) -> int:
     """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
-    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == ATTENTION_KERNEL)
     return max((dim for op in kernels for dim in op.inputs[0].shape[-1:] if isinstance(dim, int)), default=0)
 
 
 def _groups_queries(program: StepProgram) -> bool:
     """Whether a fused attention has fewer heads of keys than of queries."""
-    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == ATTENTION_KERNEL)
     return any(op.inputs[0].shape[1] != op.inputs[1].shape[1] for op in kernels)
 
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import record
 from memplan.architectures.heads import SMOOTHED
+from memplan.errors import UsageError
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
 from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
-from memplan.operators.tape import Numerics
+from memplan.operators.tape import Batch, Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
 from memplan.specs.values import NamedTuple
 
@@ -105,12 +106,15 @@ class Recordings:
         recipe = setup.recipe
         return self._recorded(setup, recipe if recipe.lora is None else recipe._replace(disabled=True), grad=False)
 
-    def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False) -> Recording:
+    def _recorded(
+        self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False, leaves: bool = False
+    ) -> Recording:
         exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         loss = SMOOTHED if setup.label_smoothing else loss
-        how = (loss, setup.objective, recipe, grad, evaluation)
-        key = (setup.precision, setup.attention, exceeded, setup.passes_mask, *how)
+        how = (loss, setup.objective, recipe, grad, evaluation, leaves)
+        batch = Batch(setup.passes_mask, setup.is_flattened, setup.has_several_in_a_row)
+        key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             self._recordings[key] = record(
@@ -118,14 +122,31 @@ class Recordings:
                 numerics,
                 attention=setup.attention,
                 exceeded=exceeded,
-                padded=setup.passes_mask,
+                batch=batch,
                 recipe=recipe,
                 loss=loss,
                 objective=setup.objective,
                 grad=grad,
                 evaluation=evaluation,
+                leaves=leaves,
             )
         return self._recordings[key]
+
+    def _reentrant(self, setup: Setup) -> Reentrant:
+        """How layers run that are checkpointed with ``use_reentrant=True``.
+
+        Raises:
+            UsageError: something else than the hidden states comes into them with a gradient.
+        """
+        first = self._recorded(setup, setup.recipe, grad=False)
+        again = self._recorded(setup, setup.recipe, leaves=True)
+        if any(x.requires_grad for x in again.stem.shared.values()):
+            raise UsageError(
+                f"The layers of {self.architecture.model_type} share tensors that have gradients: with reentrant "
+                "checkpointing PyTorch would go through their graph once for each layer, and stops.",
+                "Leave --reentrant out.",
+            )
+        return Reentrant(first, again)
 
     def evaluation_layout(self, setup: Setup) -> Layout:
         """The forward pass in evaluation mode, where nothing is kept and no layer is checkpointed."""
@@ -138,7 +159,7 @@ class Recordings:
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
         recording = self.recording(setup)
-        layout_key = (id(recording), setup.activation_checkpointing, setup.offload)
+        layout_key = (id(recording), setup.activation_checkpointing, setup.offload, setup.reentrant)
         if layout_key not in self._layouts:
             modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
             self._layouts[layout_key] = Layout(
@@ -147,6 +168,7 @@ class Recordings:
                 self._pieces,
                 reference=self.reference(setup),
                 offloads=setup.offload == "activations",
+                reentrant=self._reentrant(setup) if setup.reentrant else None,
             )
         key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, setup.compile)
         if key not in self._programs:
@@ -155,6 +177,15 @@ class Recordings:
                 layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, compiled=setup.compile
             )
         return self._programs[key]
+
+
+class Reentrant(NamedTuple):
+    """The recordings of a model whose layers are checkpointed with ``use_reentrant=True``."""
+
+    first: Recording
+    """Of the forward pass, which has no graph."""
+    again: Recording
+    """Of the layers as they are computed again, from a detached copy of what came in."""
 
 
 def loss_of_evaluation(setup: Setup) -> str:
@@ -174,33 +205,42 @@ class Layout:
         *,
         reference: Recording | None = None,
         offloads: bool = False,
+        reentrant: Reentrant | None = None,
     ) -> None:
         """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put.
 
         `reference`: what runs without a graph while the head pauses.
         `offloads`: what goes into layers that are computed again waits on the host.
+        `reentrant`: how layers run whose checkpointing is so.
         """
         self.recording = recording
         self.reference = reference
         self.modes = modes
         self.offloads = offloads
+        self.reentrant = reentrant
 
-        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool) -> PieceLifetimes:
-            key = (id(piece), mode, owns_hidden, offloads)
+        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool, alone: Piece | None = None) -> PieceLifetimes:
+            key = (id(piece), mode, owns_hidden, offloads, alone and id(alone))
             if key not in known:
-                known[key] = PieceLifetimes(piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads)
+                known[key] = PieceLifetimes(
+                    piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads, no_grad=alone
+                )
             return known[key]
 
         before = lifetimes(recording.stem, "none", owns_hidden=True)
         self.layers: list[PieceLifetimes] = []
         self.held_by_model = False
         """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
-        for kind, mode in zip(recording.order, modes, strict=True):
+        for number, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
             first = not self.layers
+            piece, alone = recording.kinds[kind], None
+            if reentrant is not None and mode == "full":
+                alone = reentrant.first.kinds[reentrant.first.order[number]]
+                piece = reentrant.again.kinds[reentrant.again.order[number]]
             held = before.keeps_output() or (self.holds_embedding and first)
-            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not held)
+            layer = lifetimes(piece, mode, owns_hidden=not held, alone=alone)
             if first and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
-                layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
+                layer = lifetimes(piece, mode, owns_hidden=False, alone=alone)
                 self.held_by_model = True
             before = layer
             self.layers.append(before)
@@ -293,6 +333,7 @@ class Layout:
             *self._releasing(self._in_layers(BACKWARD, lambda x: choose(x.backward()), reverse=True)),
             Part(BACKWARD, choose(self.stem.backward(tied)), (STEM,)),
             Part(BACKWARD, self.head.loss_released, (HEAD,)),
+            *((Part(BACKWARD, self._release_shared(kept=True), (STEM,)),) if self.reentrant else ()),
         )
 
     def _in_layers(
@@ -306,7 +347,13 @@ class Layout:
             yield Part(instant, segment(places[0][1]), tuple(number for number, _ in places))
 
     def _releasing(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """The backward of the layers; a shared tensor goes after that of the first layer that keeps it."""
+        """The backward of the layers; a shared tensor goes after that of the first layer that keeps it.
+
+        With reentrant checkpointing the functions that run layers again hold on to them, until the graph goes.
+        """
+        if self.reentrant:
+            yield from parts
+            return
         first: dict[str, int] = {}
         for number in reversed(range(len(self.modes))):
             first |= dict.fromkeys(self.layers[number].kept_shared(), number)

@@ -88,6 +88,11 @@ class TracedEstimator:
                 "A traced module is planned as it runs without a compiler.",
                 "Leave --compile out, or ask memplan trace about one size.",
             )
+        if setup.is_flattened:
+            raise UsageError(
+                "A traced module is planned with a row for each sequence.",
+                "Leave --batching out, or ask memplan trace about one size.",
+            )
         if setup.data_parallel_size > 1:
             raise UsageError("A traced module is planned for one GPU.", "Leave --gpus out.")
 

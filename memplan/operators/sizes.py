@@ -165,3 +165,22 @@ def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[s
         "s[not 16s]": seq_len * (to_16 != seq_len),
     }
     return Dimensions(dimensions)
+
+
+def bind_flattened(num_tokens: Any, num_sequences: Any, supervised: float = 1.0) -> dict[str, Any]:
+    """The same for one row of `num_tokens` in which `num_sequences` lie end to end.
+
+    The first token of each is nobody's next one.  ``sequences`` is their number, ``sequences+1`` that of their ends
+    with the start, ``s/sequences`` their mean length, ``s+128*sequences`` what is the row with 128 more for each.
+    """
+    pairs = num_tokens - num_sequences
+    return Dimensions(
+        {
+            **bind(1, num_tokens),
+            "n": -(-pairs * round(supervised * MILLION) // MILLION),
+            "sequences": num_sequences,
+            "sequences+1": num_sequences + 1,
+            "s/sequences": -(-num_tokens // num_sequences),
+            "s+128*sequences": num_tokens + 128 * num_sequences,
+        }
+    )

@@ -162,6 +162,8 @@ class Goal:
             return None
         ranks = self.setup.data_parallel_size
         each = self.target.global_batch_size // ranks
+        if any(micro < one <= most for one in divisors(each)):  # a larger one was to be had, and is slower
+            return None
         reach = max(2 // ranks, each // 1000)
         largest = min(int(most), each + reach, MOST_TRIED)
         for larger in range(largest, int(CLEARLY_LARGER * micro), -1):

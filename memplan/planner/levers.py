@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SCORED
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION, SCORED
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -95,13 +95,17 @@ def _changes(setup: Setup) -> Iterator[Change]:
     if setup.activation_checkpointing != "full":
         fields: dict[str, Any] = {"activation_checkpointing": "full"}
         yield Change("recompute every layer in the backward pass", "--checkpointing full", fields)
+    if setup.activation_checkpointing == "full" and setup.attention != "eager":
+        fields = {"activation_checkpointing": SAVE_ATTENTION}
+        yield Change("recompute every layer but its attention", f"--checkpointing {SAVE_ATTENTION}", fields)
     if setup.activation_checkpointing != "none":
         yield Change("keep all activations", "--checkpointing none", {"activation_checkpointing": "none"})
-    if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
+    if setup.activation_checkpointing not in {"none", "selective", SAVE_ATTENTION} and setup.offload is None:
         fields = {"offload": "activations"}
         yield Change("what checkpointing keeps on the host", "--offload activations", fields, SAME, COPIED)
     if setup.attention == "eager":
         yield Change("fused attention", "--attention sdpa", {"attention": "sdpa"})
+    yield from _evaluations(setup)
     yield from _losses(setup)
     yield from _other_optimizers(setup)
     yield from _adapters(setup)
@@ -115,6 +119,19 @@ def _changes(setup: Setup) -> Iterator[Change]:
         micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
         fields = {"micro_batch_size": micro, "gradient_accumulation_steps": steps}
         yield Change("half the micro-batch, twice the accumulation", f"--micro-batch {micro}", fields)
+
+
+def _evaluations(setup: Setup) -> Iterator[Change]:
+    """Evaluations that take less at once and measure the same."""
+    found = setup.evaluation
+    if found is None:
+        return
+    if found.batch > 1:
+        fields = {"evaluation": replace(found, batch=1)}
+        yield Change("evaluation of one sequence at a time", "--eval-batch 1", fields)
+    if found.samples is not None and found.accumulation != 1:
+        fields = {"evaluation": replace(found, accumulation=1)}
+        yield Change("logits moved to the host after every batch", "--eval-accumulation 1", fields)
 
 
 def _losses(setup: Setup) -> Iterator[Change]:

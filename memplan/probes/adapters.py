@@ -6,7 +6,6 @@ freezes everything else.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,6 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         return module
     _check_modules(module, lora)
     require("peft")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it speaks of kernels for CPUs
     import peft
 
     settings = peft.LoraConfig(

@@ -14,6 +14,7 @@ Left out: what data collators add that no model needs (attention masks without p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from memplan.specs.training import Setup
+
     Maker = Callable[[int, int], dict[str, torch.Tensor]]
     Loss = Callable[[Any], torch.Tensor]
+
+IGNORED = -100
+"""The label of a token that has none."""
 
 FLUX_IMAGE_TOKENS = 4096
 """Of 1024 x 1024 pixels: latents of 128 x 128, two by two a token (black-forest-labs/FLUX.1-dev)."""
@@ -64,6 +70,31 @@ def token_inputs(vocab_size: int) -> Maker:
 
 def _ids(most: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randint(most, shape, dtype=torch.int64)
+
+
+def flattened(make: Maker, setup: Setup) -> dict[str, Any]:
+    """Sequences end to end in one row, as ``DataCollatorForLanguageModeling(padding_free=True)`` of TRL 1.16 has them.
+
+    They are as equally long as can be, on the default device; longest sequences are numbers of Python.  The first token
+    of each is nobody's next one.
+    """
+    tokens, num = setup.tokens_per_micro_batch, setup.num_sequences
+    ends = [tokens * n // num for n in range(num + 1)]
+    lengths = [end - start for start, end in pairwise(ends)]
+    inputs: dict[str, Any] = make(1, tokens)
+    device = inputs["input_ids"].device
+    if device.type != "meta":
+        inputs["labels"][0, ends[:-1]] = IGNORED
+
+    def placed(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts).to(device)
+
+    with torch.device("cpu"):
+        inputs["position_ids"] = placed([torch.arange(n) for n in lengths])[None]
+        inputs["seq_idx"] = placed([torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(lengths)])[None]
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            inputs[name] = torch.tensor(ends, dtype=torch.int32).to(device)
+    return {**inputs, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
 def class_inputs(module: Any) -> Inputs:

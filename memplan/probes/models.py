@@ -197,6 +197,8 @@ def _register_flash() -> str:
     """An attention implementation that runs the flash kernel and asks for no mask, as flash_attention_2 does."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    from memplan.probes import attention as kernels
+
     def no_mask(*_: Any, **__: Any) -> None:
         return None
 
@@ -209,12 +211,20 @@ def _register_flash() -> str:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         missing = query.shape[-1] - value.shape[-1]
         if missing:  # the kernel wants heads of one length; so does flash_attention_forward of transformers
             value = torch.nn.functional.pad(value, [0, missing])
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+            ends, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q or 0, max_length_k or 0)
+            output = kernels.varlen_attention(query, key, value, ends, longest, dropout, bool(causal), scaling)
+            return output[..., : output.shape[-1] - missing], None
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
         )

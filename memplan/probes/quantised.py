@@ -7,7 +7,6 @@ On the meta device there are no numbers to quantise: the packed weight and its c
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -37,7 +36,6 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     if setup.quantize is None:
         return module
     require("bitsandbytes")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of kernels for CPUs
     import bitsandbytes
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear

@@ -83,12 +83,14 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         has_padding: bool,
         trust: Iterable[str],
         device: str = "meta",
+        has_several: bool = False,
     ) -> None:
         """`scratch`: see `Scratch`.
 
         `ignored`: operator -> outputs that are not counted.
         `has_padding`: what code that asks about its data is told, see `_answer`.
         `trust`: packages whose questions are answered; those of others are errors.
+        `has_several`: whether a row holds several sequences, which the same code asks for.
         `device`: whose storages are recorded: "meta" or "cpu".
         """
         super().__init__()  # type: ignore[no-untyped-call]
@@ -97,6 +99,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._scratch = scratch
         self._ignored = ignored
         self._has_padding = has_padding
+        self._has_several = has_several
         self._trust = tuple(trust)
         self._device = device
         self._operators: dict[int, Operator] = {}
@@ -104,6 +107,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._spans: list[tuple[str, int, int, int]] = []
         self._flops: list[int] = []
         self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
+        self._left_out: dict[int, _Watch] = {}
         self._num_keys = 0
         self._failure = (0, "", "")
         self.enter("load", -1, -1)
@@ -233,8 +237,19 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         elif isinstance(outputs, (tuple, list)):
             ignored = self._ignored.get(operator.func, ())
             for index, output in enumerate(outputs):
-                if isinstance(output, torch.Tensor) and index not in ignored:
+                if not isinstance(output, torch.Tensor):
+                    continue
+                if index in ignored:
+                    self._leave_out(output)
+                else:
                     self._adopt_tensor(operator.name, output)
+
+    def _leave_out(self, tensor: torch.Tensor) -> None:
+        """Its storage is not counted, whatever shows it later."""
+        storage = tensor.untyped_storage()
+        watch = _Watch(storage, lambda watch: self._left_out.pop(watch.address))
+        watch.address = storage._cdata
+        self._left_out[watch.address] = watch
 
     def _adopt_tensor(self, op: str, tensor: torch.Tensor) -> None:
         if tensor.device.type != self._device:
@@ -246,7 +261,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             return
         storage = tensor.untyped_storage()
         address, num_bytes = storage._cdata, storage.nbytes()
-        if address in self._live or not num_bytes:
+        if address in self._live or address in self._left_out or not num_bytes:
             return
         record = self._record(num_bytes, op, tuple(tensor.shape), dtype_name(tensor.dtype))
         watch = _Watch(storage, self._on_death)
@@ -273,7 +288,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """What the program is told when it looks at data that do not exist.
 
         The questions that models of transformers ask are "is every token real?" and "is each row one sequence?".  A
-        batch without padding and packing answers yes to all() and no to any(); one with padding the other way round.
+        batch without padding and packing answers yes to all() and no to any(); one with either the other way round.
         """
         found = self._live.get(question.untyped_storage()._cdata)
         op = found[0].op if found else "an operator"
@@ -284,8 +299,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
                 "it depends on the data.",
                 "A trace has shapes but no numbers: keep .item(), if and bool() on tensors out of the training step.",
             )
-        answer = self._has_padding == op.startswith("aten.any")
+        answer = (self._has_padding or self._has_several) == op.startswith("aten.any")
         batch = "has padding" if self._has_padding else "has neither padding nor packed sequences"
+        batch = "has several sequences in a row" if self._has_several else batch
         self.assumptions[f"{op} in {where} is {answer}: the batch {batch}"] = None
         return answer
 

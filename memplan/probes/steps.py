@@ -113,7 +113,13 @@ def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, rank
     with torch.device(device.type), kernels(setup, device.type):
         built = transformers_model(trial.config, trial.model).build(setup)
         module: Any = built.module.train()
-        enable_checkpointing(module, setup.activation_checkpointing, None, offload=setup.offload is not None)
+        enable_checkpointing(
+            module,
+            setup.activation_checkpointing,
+            None,
+            offload=setup.offload is not None,
+            reentrant=setup.reentrant,
+        )
         use_library_loss(module, setup.loss)
         optimizer = real_optimizer(module, OPTIMIZERS[setup.optimizer])
     device.settle()

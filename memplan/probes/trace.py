@@ -68,7 +68,11 @@ def trace_training(
         setup = replace(setup, padding=True)
     counted = setup.attention == "flash" if loop.count_random_states is None else loop.count_random_states
     recorder = StorageRecorder(
-        SCRATCH_BY_OPERATOR, {} if counted else RANDOM_STATES, has_padding=setup.padding, trust=("transformers",)
+        SCRATCH_BY_OPERATOR,
+        {} if counted else RANDOM_STATES,
+        has_padding=setup.padding,
+        has_several=setup.has_several_in_a_row,
+        trust=("transformers",),
     )
     try:
         with recorder:
@@ -93,6 +97,11 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError(
             f"{model.name} makes its own inputs.", "Leave --padding out, and let inputs() return the mask."
         )
+    if setup.is_flattened:
+        setup.check_packing()
+        _check_evaluation(setup)
+        if not model.accepts_padding:
+            raise UsageError(f"{model.name} makes its own inputs.", "Leave --batching out, and let inputs() make them.")
     if sdpa_kernel is not None and sdpa_kernel not in SDPA_KERNELS:
         cure = did_you_mean(sdpa_kernel, SDPA_KERNELS, otherwise=f"Known: {', '.join(SDPA_KERNELS)}.")
         raise UsageError(f"sdpa_kernel {sdpa_kernel!r} is not known.", cure)
@@ -113,6 +122,18 @@ def _check_loss(model: TracedModel, setup: Setup) -> None:
         raise UsageError(f"{what}: --loss {setup.loss} is for language models.", "Leave --loss out.")
     if setup.supervised != 1:
         raise UsageError(f"{what}: which tokens have a label makes no difference.", "Leave --supervised out.")
+
+
+def _check_evaluation(setup: Setup) -> None:
+    """Raise `UsageError` where steps and evaluation are not alike in whether a row holds several sequences."""
+    if setup.evaluation is None:
+        return
+    of_evaluation = replace(setup, micro_batch_size=setup.evaluation.batch)
+    if of_evaluation.has_several_in_a_row != setup.has_several_in_a_row:
+        raise UsageError(
+            "Steps and evaluation are traced with several sequences in a row both, or with one.",
+            f"Give an --eval-batch of 1, or of 2 or more, as --micro-batch {setup.micro_batch_size}.",
+        )
 
 
 def _run(
@@ -145,10 +166,17 @@ def _run(
     module = built.module.train()
     _refuse_recurrent(module)
     _load(module, recorder)
-    enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
+    enable_checkpointing(
+        module,
+        setup.activation_checkpointing,
+        autocast,
+        offload=setup.offload is not None,
+        reentrant=setup.reentrant,
+    )
     objective = find_objective(model, module, setup, autocast)
     if objective is None:
-        use_loss(module, setup.loss, autocast, setup.supervised)
+        unlabelled = setup.num_sequences - 1 if setup.is_flattened else 0
+        use_loss(module, setup.loss, autocast, setup.supervised, unlabelled)
     elif objective.reference is not None:
         _label(objective.reference, recorder, "reference model: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
@@ -172,10 +200,17 @@ def _run(
         layers=tuple(repeated_layers(module)),
         events=recorder.events(),
         spans=recorder.spans(),
-        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions),
+        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions, *_mixed(setup, recorder)),
         host_bytes=getattr(optimizer, "host_bytes", 0),
         unit=model.kind.unit,
     )
+
+
+def _mixed(setup: Setup, recorder: StorageRecorder) -> tuple[str, ...]:
+    """What there is to say where no mask keeps the sequences of a row apart: nobody asked for their position ids."""
+    if not setup.has_several_in_a_row or setup.attention == "flash" or recorder.assumptions:
+        return ()
+    return ("no mask is made by position ids: the sequences of a row attend to each other",)
 
 
 def _refuse_recurrent(module: nn.Module) -> None:

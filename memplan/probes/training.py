@@ -20,6 +20,7 @@ from torch import nn
 
 from memplan.probes.evaluation import evaluate
 from memplan.probes.faults import TraceError
+from memplan.probes.inputs import flattened
 from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple
 
@@ -172,7 +173,7 @@ class TrainingRun:
         """One micro-batch."""
         with torch.device(self.device):
             make = self.make_inputs if self.objective is None else self.objective.make_inputs
-            inputs = make(setup.micro_batch_size, setup.seq_len)
+            inputs = flattened(make, setup) if setup.is_flattened else make(setup.micro_batch_size, setup.seq_len)
         if setup.padding and self.objective is None and "attention_mask" not in inputs:
             inputs["attention_mask"] = padding_mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):

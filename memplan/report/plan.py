@@ -31,7 +31,14 @@ from memplan.report.text import (
     usable,
     vouched,
 )
-from memplan.report.trainer import CONFIG_OF_TRAINER, OPTIM_BY_OPTIMIZER, config_of, has_loss
+from memplan.report.trainer import (
+    CONFIG_BY_OBJECTIVE,
+    CONFIG_OF_TRAINER,
+    LOSSES_BESIDE_SAVED_ATTENTION,
+    OPTIM_BY_OPTIMIZER,
+    has_loss,
+)
+from memplan.specs.training import SAVE_ATTENTION
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -71,7 +78,7 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from calibration_lines(plan["calibration"])
     unit = unit_of(setup, plan["model"]["unit"])
-    length = f" of {_length_of(target, unit)} = {plural(target['tokens_per_step'], 'token')}"
+    length = f" of {_length_of(target, setup, unit)} = {plural(target['tokens_per_step'], 'token')}"
     batch = plural(target["global_batch_size"], unit)
     yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
@@ -81,9 +88,9 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from paragraph("setup", choices(setup))
 
 
-def _length_of(target: Document, unit: str) -> str:
-    length = plural(target["seq_len"], "token")
-    return length if unit == SEQUENCE else f"2 x {length}"
+def _length_of(target: Document, setup: Document, unit: str) -> str:
+    length = plural(target["seq_len"], "token") + (" on average" if setup["batching"] == "padding-free" else "")
+    return f"2 x {length}" if unit == "pair" else length
 
 
 # -- it fits -----------------------------------------------------------------------------------------------------------
@@ -108,6 +115,7 @@ def _best(plan: Document) -> Iterator[Line]:
 def _kept(mode: str) -> str:
     meanings = {
         "none": "all activations",
+        "save-attention": "the input of each layer and the result of its attention; all else is computed again",
         "selective": "all activations but those of attention, which is computed again",
         "full": "the input of each layer, which is computed again in the backward pass",
     }
@@ -164,9 +172,11 @@ def _trainer(trainer: Document, model: Document) -> str:
     config = trainer["config"]
     always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout")
     shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
-    arguments = f"{config}({_arguments(shown)})"
+    made = f"{config}({_arguments(shown)})"
+    made += f" of {trainer['versions']}" if trainer["versions"] else ""
+    dropout = "" if trainer["dropout"] is None else f"every dropout of its config at {trainer['dropout']:g}, "
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), {arguments}"
+        return f"module.to(torch.{trainer['dtype']}), {dropout}{made}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
@@ -174,8 +184,20 @@ def _trainer(trainer: Document, model: Document) -> str:
         asked += ", num_labels=1"
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
-    adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}{arguments}"
+    loaded = f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {dropout}"
+    prepared = "prepare_model_for_kbit_training(model), " if trainer["upcast"] else ""
+    return f"{loaded}{prepared}{_adapters(trainer)}{made}"
+
+
+def _adapters(trainer: Document) -> str:
+    if not trainer["lora"]:
+        return ""
+    adapters = f"LoraConfig({_arguments(trainer['lora'])})"
+    return (
+        f"get_peft_model(..., {adapters}, autocast_adapter_dtype=False), "
+        if trainer["adapters_as_base"]
+        else f"{adapters}, "
+    )
 
 
 def _arguments(given: Document) -> str:
@@ -185,13 +207,14 @@ def _arguments(given: Document) -> str:
 def _no_trainer(setup: Document) -> str:
     """What of a setup no argument of the Trainer asks for."""
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
-    if setup["activation_checkpointing"] == "selective":
-        missing.append("selective checkpointing")
+    mode = setup["activation_checkpointing"]
+    if mode == "selective" or (mode == SAVE_ATTENTION and setup["loss"] not in LOSSES_BESIDE_SAVED_ATTENTION):
+        missing.append("selective checkpointing" if mode == "selective" else f"{mode} beside {setup['loss']} logits")
     if not has_loss(setup["loss"], setup["objective"]):
         missing.append(f"the loss {setup['loss']}")
     if setup["freeze"]:
         missing.append("frozen parts")
-    config = config_of(setup["objective"])
+    config = CONFIG_BY_OBJECTIVE.get(setup["objective"], CONFIG_OF_TRAINER)
     return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 

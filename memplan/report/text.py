@@ -95,6 +95,8 @@ def equation(setup: Document, unit: str = SEQUENCE) -> str:
 
 def unit_of(setup: Document, unit: str = SEQUENCE) -> str:
     """What a micro-batch counts: ``unit`` is what the model reads one of, a pair what the objective compares."""
+    if setup["batching"] == "packed":
+        return "packed row"
     return "pair" if setup["objective"] in PAIRED else unit
 
 
@@ -150,6 +152,10 @@ def choices(setup: Document) -> str:
         parts.append("padded batches")
     if setup["compile"]:
         parts.append("torch.compile")
+    if setup["batching"] == "padding-free":
+        parts.append("padding-free batches")
+    if setup["batching"] == "packed":
+        parts.append(f"{setup['packed_sequences']} sequences in a packed row")
     if setup["evaluation"]:
         parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])
@@ -199,6 +205,7 @@ def recipe_words(setup: Document) -> list[str]:
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []
     parts += [f"{setup['offload']} offloaded"] if setup["offload"] else []
+    parts += ["reentrant checkpointing"] if setup["reentrant"] else []
     parts += ["the rest of it in fp32"] if setup["upcast"] else []
     parts += [f"{', '.join(setup['freeze'])} frozen"] if setup["freeze"] else []
     return parts

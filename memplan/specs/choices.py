@@ -29,7 +29,7 @@ class Choices(TypedDict, total=False):
     optimizer: str | None
     """Key of `memplan.specs.training.OPTIMIZERS` (adamw)."""
     checkpointing: str | None
-    """none, selective, full or every-N (none)."""
+    """none, selective, save-attention, full or every-N (none)."""
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None
@@ -44,6 +44,10 @@ class Choices(TypedDict, total=False):
     """Overrides every dropout probability of the config."""
     padding: bool | None
     """Micro-batches hold padding, so that an attention mask is passed."""
+    batching: str | None
+    """Key of `memplan.specs.training.BATCHINGS` (rows)."""
+    packed_sequences: int | None
+    """Sequences in a packed row, on average (2)."""
     lora_rank: int | None
     """Rank of adapters that are trained in place of the weights."""
     lora_targets: Names | None
@@ -62,6 +66,8 @@ class Choices(TypedDict, total=False):
     """How the frozen weights of linear layers are stored: nf4, nf4-double or int8 (as loaded)."""
     offload: str | None
     """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
+    reentrant: bool | None
+    """Checkpointing by use_reentrant=True, the default of transformers 4."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
     compile: bool | None
@@ -88,9 +94,12 @@ FIELD_BY_ARGUMENT = {
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
+    "batching": "batching",
+    "packed_sequences": "packed_sequences",
     "freeze": "freeze",
     "quantize": "quantize",
     "offload": "offload",
+    "reentrant": "reentrant",
     "upcast": "upcast",
     "compile": "compile",
 }
@@ -115,7 +124,7 @@ EVALUATION_FIELD_BY_ARGUMENT = {
 
 ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_ARGUMENT)
 
-COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
+COUNTS = ("micro_batch", "accumulation", "seq_len", "packed_sequences", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
 
 

@@ -57,6 +57,8 @@ SETUP_FIELDS = (
     "label_smoothing",
     "dropout",
     "padding",
+    "batching",
+    "packed_sequences",
 )
 
 
@@ -77,6 +79,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "offload": setup.offload,
+        "reentrant": setup.reentrant,
         "upcast": setup.upcast,
         "compile": setup.compile,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
@@ -139,6 +142,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         freeze=tuple(record.get("freeze", ())),
         quantize=record.get("quantize"),
         offload=record.get("offload"),
+        reentrant=record.get("reentrant", False),
         upcast=record.get("upcast", False),
         compile=record.get("compile", False),
         evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
@@ -226,6 +230,8 @@ FIELD_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "role": (TEXT, False),
     "alloc_conf": (TEXT, False),
     "padding": ((bool,), False),
+    "batching": (TEXT, False),
+    "packed_sequences": (COUNT, True),
     "targets": ((list,), False),
     # of a card
     "device": (TEXT, False),

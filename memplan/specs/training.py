@@ -88,6 +88,11 @@ LIBRARY_BY_PART = {
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
+SAVE_ATTENTION = "save-attention"
+"""Checkpointing of all but what attention gives."""
+BATCHINGS = ("rows", "padding-free", "packed")
+LEAST_PACKED = 2
+"""Sequences that a packed row holds at the least."""
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
 OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "orpo", "reward", "sequence-classification", "token-classification")
@@ -139,7 +144,8 @@ class Setup:
     optimizer: str = "adamw"
     """Key of `OPTIMIZERS`."""
     activation_checkpointing: str = "none"
-    """``none``, ``selective`` (attention recomputed), ``full``, or ``every-N`` (each N-th layer, from the first)."""
+    """``none``, ``selective`` (attention recomputed), ``save-attention`` (all but attention recomputed: SFTTrainer's
+    ``{"selective": True}`` of TRL 1.16), ``full``, or ``every-N`` (each N-th layer, from the first)."""
     attention: str = "sdpa"
     """``eager``, ``sdpa`` or ``flash``."""
     loss: str = "full"
@@ -174,6 +180,18 @@ class Setup:
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
     """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
+    batching: str = "rows"
+    """How sequences become a micro-batch, one of `BATCHINGS`:
+
+    ``rows``          a row for each, as long as the longest (sequences cut out of one stream of tokens, without regard
+                      to documents, are rows, too: ``packing_strategy="wrapped"`` of TRL)
+    ``padding-free``  end to end in one row of as many tokens as they have: `seq_len` is their mean length
+                      (``padding_free=True`` of TRL 1.16, DataCollatorWithFlattening of transformers)
+    ``packed``        each row of `seq_len` tokens is full of shorter sequences, and the rows lie end to end in one
+                      (``packing=True`` of TRL 1.16 with its default strategy, ``bfd``)
+    """
+    packed_sequences: int | None = None
+    """Sequences in a packed row, on average; None: `LEAST_PACKED`."""
     lora: Lora | None = None
     """Adapters that are trained in place of the weights; None: all weights are trained."""
     freeze: tuple[str, ...] = ()
@@ -183,6 +201,9 @@ class Setup:
     offload: str | None = None
     """``activations``: what checkpointing keeps waits in the host's memory (`activation_checkpointing_kwargs`
     ``{"offload": True}`` of transformers 5.23, Unsloth's checkpointing); None: all is kept on the device."""
+    reentrant: bool = False
+    """Layers are checkpointed by ``use_reentrant=True`` of torch.utils.checkpoint, the default of transformers 4;
+    False: as transformers 5 does it."""
     upcast: bool = False
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
@@ -202,8 +223,10 @@ class Setup:
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
+        self._check_batching()
         self._check_quantization()
         self._check_offload()
+        self._check_reentrant()
         self._check_updates()
         self._check_compiled()
 
@@ -247,6 +270,36 @@ class Setup:
                 "Use --loss full, or leave --label-smoothing out.",
             )
 
+    def _check_batching(self) -> None:
+        """Raise `UsageError` where sequences do not become a micro-batch like this."""
+        check_choice("batching", self.batching, BATCHINGS)
+        num = self.packed_sequences
+        if num is not None:
+            check_count("packed_sequences", num)
+            if self.batching != "packed":
+                raise UsageError(
+                    "--packed-sequences is about rows that hold several sequences.", "Give --batching packed."
+                )
+            if num < LEAST_PACKED:
+                raise UsageError(
+                    "A packed row holds several sequences.",
+                    "Give --packed-sequences 2 or more, or leave --batching out.",
+                )
+        if not self.is_flattened:
+            return
+        if self.padding:
+            raise UsageError(f"A {self.batching} batch holds no padding.", "Leave --padding or --batching out.")
+        if self.objective != "lm":
+            raise UsageError(
+                f"--batching {self.batching} is modelled for language models' own loss, not for {self.objective}.",
+                "Leave --batching or --objective out.",
+            )
+        if self.evaluation is not None and self.evaluation.samples is not None:
+            raise UsageError(
+                f"What an evaluation of {self.batching} batches keeps of the logits is not modelled.",
+                "Leave --eval-samples or --batching out.",
+            )
+
     def _check_quantization(self) -> None:
         if self.quantize is not None:
             check_choice("quantize", self.quantize, QUANTIZATIONS)
@@ -259,10 +312,27 @@ class Setup:
         if self.offload is None:
             return
         check_choice("offload", self.offload, OFFLOADS)
+        if self.activation_checkpointing == SAVE_ATTENTION:
+            raise UsageError(
+                "What attention gives is saved on the device: --offload activations with it is not modelled.",
+                "Give --checkpointing full or every-2.",
+            )
         if self.activation_checkpointing in {"none", "selective"}:
             raise UsageError(
                 "What is offloaded is what checkpointing keeps, and no layer is checkpointed.",
                 "Give --checkpointing full or every-2.",
+            )
+
+    def _check_reentrant(self) -> None:
+        if self.reentrant and self.activation_checkpointing == SAVE_ATTENTION:
+            raise UsageError(
+                "What attention gives is saved by non-reentrant checkpointing alone.",
+                "Give --checkpointing full, or leave --reentrant out.",
+            )
+        if self.reentrant and self.activation_checkpointing in {"none", "selective"}:
+            raise UsageError(
+                "Reentrant is a way of checkpointing whole layers, and no layer is checkpointed.",
+                "Give --checkpointing full or every-2, or leave --reentrant out.",
             )
 
     def _check_updates(self) -> None:
@@ -297,6 +367,9 @@ class Setup:
             (self.loss != "full", f"The {self.loss} loss", "--loss"),
             (self.label_smoothing > 0, "Label smoothing", "--label-smoothing"),
             (self.activation_checkpointing == "selective", "Selective checkpointing", "--checkpointing"),
+            (self.activation_checkpointing == SAVE_ATTENTION, "Saving what attention gives", "--checkpointing"),
+            (self.reentrant, "Reentrant checkpointing", "--reentrant"),
+            (self.is_flattened, "Several sequences in a row", "--batching"),
         ):
             if is_given:
                 raise UsageError(f"{what} under torch.compile is not modelled.", cure.format(flag))
@@ -337,6 +410,34 @@ class Setup:
     def tokens_per_example(self) -> int:
         """Tokens of a sequence, or of the two of a pair."""
         return sequences_of(self.objective) * self.seq_len
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether all sequences of the micro-batch lie end to end in one row, with position ids for each."""
+        return self.batching != "rows"
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences in what the micro-batch counts: several where rows are packed."""
+        return (self.packed_sequences or LEAST_PACKED) if self.batching == "packed" else 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in one forward pass on one rank, those in packed rows one by one."""
+        return self.sequences_per_micro_batch * self.sequences_per_row
+
+    @property
+    def has_several_in_a_row(self) -> bool:
+        """Whether a row holds several sequences, so that a mask or the kernel has to keep them apart."""
+        return self.is_flattened and self.num_sequences > 1
+
+    def check_packing(self) -> None:
+        """Raise `UsageError` where a row has fewer tokens than sequences."""
+        if self.sequences_per_row > self.seq_len:
+            raise UsageError(
+                f"A row of {self.seq_len} tokens does not hold {self.sequences_per_row} sequences.",
+                "Give a longer --seq-len or fewer --packed-sequences.",
+            )
 
     @property
     def has_reference(self) -> bool:
@@ -392,13 +493,13 @@ def check_choice(name: str, value: object, known: object) -> None:
 
 def check_checkpointing(value: object) -> None:
     """Raise `UsageError` unless `value` is none, selective, full or every-N."""
-    if value in {"none", "selective", "full"}:
+    if value in {"none", "selective", SAVE_ATTENTION, "full"}:
         return
     every = value[6:] if isinstance(value, str) and value.startswith("every-") else ""
     if not (every.isascii() and every.isdigit() and len(every) <= 10 and 1 <= int(every) <= LARGEST_COUNT):
         raise UsageError(
             f"activation_checkpointing {_shown(value)} is not known.",
-            "Known: none, selective, full, every-2, every-3, ...",
+            "Known: none, selective, save-attention, full, every-2, every-3, ...",
         )
 
 
@@ -423,7 +524,7 @@ def check_dropout(value: object) -> None:
 
 
 def checkpointed_layers(activation_checkpointing: str, num_layers: int) -> tuple[str, ...]:
-    """For each layer ``none``, ``selective`` or ``full``.
+    """For each layer ``none``, ``selective``, ``save-attention`` or ``full``.
 
     ``every-N`` checkpoints layers 0, N, 2N, ... (`every_n_layers` of transformers 5.23).
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -145,6 +146,18 @@ def test_heads_that_do_not_divide_the_hidden_size(run, tmp_path) -> None:
     values |= {"intermediate_size": 64, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert_two_lines(run("estimate", str(tmp_path)), 1, "hidden_size", "heads")
+
+
+def test_a_terminal_gets_lines_broken_between_words(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GIVEN a terminal of 60 columns THEN no line is longer and no word is lost; a pipe gets the sentences whole."""
+    command = "estimate llama-3-8b --label-smoothing 0.1 --loss tiled"
+    whole = run(command).err
+    assert max(map(len, whole.splitlines())) > 60
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    broken = run(command).err
+    assert max(map(len, broken.splitlines())) <= 60
+    assert broken.split() == whole.split()
 
 
 def test_an_empty_model(run) -> None:

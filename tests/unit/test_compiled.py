@@ -150,6 +150,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"checkpointing": "full", "offload": "activations"}, "Offloading"),
     ({"loss": "tiled"}, "The tiled loss"),
     ({"checkpointing": "selective"}, "Selective checkpointing"),
+    ({"checkpointing": "save-attention"}, "Saving what attention gives"),
+    ({"checkpointing": "full", "reentrant": True}, "Reentrant checkpointing"),
+    ({"batching": "padding-free", "attention": "flash"}, "Several sequences in a row"),
     ({"objective": "dpo", "loss": "tiled"}, "Training for dpo"),
     ({"label_smoothing": 0.1}, "Label smoothing"),
 ]

@@ -152,6 +152,23 @@ def test_the_class_of_arguments(objective: str, config: str) -> None:
     assert kept["arguments"].get("disable_dropout") == (None if objective == "lm" else False)
 
 
+@pytest.mark.parametrize(
+    ("choices", "versions"),
+    [
+        ({"loss": "tiled"}, "TRL from 1.15 on"),
+        ({"loss": "chunked"}, "TRL 1.7 to 1.14"),
+        ({"loss": "full", "batching": "padding-free"}, "TRL up to 1.6"),
+    ],
+)
+def test_losses_and_batches_of_trl(choices: dict[str, Any], versions: str) -> None:
+    """What transformers' Trainer has not is SFTTrainer's, in the versions that do it like this."""
+    found = trainer_arguments(setup_of(**choices))
+    assert found is not None
+    assert (found["config"], found["versions"]) == ("SFTConfig", versions)
+    assert found["arguments"]["max_length"] == setup_of().seq_len
+    assert found["arguments"].get("padding_free", False) == ("batching" in choices)
+
+
 def test_the_factor_in_the_arguments() -> None:
     """As TrainingArguments calls it."""
     found = trainer_arguments(setup_of(label_smoothing=0.1))

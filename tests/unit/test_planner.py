@@ -140,6 +140,15 @@ def test_offloading_leaves_only_checkpointing_to_choose_from() -> None:
     assert not [lever for lever in plan.levers if lever.flag == "--checkpointing none"]
 
 
+def test_an_evaluation_that_is_the_peak_has_levers() -> None:
+    """GIVEN an evaluation that takes more than the step THEN a smaller batch of it is among the ways to need less."""
+    plan = memplan.suggest("qwen2.5-0.5b", gpu="24GB", target_batch=1, seq_len=512, eval_batch=16, eval_samples=64)
+    levers = {lever.flag: lever for lever in plan.levers}
+    for flag in ("--eval-batch 1", "--eval-accumulation 1"):
+        assert levers[flag].delta_bytes < 0
+        assert levers[flag].delta_step_time_s == 0
+
+
 def test_a_lever_is_priced_in_tensors() -> None:
     """GIVEN a lever, THEN its bytes are those of an estimate of the setup with it."""
     plan = memplan.suggest("gpt2", gpu="24GB", target_batch=32)

@@ -99,6 +99,7 @@ def self_attention(m: Bloom, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -
     q, k, v = slices_batched(t, *(take(t, joint, by_head) for _ in range(3)))
     scores = add(t, scores_with_bias(t, q, k, shared["alibi"]), shared["mask"])
     weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), q.dtype), m.attention_dropout)
+    t.also_returns(weights)
     out = copy(t, matmul(t, weights, v, by_head, "s"), ("b", "s", m.num_heads, m.head_dim))
     return dropout(t, linear(t, merged(t, out), m.hidden_size, "dense", bias=True), m.hidden_dropout)
 

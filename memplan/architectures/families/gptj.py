@@ -15,10 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, Buffer, int64
-from memplan.architectures.blocks import HIDDEN, causal_mask, heads, merged, positions
+from memplan.architectures.blocks import HIDDEN, causal_mask, counted_positions, heads, merged
 from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout, mul, neg
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, mul, neg
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
@@ -54,7 +54,7 @@ def stem(m: GPTJ, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding, position ids and the mask."""
     with t.scope("transformer"):
         tokens = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "wte")
-        position_ids = add_scalar(t, positions(t))
+        position_ids = counted_positions(t)
         shared = causal_mask(t, tokens)
         x = dropout(t, tokens, m.embedding_dropout)
     return x, shared | {"position_ids": position_ids}
@@ -94,7 +94,8 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     by_head = ("b", m.num_heads, "s", m.head_dim)
     q, k = t.view(q, by_head), t.view(k, by_head)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
-    out = attention(t, q, k, v, shared.get("mask"), p=m.attention_dropout, softmax_dtype=None, weights_dtype=v.dtype)
+    p, mask = m.attention_dropout, shared.get("mask")
+    out = attention(t, q, k, v, mask, p=p, softmax_dtype=None, weights_dtype=v.dtype, returned=True)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)
     return out

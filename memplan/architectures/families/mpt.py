@@ -80,6 +80,7 @@ def self_attention(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
     bias = t.view(shared["alibi"], (num, 1, s))
     scores = masked_fill(t, add(t, scores, bias), shared["mask"])
     weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), v.dtype), m.dropout)
+    t.also_returns(weights)
     out = copy(t, matmul(t, weights, v, q.shape, s), (b, s, num, head_dim))
     return linear(t, merged(t, out), m.hidden_size, "out_proj")
 
