@@ -177,6 +177,7 @@ def record(
     grad: bool = True,
     evaluation: bool = False,
     leaves: bool = False,
+    caches: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -186,7 +187,7 @@ def record(
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
     in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
     ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `leaves`: what
-    comes into a layer is a leaf of its graph.
+    comes into a layer is a leaf of its graph; `caches`: the model hands out a cache of keys and values.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -213,6 +214,7 @@ def record(
             prefix=prefix,
             evaluation=evaluation,
             enters_a_leaf=leaves,
+            caches=caches,
         )
 
     stem_tape = tape()

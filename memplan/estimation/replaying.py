@@ -96,7 +96,7 @@ class _Calls:
         self.translated: dict[tuple[int, bool], list[Call]] = {}
         self.next_key = -1
         self.gradients: dict[int, None] = {}
-        layers = len(program.recording.order)
+        layers = program.layout.num_places
         self.base_of = {place: place * PLACE_STRIDE for place in range(layers)}
         self.base_of |= {STEM: layers * PLACE_STRIDE, HEAD: (layers + 1) * PLACE_STRIDE}
         self.tied_base = (layers + 2) * PLACE_STRIDE
@@ -179,9 +179,9 @@ class _Calls:
                 self.gradients.pop(key, None)
 
     def _hidden(self, place: int, tag: str) -> int:
-        layers = len(self.program.recording.order)
-        before = STEM if place == 0 or (place == HEAD and not layers) else layers - 1 if place == HEAD else place - 1
         recording = self.program.layout.recording_of(tag)
+        layers = len(recording.order)
+        before = STEM if place == 0 or (place == HEAD and not layers) else layers - 1 if place == HEAD else place - 1
         piece = recording.stem if before == STEM else recording.kinds[recording.order[before]]
         return self.base_of[before] + self._slot((tag, piece.output.storage))
 

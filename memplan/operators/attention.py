@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, scale
+from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, promoted, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
@@ -341,13 +341,16 @@ def attention(
     softcap: bool = False,
     weights_dtype: str | None = None,
     returned: bool = False,
+    caches: bool = True,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head`
     to the fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is
-    eager (transformers' own fallback).
+    eager (transformers' own fallback).  `caches`: False where the model has put something else into its cache.
     """
+    if caches:
+        k, v = cached(t, k, v)
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
         return eager(
@@ -373,6 +376,19 @@ def attention(
             out = _fused(t, q, k, v, mask, p=p, by_head=by_head)
         t.keep_alive(k, v)
     return out
+
+
+def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as an empty cache gives them back: copies that it holds (``DynamicLayer.update``).
+
+    ``DynamicCache`` of transformers 5.23 (cache_utils.py) puts them together with nothing by ``torch.cat``, where
+    nothing has the dtype of the keys; one with a window shows its last tokens alone, and holds all.
+    """
+    if not t.caches:
+        return k, v
+    copies = t.cached(k, k.dtype), t.cached(v, promoted(k.dtype, v.dtype))
+    t.keep_alive(k, v)
+    return copies
 
 
 def _fused_as_long_as(t: Tape, q: Tensor, k: Tensor, v: Tensor, *, p: float) -> Tensor:

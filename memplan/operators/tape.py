@@ -35,6 +35,8 @@ PRODUCTS = frozenset({"linear", "bmm", "grouped_mm", "attention kernel"})
 """Operators that multiply matrices: a compiler runs them once; the rest it may fuse, and compute again."""
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
+CACHED = "cat (cache)"
+"""The name of the operator that puts keys or values into a cache."""
 ATTENTION_KERNEL = "attention kernel"
 """The name of fused attention, whatever the kernel."""
 MODULES_TO_SAVE = "modules_to_save"
@@ -218,6 +220,7 @@ class Tape:
         grad: bool = True,
         evaluation: bool = False,
         enters_a_leaf: bool = False,
+        caches: bool = False,
     ) -> None:
         self.numerics = numerics
         self.grad = grad
@@ -244,6 +247,8 @@ class Tape:
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
         self.enters_a_leaf = enters_a_leaf
         """Whether the hidden states that come in are a leaf of the graph (reentrant checkpointing detaches them)."""
+        self.caches = caches
+        """Whether the model hands out a cache of keys and values with its result (``use_cache=True``)."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
@@ -384,6 +389,15 @@ class Tape:
         """
         if self.evaluation:
             self.in_model.append(tensor)
+
+    def cached(self, x: Tensor, dtype: str) -> Tensor:
+        """A copy of `x` in the cache that the model hands out."""
+        return self.op(CACHED, (x,), x.shape, dtype=dtype)
+
+    @property
+    def handed_out(self) -> tuple[Tensor, ...]:
+        """What the model hands out besides its result."""
+        return tuple(op.outputs[0] for op in self.ops if op.name == CACHED)
 
     def close(self) -> None:
         """The piece has run."""

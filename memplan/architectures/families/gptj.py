@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import HIDDEN, causal_mask, counted_positions, heads, merged
 from memplan.architectures.heads import causal_head
-from memplan.operators.attention import attention
+from memplan.operators.attention import attention, cached
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, mul, neg
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
@@ -93,9 +93,10 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     k, q = turned(m, t, k, sine, cosine), turned(m, t, q, sine, cosine)
     by_head = ("b", m.num_heads, "s", m.head_dim)
     q, k = t.view(q, by_head), t.view(k, by_head)
+    k, v = cached(t, k, v)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
     p, mask = m.attention_dropout, shared.get("mask")
-    out = attention(t, q, k, v, mask, p=p, softmax_dtype=None, weights_dtype=v.dtype, returned=True)
+    out = attention(t, q, k, v, mask, p=p, softmax_dtype=None, weights_dtype=v.dtype, returned=True, caches=False)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)
     return out
