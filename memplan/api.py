@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from memplan.architectures.config import shown
 from memplan.architectures.registry import read_architecture
@@ -22,7 +22,7 @@ from memplan.errors import MemplanError, UnknownModelError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
 from memplan.specs.choices import as_count, dropout_of, setup_fields
 from memplan.specs.margin import Margin
-from memplan.specs.training import Setup
+from memplan.specs.training import TRACED, Setup
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import MAX_SIZE_BYTES, is_nothing, parse_count, parse_size
 
@@ -145,21 +145,24 @@ def names_factory(text: str) -> bool:
 
 
 @overload
-def find_model(model: Model, *, dropout: float | None = None) -> Model: ...
+def find_model(model: Model, *, dropout: float | None = None, objective: Literal["lm"] = "lm") -> Model: ...
 @overload
 def find_model(
-    model: str | os.PathLike[str] | Model | UserModule | None, *, dropout: float | None = None
+    model: str | os.PathLike[str] | Model | UserModule | None, *, dropout: float | None = None, objective: str = "lm"
 ) -> Model | UserModule: ...
 def find_model(
-    model: str | os.PathLike[str] | Model | UserModule | None, *, dropout: float | None = None
+    model: str | os.PathLike[str] | Model | UserModule | None, *, dropout: float | None = None, objective: str = "lm"
 ) -> Model | UserModule:
     """The model of this name, path or hub id; the project's or memplan's default where None; a found one as it is.
+
+    What no formula describes, a model or what it is trained for, comes back as a module that is run.
 
     Raises:
         MemplanError: it cannot be found, read or modelled.
     """
     if isinstance(model, Model | UserModule):
-        return model
+        run = isinstance(model, Model) and objective in TRACED
+        return UserModule(model.name, model.origin, values=model.values) if run else model
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if model is not None and not isinstance(model, str):
@@ -168,6 +171,8 @@ def find_model(
     if names_factory(asked):
         return UserModule(asked, origin)
     values, name = read_config(asked)
+    if objective in TRACED:
+        return UserModule(name, origin, values=values)
     try:
         architecture = read_architecture(values, name, dropout=dropout)
     except UnknownModelError:
@@ -205,7 +210,7 @@ def find_trained(
         UsageError: one of the two is not described, so that there is no formula.
         MemplanError: one cannot be found, read or modelled.
     """
-    found = find_model(model, dropout=dropout_of(choices))
+    found = find_model(model, dropout=dropout_of(choices), objective=choices.get("objective") or "lm")
     teacher = find_teacher(choices)
     if teacher is not None and isinstance(found, UserModule):
         raise UsageError(
@@ -550,7 +555,7 @@ def trace(
         UsageError: a value or a combination has no meaning.
         MemplanError: a library is not installed, or the module cannot be traced.
     """
-    asked, origin, described = _find_traced(model, dropout=dropout_of(choices), diff=diff)
+    asked, origin, described = _find_traced(model, choices, diff=diff)
     teacher = find_teacher(choices)
     asked = asked._replace(teacher=teacher)
     described = None if described is None else described._replace(teacher=teacher)
@@ -578,7 +583,7 @@ def trace(
 
 
 def _find_traced(
-    model: str | os.PathLike[str] | UserModule | None, *, dropout: float | None, diff: bool
+    model: str | os.PathLike[str] | UserModule | None, choices: Mapping[str, Any], *, diff: bool
 ) -> tuple[UserModule, str, Model | None]:
     """What is run; why it is this one; memplan's description, if it has one."""
     if isinstance(model, UserModule):
@@ -591,8 +596,13 @@ def _find_traced(
         return model if isinstance(model, UserModule) else UserModule(asked, origin), origin, None
     values, name = read_config(asked)
     own = UserModule(name, origin, values=values)
+    objective = choices.get("objective")
+    if objective in TRACED:
+        if diff:
+            raise UsageError(f"memplan has no formula for --objective {objective}.", "Leave --diff out.")
+        return own, origin, None
     try:
-        architecture = read_architecture(values, name, dropout=dropout)
+        architecture = read_architecture(values, name, dropout=dropout_of(choices))
     except MemplanError:
         if diff:
             raise

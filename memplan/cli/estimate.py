@@ -24,7 +24,8 @@ def answer(options: Options) -> int:
     say_bound(options)
     if options.headroom is not None and options.gpu is None:
         say("--headroom has no effect without --gpu", quiet=options.quiet)
-    model = api.find_model(options.model, dropout=dropout_of(options.choices()))
+    dropout, objective = dropout_of(options.choices()), options.objective or "lm"
+    model = api.find_model(options.model, dropout=dropout, objective=objective)
     if isinstance(model, api.UserModule):
         from memplan.cli.progress import Progress
 

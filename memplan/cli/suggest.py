@@ -25,7 +25,8 @@ def answer(options: Options) -> int:
             "A plan needs a target: --target-batch or --target-tokens is missing.", "Say for example --target-batch 32."
         )
     say_bound(options)
-    model = api.find_model(options.model, dropout=dropout_of(options.choices()))
+    dropout, objective = dropout_of(options.choices()), options.objective or "lm"
+    model = api.find_model(options.model, dropout=dropout, objective=objective)
     if isinstance(model, api.UserModule):
         from memplan.cli.progress import Progress
 

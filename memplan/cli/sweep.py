@@ -75,7 +75,8 @@ def answer(options: Options, micro_batches: Sequence[int] | None, seq_lens: Sequ
     for name in ("headroom", "reserve"):
         if getattr(options, name) is not None and options.gpu is None:
             say(f"--{name} has no effect without --gpu", quiet=options.quiet)
-    model = api.find_model(options.model, dropout=dropout_of(options.choices()))
+    dropout, objective = dropout_of(options.choices()), options.objective or "lm"
+    model = api.find_model(options.model, dropout=dropout, objective=objective)
     if isinstance(model, api.Model):
         say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
     with Progress(shown=not options.quiet) as progress:

@@ -40,7 +40,7 @@ CHECKPOINTINGS = ("none", "selective", "save-attention", "full", "every-N")
 NOT_MODELLED = ("--zero-stage",)
 """Documented options that have no formula yet."""
 
-OBJECTIVES_NOT_MODELLED = ("kto", "grpo", "contrastive")
+OBJECTIVES_NOT_MODELLED = ("kto", "grpo")
 """Objectives that have no formula yet."""
 
 LONGEST_ECHO = 40
@@ -345,7 +345,7 @@ SETUP_ROWS = (
     _named(
         "--objective",
         TRAINING,
-        f"{', '.join(OBJECTIVES)}; a micro-batch of dpo, orpo and reward counts pairs (lm).",
+        f"{', '.join(OBJECTIVES)}; dpo, orpo, reward and contrastive count pairs (lm).",
         OBJECTIVES,
         later=OBJECTIVES_NOT_MODELLED,
         metavar="NAME",

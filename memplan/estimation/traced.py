@@ -43,16 +43,18 @@ SHORT = (16, 24, 40, 56)
 """Of those that stand for a length shorter than these: a module may have no more positions."""
 
 
-def points_for(micro_batch_size: int, seq_len: int) -> tuple[Point, ...]:
+def points_for(micro_batch_size: int, seq_len: int, *, squares: bool = False) -> tuple[Point, ...]:
     """(micro-batch, length) of the traces that stand for one size.
 
-    Micro-batches of one are traced by themselves, and so are lengths that are no multiple of `ALIGNMENT`.
+    Micro-batches of one are traced by themselves, and so are lengths that are no multiple of `ALIGNMENT`.  `squares`:
+    the loss compares all examples of a micro-batch.
     """
     longer = LONG if seq_len % ALIGNMENT else LONG_ALIGNED
     lengths = longer if seq_len >= longer[-1] else SHORT
     if micro_batch_size == 1:
         return tuple((1, s) for s in lengths)
-    return (*((b, s) for s in lengths[:-1] for b in (2, 3)), (4, lengths[-1]))
+    fitted = tuple((b, s) for s in lengths[:-1] for b in (2, 3))
+    return (*fitted, (4, lengths[0]), (5, lengths[-1])) if squares else (*fitted, (4, lengths[-1]))
 
 
 TRACED_MICRO_STEPS = 2

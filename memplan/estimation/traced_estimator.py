@@ -98,7 +98,8 @@ class TracedEstimator:
 
     def program(self, setup: Setup) -> TracedProgram:
         """The traced step of `setup`; its size is left open."""
-        points = points_for(setup.micro_batch_size, setup.seq_len)
+        squares = setup.objective == "contrastive"
+        points = points_for(setup.micro_batch_size, setup.seq_len, squares=squares)
         choices = replace(setup, micro_batch_size=1, gradient_accumulation_steps=TRACED_MICRO_STEPS, seq_len=1)
         key = f"{points} {choices!r}"
         if key not in self._found:

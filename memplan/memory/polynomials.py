@@ -4,10 +4,13 @@ A storage of a training step holds a number of bytes that is a polynomial in the
 
     bytes = c0 + c1 b + c2 s + c3 b s + c4 s^2 + c5 b s^2          (linear in b, at most quadratic in s)
 
+Where a loss compares all examples of a micro-batch, c6 b^2 comes to it.
+
 Kernels that work on tiles round the length up to their multiple: such a storage is a polynomial in the rounded length.
 
-Six sizes, two micro-batches by three lengths, determine it; every further size has to agree, or the program is not of
-this form and that is said.  All arithmetic is exact (fractions); coefficients of real programs come out whole.
+Six sizes, two micro-batches by three lengths, determine it, and a third micro-batch the last of these; every further
+size has to agree, or the program is not of this form and that is said.  All arithmetic is exact (fractions);
+coefficients of real programs come out whole.
 
 Left out: programs that take another path at another size (a window, a mask, a micro-batch of one): they have another
 sequence of events, which is found out when sizes are compared.
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
     Point = tuple[int, int]
 
-NUM_COEFFICIENTS = 6
+NUM_COEFFICIENTS = 7
+LINEAR_IN_BATCH = NUM_COEFFICIENTS - 1
+"""Coefficients of what has no b^2."""
 
 TILES = (1, 16, 32, 128)
 """Multiples up to which kernels round a length (attention's), the plain one first."""
@@ -36,14 +41,14 @@ class Polynomial(NamedTuple):
     """Bytes (or FLOPs) as a function of micro-batch and length."""
 
     coefficients: tuple[Fraction, ...]
-    """Of 1, b, s, b s, s^2 and b s^2."""
+    """Of 1, b, s, b s, s^2, b s^2 and b^2."""
     tile: int = 1
     """Up to whose multiple the length is rounded first."""
 
     def value(self, b: Any, s: Any) -> Any:
         """At one size (exact int) or at arrays of sizes."""
         s = rounded_up(s, self.tile)
-        terms = (1, b, s, b * s, s * s, b * s * s)
+        terms = (1, b, s, b * s, s * s, b * s * s, b * b)
         zero = b * s * 0
         if all(c.denominator == 1 for c in self.coefficients):
             return sum((int(c) * term for c, term in zip(self.coefficients, terms, strict=True) if c), start=zero)
@@ -56,7 +61,7 @@ class Polynomial(NamedTuple):
     def formula(self) -> str:
         """As text: ``512 + 8192*b*s``."""
         s = "s" if self.tile == 1 else f"[s to {self.tile}]"
-        names = ("", "b", s, f"b*{s}", f"{s}^2", f"b*{s}^2")
+        names = ("", "b", s, f"b*{s}", f"{s}^2", f"b*{s}^2", "b^2")
         terms = [f"{c}*{name}" if name else str(c) for c, name in zip(self.coefficients, names, strict=True) if c]
         return " + ".join(terms) or "0"
 
@@ -73,8 +78,8 @@ def rounded_up(s: Any, tile: int) -> Any:
 
 
 def monomials(b: int, s: int) -> tuple[int, ...]:
-    """1, b, s, b s, s^2, b s^2."""
-    return (1, b, s, b * s, s * s, b * s * s)
+    """1, b, s, b s, s^2, b s^2, b^2."""
+    return (1, b, s, b * s, s * s, b * s * s, b * b)
 
 
 class Fitter:
@@ -83,14 +88,16 @@ class Fitter:
     def __init__(self, points: Sequence[Point]) -> None:
         """The first six of `points` have to be two micro-batches by three lengths; the others are held out.
 
-        Where all have the same micro-batch, three lengths determine a polynomial in the length alone.
+        A seventh of the first's length, with one more held out, stands for the square of the micro-batch.  Where all
+        have the same micro-batch, three lengths determine a polynomial in the length alone.
 
         Raises:
             MemplanError: too few points, or points that determine nothing.
         """
         self.points = tuple(points)
         one_batch = len({b for b, _ in self.points}) == 1
-        self._terms = (0, 2, 4) if one_batch else tuple(range(NUM_COEFFICIENTS))
+        squares = len(self.points) > NUM_COEFFICIENTS and self.points[LINEAR_IN_BATCH][1] == self.points[0][1]
+        self._terms = (0, 2, 4) if one_batch else tuple(range(NUM_COEFFICIENTS if squares else LINEAR_IN_BATCH))
         if len(self.points) < len(self._terms):
             raise MemplanError("A polynomial needs more sizes.", "Trace at two micro-batches and three lengths.")
         self._inverses = {1: self._inverse_of(1)}

@@ -32,7 +32,8 @@ HALVES = (torch.float16, torch.bfloat16)
 class InBatchNegatives:
     """Embeddings of anchors against those of all positives of the micro-batch."""
 
-    reference = None
+    companion = None
+    companion_label = ""
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
         """Raises `UsageError` where the module is no encoder of words."""
@@ -48,7 +49,7 @@ class InBatchNegatives:
         self.setup = setup
         self._words = words
 
-    def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, dict[str, torch.Tensor]]:
+    def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, Any]:
         """Ids and mask of the anchors, and of the positives."""
         shape = (micro_batch_size, seq_len)
         return {
@@ -59,18 +60,18 @@ class InBatchNegatives:
             for name in COLUMNS
         }
 
-    def loss(self, inputs: dict[str, dict[str, torch.Tensor]], autocast: Region) -> torch.Tensor:
+    def loss(self, inputs: dict[str, Any], autocast: Region, **_: Any) -> torch.Tensor:
         """The loss of a micro-batch."""
-        columns = [dict(inputs[name]) for name in COLUMNS]
+        columns: list[dict[str, torch.Tensor]] = [dict(inputs[name]) for name in COLUMNS]
         anchors, positives = (self._embed(column, autocast) for column in columns)
         own = torch.arange(len(anchors), device=anchors.device)
         rows = torch.arange(len(anchors), device=anchors.device)
         candidates = torch.cat([positives], dim=0)
-        queries, _ = anchors[own], positives[own]
-        scores = {"query_to_doc": _cosines(queries, candidates)}
-        scores["query_to_doc"] = scores["query_to_doc"] * SCALE
-        right = scores["query_to_doc"][rows, own]
-        joint = torch.cat(list(scores.values()), dim=1)
+        queries = anchors[own]
+        scores = _cosines(queries, candidates)
+        scores = scores * SCALE
+        right = scores[rows, own]
+        joint = torch.cat([scores], dim=1)
         return -(right - torch.logsumexp(joint, dim=1)).mean()
 
     def _embed(self, column: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
@@ -78,9 +79,9 @@ class InBatchNegatives:
         with autocast():
             outputs = self.model(input_ids=column["input_ids"], attention_mask=column["attention_mask"])
             column["token_embeddings"] = outputs.last_hidden_state
-            del outputs
+            del outputs  # the pooled output of BERT's own goes, with its graph
             column["sentence_embedding"] = torch.cat([_mean(**column)], dim=-1)
-        column |= outputs_to_fp32(column, self.setup)
+        column.update(outputs_to_fp32(column, self.setup))
         return column["sentence_embedding"]
 
 

@@ -13,7 +13,7 @@ from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
 from memplan.probes.inputs import class_inputs, diffusion_network, transformers_inputs
 from memplan.probes.vision_language import VISION_LANGUAGE
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ AUTO_CLASS_BY_OBJECTIVE = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "reward": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
+    "contrastive": "AutoModel",
 }
 
 
@@ -128,7 +129,7 @@ def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.M
     dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
     implementation = _register_flash() if setup.attention == "flash" else setup.attention
     named = auto_class or AUTO_CLASS_BY_OBJECTIVE.get(setup.objective)
-    if named in AUTO_CLASS_BY_OBJECTIVE.values():
+    if setup.objective in SCORED:
         _prepare_for_classes(config, setup.dropout)
     maker = getattr(transformers, named or _auto_class(values))
     try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memplan.probes.contrastive import InBatchNegatives
 from memplan.probes.distillation import find_teacher
 from memplan.probes.heads import language_model
 from memplan.probes.odds import Odds
@@ -32,6 +33,8 @@ def find_objective(
     """
     if setup.objective == "reward":
         return Rewards(module, setup)
+    if setup.objective == "contrastive":
+        return InBatchNegatives(module, setup)
     if setup.objective == "orpo":
         language_model(module, "the objective")
         return Odds(module, setup)

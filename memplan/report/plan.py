@@ -34,6 +34,7 @@ from memplan.report.text import (
 from memplan.report.trainer import (
     CONFIG_BY_OBJECTIVE,
     CONFIG_OF_TRAINER,
+    OF_TRANSFORMERS,
     OPTIM_BY_OPTIMIZER,
     has_loss,
     saves_attention,
@@ -170,7 +171,7 @@ def _time(plan: Document, best: Document) -> str:
 
 def _trainer(trainer: Document, model: Document) -> str:
     config = trainer["config"]
-    of_trl = () if config == CONFIG_OF_TRAINER else ("activation_checkpointing", "disable_dropout", "lmbda")
+    of_trl = () if config in OF_TRANSFORMERS else ("activation_checkpointing", "disable_dropout", "lmbda")
     always = ("bf16", *of_trl)
     shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
     made = f"{config}({_arguments(shown)})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import DISTILLATION, PRECISIONS, SAVE_ATTENTION
+from memplan.specs.training import DISTILLATION, PRECISIONS, SAVE_ATTENTION, TRAINER_BY_OBJECTIVE
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -61,10 +61,13 @@ CONFIG_BY_OBJECTIVE = {
     "orpo": "ORPOConfig",
     "reward": "RewardConfig",
     DISTILLATION: "GKDConfig",
+    "contrastive": "SentenceTransformerTrainingArguments",
 }
-"""What holds the arguments of TRL's trainers."""
+"""What holds the arguments of TRL's trainers, and of sentence-transformers'."""
 CONFIG_OF_SFT = "SFTConfig"
-WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE.values())
+OF_TRANSFORMERS = (CONFIG_OF_TRAINER, CONFIG_BY_OBJECTIVE["contrastive"])
+"""Those with the names and defaults of transformers."""
+WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE[objective] for objective in TRAINER_BY_OBJECTIVE)
 """Those whose trainers switch dropout off unless they are told otherwise (``disable_dropout``)."""
 
 VERSIONS_OF_SFT_BY_LOSS = {
@@ -124,7 +127,7 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     if setup.label_smoothing:
         arguments["label_smoothing_factor"] = setup.label_smoothing
     arguments |= _of_evaluation(setup)
-    if config != CONFIG_OF_TRAINER:
+    if config not in OF_TRANSFORMERS:
         arguments |= _of_trl(setup, config)
     return {
         "config": config,

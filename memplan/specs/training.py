@@ -103,22 +103,26 @@ OBJECTIVES = (
     "orpo",
     "reward",
     DISTILLATION,
+    "contrastive",
     "sequence-classification",
     "token-classification",
 )
+TRACED = ("contrastive",)
+"""Objectives that no formula describes: the real module is run."""
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
 SCORED = ("reward", *CLASSIFICATIONS)
 """Objectives of models that have a layer of scores in place of the words' output layer."""
 PREFERRED = ("dpo", "dpo-precomputed")
 """Those of direct preference optimisation."""
-PAIRED = (*PREFERRED, "orpo", "reward")
-"""Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
+PAIRED = (*PREFERRED, "orpo", "reward", "contrastive")
+"""Objectives whose micro-batch counts pairs: a chosen and a rejected sequence, or an anchor and its positive."""
 LOSSES_BY_OBJECTIVE = {
     "dpo": ("tiled",),
     "dpo-precomputed": ("tiled",),
     "orpo": ("full",),
     "reward": ("full",),
     DISTILLATION: ("full",),
+    "contrastive": ("full",),
     "sequence-classification": ("full",),
     "token-classification": ("full",),
 }
@@ -136,7 +140,7 @@ TRAINER_BY_OBJECTIVE = {
     DISTILLATION: "GKDTrainer",
 }
 """TRL's, of objectives that are not transformers' own; all of them switch dropout off (``disable_dropout=True``)."""
-UNEVALUATED = ("orpo", "reward", DISTILLATION)
+UNEVALUATED = ("orpo", "reward", DISTILLATION, "contrastive")
 """Objectives whose trainer has an evaluation of its own, which is not modelled."""
 
 
@@ -183,6 +187,8 @@ class Setup:
     ``reward``           a score of each sequence, compared within pairs (RewardTrainer of TRL 1.16)
     ``distillation``     the distribution of a teacher, which runs after each pass of the student (GKDTrainer of TRL
                          1.16 on the sequences of the data, lmbda=0)
+    ``contrastive``      embeddings of anchors against those of all positives of the micro-batch
+                         (MultipleNegativesRankingLoss of sentence-transformers 6.2); by a trace
     ``sequence-classification``, ``token-classification``
                          classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
@@ -264,7 +270,8 @@ class Setup:
             )
         if self.objective in UNEVALUATED and self.evaluation is not None:
             raise UsageError(
-                f"What TRL evaluates for {self.objective} is not modelled.", "Leave --eval-batch and --objective apart."
+                f"What the trainer evaluates for {self.objective} is not modelled.",
+                "Leave --eval-batch and --objective apart.",
             )
         trainer = TRAINER_BY_OBJECTIVE.get(self.objective)
         if trainer is not None and self.lora is not None and self.lora.dropout:

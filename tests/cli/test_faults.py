@@ -83,7 +83,7 @@ USAGE = [
     ("estimate llama-3-8b --objective orpo --loss tiled", "orpo is not modelled as --loss tiled", "--loss full"),
     ("estimate llama-3-8b --objective reward --lora-rank 8", "Adapters beside the layers of a classifier", "Leave"),
     ("estimate opt-1.3b --objective reward", "reward is not modelled for opt", "Known: bert"),
-    ("estimate llama-3-8b --objective orpo --eval-batch 4", "What TRL evaluates for orpo", "--eval-batch"),
+    ("estimate llama-3-8b --objective orpo --eval-batch 4", "What the trainer evaluates for orpo", "--eval-batch"),
     ("estimate llama-3-8b --label-smoothing 0.1 --loss tiled", "and --loss tiled has none", "--loss full"),
     ("estimate llama-3-8b --label-smoothing 0.1 --objective dpo", "not for --objective dpo", "Leave"),
     ("estimate bert-base --label-smoothing 0.1", "causal language models", "memplan trace"),
