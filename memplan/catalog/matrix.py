@@ -65,6 +65,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "offload": (str,),
     "reentrant": (bool,),
     "upcast": (bool,),
+    "compile": (bool,),
     "limit": (str,),
     "find_max": (bool,),
     "target_batch": (int,),

@@ -86,6 +86,7 @@ class Options(NamedTuple):
     offload: str | None = None
     reentrant: bool = False
     upcast: bool = False
+    compile: bool = False
     eval_batch: int | None = None
     eval_samples: int | None = None
     eval_accumulation: int | None = None
@@ -386,6 +387,7 @@ SETUP_ROWS = (
         later=("optimizer", "params"),
         metavar="activations",
     ),
+    Row(("--compile",), TRAINING, "torch.compile (inductor): a range is told, its upper end is planned with."),
     Row(("--eval-batch",), EVALUATED, "Count one, with so many sequences per forward pass (8).", read_count, "N"),
     Row(("--eval-samples",), EVALUATED, "Keep the logits of so many for metrics (none).", read_count, "N"),
     Row(("--eval-accumulation",), EVALUATED, "Move them to the host after N batches (at the end).", read_count, "N"),

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.flattened import check_flattened
 from memplan.errors import MemplanError, UsageError
+from memplan.estimation import compiled
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
+from memplan.estimation.compiled import Compiled, Range
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.evaluation import EvaluationProgram
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
@@ -139,6 +141,8 @@ class Estimate(Tabular):
     """Bytes of optimizer states in unified memory: on the host, as far as the card has no room for them."""
     lints: tuple[Lint, ...] = ()
     """What is worth knowing before the run."""
+    compiled: Compiled | None = None
+    """Between which bounds the bytes lie under ``torch.compile``; those of the other fields are the upper ones."""
     confidence: float = 0.0
     """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
 
@@ -187,7 +191,7 @@ class Estimator:
         self.gpu = gpu
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture, teacher)
-        self._timed: dict[tuple[int, int], TimedModel] = {}
+        self._timed: dict[tuple[int, int, bool], TimedModel] = {}
         self._sizes: dict[tuple[int, int, float, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
@@ -206,12 +210,9 @@ class Estimator:
             self.evaluation(setup, setup.evaluation).results()
         if setup.is_flattened:
             check_flattened(self.architecture, setup)
-        for recording in self._recorded(setup) if setup.padding else ():
+        for recording in self._recorded(setup) if setup.passes_mask else ():
             if not recording.stem.tape.minds_padding:
-                raise UsageError(
-                    f"What padding adds is not modelled for {recording.architecture.model_type}.",
-                    "Leave --padding out.",
-                )
+                raise _unmodelled_mask(setup, recording.architecture.model_type)
 
     def _recorded(self, setup: Setup) -> tuple[Recording, ...]:
         """The models that run."""
@@ -337,9 +338,10 @@ class Estimator:
             return None
         program = self.program(setup)
         recording, companion = program.recording, program.layout.companion
-        key = (id(recording), 0 if companion is None else id(companion.recording))
+        beside = None if companion is None else companion.recording
+        key = (id(recording), 0 if beside is None else id(beside), setup.compile)
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed, None if companion is None else companion.recording)
+            self._timed[key] = TimedModel(recording, self._speed, beside, fused=setup.compile)
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:
@@ -391,7 +393,14 @@ class Estimator:
             ),
             unmodelled=self.unmodelled(setup),
             lints=lints(self, setup, program, sizes, steady),
+            compiled=self._compiled(setup, steady, memory) if setup.compile else None,
         )
+
+    def _compiled(self, setup: Setup, peaks: Peaks, memory: Memory) -> Compiled:
+        """The range under ``torch.compile``, whose upper end `memory` is."""
+        program, sizes = self.program(setup), self.sizes(setup)
+        kept, low = compiled.least(program, sizes, peaks.by_instant, setup.gradient_accumulation_steps)
+        return compiled.range_of(Range(kept, peaks.kept_activation_bytes), low, memory)
 
     def longest_head(self, setup: Setup) -> int:
         """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
@@ -422,6 +431,7 @@ class Estimator:
             found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
         if self.gpu is not None and set(PRECISIONS[setup.precision]) & set(self.gpu.unsupported_dtypes):
             found.append((f"{setup.precision} on this card", "it has no fast units for it: bytes hold, times do not"))
+        found += (compiled.NOT_PROVEN, *compiled.UNMODELLED) if setup.compile else ()
         if setup.data_parallel_size > 1:
             found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
         if setup.precision == "fp16-mixed":
@@ -439,6 +449,16 @@ class Estimator:
                 )
             )
         return (*found, *self.architecture.unmodelled)
+
+
+def _unmodelled_mask(setup: Setup, model_type: str) -> UsageError:
+    """The refusal of a mask that nobody described."""
+    if setup.padding:
+        return UsageError(f"What padding adds is not modelled for {model_type}.", "Leave --padding out.")
+    return UsageError(
+        f"Under torch.compile transformers gives {model_type} a mask, and what that adds is not modelled.",
+        "Use --attention eager, or leave --compile out.",
+    )
 
 
 def longest_head(recording: Recording) -> int:

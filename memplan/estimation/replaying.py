@@ -112,7 +112,10 @@ class _Calls:
             yield from inputs
             for micro in range(micro_steps):
                 yield from self._parts(program.forward, again=False)
+                there = set(self.gradients)
                 yield from self._parts(program.backward_again if micro else program.backward, again=micro > 0)
+                if micro and program.compiled:
+                    yield from self._added(there)
             clip, temporaries = program.end_temporaries
             yield from self._passing(clip)
             if step == 0 and not program.states.from_start:
@@ -122,6 +125,12 @@ class _Calls:
                 yield key, 0, -1
             self.gradients.clear()
             yield from inputs_back
+
+    def _added(self, there: set[int]) -> Iterator[Call]:
+        """The gradients of a compiled backward pass go once they are added to those that were `there`."""
+        for key in [key for key in self.gradients if key not in there]:
+            del self.gradients[key]
+            yield key, 0, -1
 
     def _take(self, tensors: Tensors) -> tuple[list[Call], list[Call]]:
         """Calls that allocate some tensors, and those that free them."""

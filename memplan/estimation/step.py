@@ -163,7 +163,7 @@ class Recordings:
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         loss = SMOOTHED if setup.label_smoothing else loss
         how = (loss, setup.objective, recipe, grad, evaluation, leaves)
-        batch = Batch(setup.padding, setup.is_flattened, setup.has_several_in_a_row)
+        batch = Batch(setup.passes_mask, setup.is_flattened, setup.has_several_in_a_row)
         key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
@@ -222,10 +222,12 @@ class Recordings:
                 offloads=setup.offload == "activations",
                 reentrant=self._reentrant(setup) if setup.reentrant else None,
             )
-        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
+        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, setup.compile)
         if key not in self._programs:
             layout = self._layouts[layout_key]
-            self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
+            self._programs[key] = StepProgram(
+                layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, compiled=setup.compile
+            )
         return self._programs[key]
 
 
@@ -537,8 +539,10 @@ class StepProgram:
     Laid out once for a recording and the choices that change what is kept; evaluated for as many sizes as wanted.
     """
 
-    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int) -> None:
+    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int, *, compiled: bool = False) -> None:
+        """`compiled`: the backward pass is one graph of ``torch.compile``, which hands out all gradients at its end."""
         self.layout = layout
+        self.compiled = compiled
         self.recording = layout.recording
         self.data_parallel_size = data_parallel_size
         self.states = layout.states._replace(optimizer=optimizer)
@@ -587,8 +591,8 @@ class StepProgram:
 
     @property
     def backward_again(self) -> tuple[Part, ...]:
-        """The same in later micro-steps."""
-        return self.layout.backward_again
+        """The same in later micro-steps; compiled, all its gradients are there before one is added to the others."""
+        return self.layout.backward if self.compiled else self.layout.backward_again
 
     @cached_property
     def _buckets(self) -> Tensors:

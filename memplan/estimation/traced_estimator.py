@@ -83,6 +83,11 @@ class TracedEstimator:
         """Raise `UsageError` for what a trace cannot answer."""
         if setup.evaluation is not None:
             raise UsageError("A traced module is estimated in training alone.", "Leave --eval-... out, or trace it.")
+        if setup.compile:
+            raise UsageError(
+                "A traced module is planned as it runs without a compiler.",
+                "Leave --compile out, or ask memplan trace about one size.",
+            )
         if setup.is_flattened:
             raise UsageError(
                 "A traced module is planned with a row for each sequence.",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from memplan.specs.recipe import Recipe
 
 
+PRODUCTS = frozenset({"linear", "bmm", "grouped_mm", "attention kernel"})
+"""Operators that multiply matrices: a compiler runs them once; the rest it may fuse, and compute again."""
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
 CACHED = "cat (cache)"

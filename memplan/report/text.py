@@ -153,6 +153,8 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["compile"]:
+        parts.append("torch.compile")
     if setup["batching"] == "padding-free":
         parts.append("padding-free batches")
     if setup["batching"] == "packed":
@@ -160,6 +162,28 @@ def choices(setup: Document) -> str:
     if setup["evaluation"]:
         parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])
+
+
+def compiled_lines(compiled: Document | None) -> Iterator[Line]:
+    """The range under torch.compile, and where its ends come from."""
+    if compiled is None:
+        return
+    allocated, process, kept = (
+        f"{gib(compiled[name]['low'])} to {gib(compiled[name]['high'])} GiB"
+        for name in ("peak_allocated_bytes", "peak_process_bytes", "kept_activation_bytes")
+    )
+    if compiled["is_traced"]:
+        kept = f"{gib(compiled['kept_activation_bytes']['high'])} GiB kept, by the compiler's own partition"
+        ends = "from there to the peak without the compiler"
+    else:
+        kept = f"{kept} kept"
+        ends = "from what products need to what is kept without the compiler"
+    yield from paragraph("compiled", f"peak {process} ({allocated} allocated; {kept}): {ends}, which is planned with")
+
+
+def may_fit(compiled: Document | None, gpu: Document) -> bool:
+    """Whether the lower end of a range fits on a card where the upper one does not."""
+    return compiled is not None and bool(compiled["peak_process_bytes"]["low"] <= gpu["usable_bytes"])
 
 
 def _evaluated(evaluation: Document) -> str:

@@ -120,6 +120,8 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     if how:
         arguments["activation_checkpointing_kwargs"] = arguments.get("activation_checkpointing_kwargs", {}) | how
     arguments["optim"] = optim
+    if setup.compile:
+        arguments["torch_compile"] = True
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"
     if optim in TAKES_MODULES:

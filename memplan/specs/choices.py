@@ -81,6 +81,8 @@ class Choices(TypedDict, total=False):
     """Checkpointing by use_reentrant=True, the default of transformers 4."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
+    compile: bool | None
+    """torch.compile of the model, with inductor."""
     eval_batch: int | None
     """Sequences per forward pass of an evaluation, which is then counted (8)."""
     eval_samples: int | None
@@ -112,6 +114,7 @@ FIELD_BY_ARGUMENT = {
     "offload": "offload",
     "reentrant": "reentrant",
     "upcast": "upcast",
+    "compile": "compile",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""
 

@@ -238,6 +238,8 @@ class Setup:
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
     """An evaluation between the steps; None: none is counted."""
+    compile: bool = False
+    """``torch.compile`` of the model with inductor (``TrainingArguments.torch_compile``)."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):
@@ -256,6 +258,7 @@ class Setup:
         self._check_offload()
         self._check_reentrant()
         self._check_updates()
+        self._check_compiled()
 
     def _check_objective(self) -> None:
         """Raise `UsageError` where the loss of the objective is not computed like this."""
@@ -398,6 +401,40 @@ class Setup:
             raise UsageError(
                 f"{what}, before GPUs could exchange their gradients.", "Use one GPU or another --optimizer."
             )
+
+    def _check_compiled(self) -> None:
+        """Raise `UsageError` for what is not modelled together with ``torch.compile``."""
+        if not self.compile:
+            return
+        cure = "Leave --compile or {} out."
+        if self.optimizer in IN_BACKWARD:
+            raise UsageError(
+                f"{self.optimizer} updates in the backward pass; a compiled one hands out gradients at its end.",
+                "Use another --optimizer, or leave --compile out.",
+            )
+        for is_given, what, flag in (
+            (self.objective != "lm", f"Training for {self.objective}", "--objective"),
+            (self.quantize is not None, "bitsandbytes' kernels", "--quantize"),
+            (self.lora is not None and self.lora.dora, "DoRA", "--dora"),
+            (self.offload is not None, "Offloading to the host", "--offload"),
+            (self.loss != "full", f"The {self.loss} loss", "--loss"),
+            (self.label_smoothing > 0, "Label smoothing", "--label-smoothing"),
+            (self.activation_checkpointing == "selective", "Selective checkpointing", "--checkpointing"),
+            (self.activation_checkpointing == SAVE_ATTENTION, "Saving what attention gives", "--checkpointing"),
+            (self.reentrant, "Reentrant checkpointing", "--reentrant"),
+            (self.is_flattened, "Several sequences in a row", "--batching"),
+        ):
+            if is_given:
+                raise UsageError(f"{what} under torch.compile is not modelled.", cure.format(flag))
+
+    @property
+    def passes_mask(self) -> bool:
+        """Whether attention is given a mask.
+
+        Under ``torch.compile`` transformers (5.23, masking_utils.py) may not look at data, and makes one for
+        scaled_dot_product_attention even where it hides nothing but the future.
+        """
+        return self.padding or (self.compile and self.attention == "sdpa")
 
     @property
     def recipe(self) -> Recipe:
