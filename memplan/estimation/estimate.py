@@ -277,7 +277,9 @@ class Estimator:
 
             settings = AllocatorSettings(expandable_segments=bool(alloc_conf))
             steps = setup.gradient_accumulation_steps
-            found = replay(self.program(setup), self.sizes(setup), steps, capacity_bytes=capacity, settings=settings)
+            evaluation = None if setup.evaluation is None else self.evaluation(setup, setup.evaluation)
+            program, sizes = self.program(setup), self.sizes(setup)
+            found = replay(program, sizes, steps, evaluation=evaluation, capacity_bytes=capacity, settings=settings)
             known = self._replays[key] = found.reserved_bytes
         return known
 
