@@ -116,15 +116,21 @@ def merged(t: Tape, x: Tensor) -> Tensor:
     return t.view(x, (b, s, num * head_dim))
 
 
-def partial_rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    """Rotary on the first `dim` of the head's dimensions, the rest passed through."""
+def partial_rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor, dim: int, *, held: bool = False) -> Tensor:
+    """Rotary on the first `dim` of the head's dimensions, the rest passed through.
+
+    `held`: variables of the module hold both parts.
+    """
     head_dim = x.shape[-1]
     assert isinstance(head_dim, int)
     if dim == head_dim:
         return rotary(t, x, cos, sin)
     turning = take(t, x, (*x.shape[:-1], dim))
     passing = take(t, x, (*x.shape[:-1], head_dim - dim))
-    return cat(t, (rotary(t, turning, cos, sin), passing), x.shape)
+    turned = rotary(t, turning, cos, sin)
+    if held:
+        t.hold_in_module(passing, turned)
+    return cat(t, (turned, passing), x.shape)
 
 
 def rotary_dim(config: Config, head_dim: int, key: str, default: float) -> int:

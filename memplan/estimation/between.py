@@ -54,34 +54,13 @@ def between_steps(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks
     yield _resuming(estimator.program(setup), setup, sizes)
 
 
-SCORES_HELD = frozenset(
-    {
-        "bloom",
-        "deberta-v2",
-        "deepseek_v2",
-        "deepseek_v3",
-        "gpt_neox",
-        "gpt_oss",
-        "gptj",
-        "mpt",
-        "opt",
-        "phi",
-        "stablelm",
-    }
-)
-"""Models whose eager attention holds tensors in variables that are counted in training alone, where the graph does."""
-
-
-def left_out_between_steps(setup: Setup, model_type: str) -> list[tuple[str, str]]:
+def left_out_between_steps(setup: Setup) -> list[tuple[str, str]]:
     """(what, why) of what the numbers leave out."""
     if setup.evaluation is None:
         return []
     found = [
-        ("the allocator during evaluation", "reserved bytes are those of the steps, or at least what it allocates"),
         ("generation during evaluation", "predict_with_generate fills a key-value cache, which is not counted"),
     ]
-    if setup.attention == "eager" and model_type in SCORES_HELD:
-        found.append(("variables of eager attention in evaluation", "scores that Python holds until a layer returns"))
     if setup.evaluation.samples is not None:
         found.append(("what metrics make of the logits", "compute_metrics is the user's own"))
     return found
@@ -106,6 +85,8 @@ def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) 
     if host:
         num = setup.evaluation.samples
         value += f"; the logits of {num:,} sequences are concatenated, and {format_bytes(host)} on the host"
+        if num > setup.evaluation.batch and setup.evaluation.accumulation != 1:
+            value += "; the allocator caches every smaller block they were in, until the card is full"
     step = max(value for name, value in peaks.by_instant.items() if name != EVALUATION)
     otherwise = "no evaluation"
     if host and setup.evaluation.accumulation != 1:

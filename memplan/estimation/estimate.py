@@ -395,7 +395,7 @@ class Estimator:
         if setup.precision == "fp16-mixed":
             found.append(("the gradient scaler", "a few scalars"))
         found += left_out_of(OPTIMIZERS[setup.optimizer])
-        found += left_out_between_steps(setup, self.architecture.model_type)
+        found += left_out_between_steps(setup)
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(
                 (

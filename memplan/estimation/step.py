@@ -191,9 +191,10 @@ class Layout:
         self.layers: list[PieceLifetimes] = []
         self.held_by_model = False
         """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
+        all_held = recording.stem.tape.evaluation and recording.stem.tape.all_outputs_held
         for kind, mode in zip(recording.order, modes, strict=True):
             first = not self.layers
-            held = before.keeps_output() or (self.holds_embedding and first)
+            held = before.keeps_output() or (self.holds_embedding and first) or all_held
             layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not held)
             if first and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
                 layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
@@ -236,7 +237,7 @@ class Layout:
         """Ids to loss; autocast's cache goes at its end."""
         return (
             Part(FORWARD, self.stem.forward, (STEM,)),
-            *self._in_layers(FORWARD, lambda x: x.forward),
+            *self._layers_forward(),
             Part(FORWARD, self._release_shared(kept=False), (STEM,)),
             *((Part(FORWARD, self.stem.output_released, (STEM,)),) if self.held_by_model else ()),
             Part(LOSS, self.head.forward, (HEAD,)),
@@ -246,6 +247,24 @@ class Layout:
             *(() if self.reference is None else run_without_graph(self.reference, REFERENCE)),
             *(() if self.head.after_pause is None else (Part(LOSS, self.head.after_pause, (HEAD,)),)),
         )
+
+    def _layers_forward(self) -> Iterator[Part]:
+        """The layers, one after the other, and what variables of the model hold of them.
+
+        What a layer returns beside its result goes when the next has run.
+        """
+        if not any(x.tape.in_next for x in self.layers):
+            yield from self._in_layers(FORWARD, lambda x: x.forward)
+            tape = self.recording.stem.tape
+            if tape.evaluation and tape.all_outputs_held:
+                for part in self._in_layers(FORWARD, lambda x: x.output_released):
+                    yield part._replace(places=tuple(n for n in part.places if n < len(self.layers) - 1))
+            return
+        for number, layer in enumerate(self.layers):
+            yield Part(FORWARD, layer.forward, (number,))
+            if number:
+                yield Part(FORWARD, self.layers[number - 1].held_into_next, (number - 1,))
+        yield Part(FORWARD, self.layers[-1].held_into_next, (len(self.layers) - 1,))
 
     def recording_of(self, tag: str) -> Recording:
         """The recording behind the events of this tag."""

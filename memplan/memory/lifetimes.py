@@ -253,7 +253,8 @@ class PieceLifetimes:
     @property
     def _stay(self) -> frozenset[int]:
         """What a forward pass of the piece does not free: its result and, of the stem, what the layers share."""
-        return frozenset({self.piece.output.storage} | (self._stays if self.piece.hidden is None else set()))
+        returned = {self.piece.output.storage, *(x.storage for x in self.tape.in_next)}
+        return frozenset(returned | (self._stays if self.piece.hidden is None else set()))
 
     @cached_property
     def without_graph(self) -> Segment:
@@ -281,6 +282,12 @@ class PieceLifetimes:
     @property
     def _stays(self) -> set[int]:
         return {x.storage for x in (*self.piece.shared.values(), *self.tape.in_model)}
+
+    @cached_property
+    def held_into_next(self) -> Segment:
+        """What the layer has returned beside its result goes."""
+        storages = dict.fromkeys(self.tape.storages[x.storage] for x in self.tape.in_next)
+        return Segment("returned by the layer", tuple(Event(("", s.number), s.size, -1, self.row(s)) for s in storages))
 
     @cached_property
     def output_released(self) -> Segment:

@@ -12,11 +12,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
 from memplan.operators.tape import Gradient, Tape, Tensor, elements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def softmax(t: Tape, x: Tensor, *, dtype: str | None = None) -> Tensor:
@@ -65,12 +70,14 @@ def eager(
     softmax_dtype: str | None = "fp32",
     softcap: bool = False,
     weights_dtype: str | None = None,
+    returned: bool = False,
 ) -> Tensor:
     """Attention written out, as ``eager_attention_forward`` of transformers: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores;
     `weights_dtype`: None casts the probabilities to that of q;
-    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2).
+    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2); `returned`: the layer returns the
+    probabilities to the model.
     """
     b, heads, s, head_dim = q.shape
     with t.recomputable("attention", q, k, v):
@@ -79,8 +86,8 @@ def eager(
             repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
         )
         variables = (k, v)
-        q, k, v = slices_batched(t, q, k, v)
-        scores = matmul(t, q, k, (b, heads, s, s), head_dim)
+        batched = slices_batched(t, q, k, v)
+        scores = matmul(t, next(batched), next(batched), (b, heads, s, s), head_dim)
         if scaled:
             scores = scale(t, scores)
         if softcap:
@@ -88,10 +95,13 @@ def eager(
         if mask is not None:
             scores = add(t, scores, mask)
         weights = t.cast(softmax(t, scores, dtype=softmax_dtype), weights_dtype or q.dtype)
-        t.keep_alive(scores)
+        if softmax_dtype is not None:  # one statement, to the end of which the variable holds the scores
+            t.keep_alive(scores)
         weights = dropout(t, weights, p)
         t.hold_in_piece(weights)
-        out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
+        if returned:
+            t.hold_into_next(weights)
+        out = matmul(t, weights, next(batched), (b, heads, s, v.shape[-1]), s)
         t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
 
@@ -101,28 +111,29 @@ def softcapped(t: Tape, x: Tensor) -> Tensor:
     return scale(t, keeps_result(t, "tanh", scale(t, x)))
 
 
-def slices_batched(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
+def slices_batched(t: Tape, *parts: Tensor) -> Iterator[Tensor]:
     """`parts` with a copy of each slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
+
+    Each copy is made when it is asked for.
 
     So has a single head that is shown for every head.  A micro-batch of one needs no copy and keeps the larger tensor
     (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.
     """
     if all(part.shape[1] == 1 for part in parts):
-        return parts
+        yield from parts
+        return
     slices = [x for x in parts if x.bytes.factor < t.storages[x.storage].size.factor]
-    copies = []
     for part in parts:
         whole = t.storages[part.storage].size.factor
         rest = whole - len(slices) * part.bytes.factor
         if part.bytes.factor > whole:
-            copies.append(_copy_keeping(t, part, whole, nothing_for_one=True))
+            yield _copy_keeping(t, part, whole, nothing_for_one=True)
         elif part not in slices:
-            copies.append(part)
+            yield part
         elif part is slices[-1] and rest > 0:
-            copies.append(_copy_keeping(t, part, rest))
+            yield _copy_keeping(t, part, rest)
         else:
-            copies.append(copy(t, part))
-    return tuple(copies)
+            yield copy(t, part)
 
 
 def _copy_keeping(t: Tape, x: Tensor, num: int, *, nothing_for_one: bool = False) -> Tensor:
@@ -331,10 +342,11 @@ def attention(
     by_head: bool = False,
     softcap: bool = False,
     weights_dtype: str | None = None,
+    returned: bool = False,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
-    `scaled`, `softmax_dtype` and `softcap` matter to the eager implementation only (see `eager`), `by_head` to the
+    `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head` to the
     fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
     (transformers' own fallback).
     """
@@ -351,6 +363,7 @@ def attention(
             softmax_dtype=softmax_dtype,
             softcap=softcap,
             weights_dtype=weights_dtype,
+            returned=returned,
         )
     with t.recomputable("attention", q, k, v):
         if mask is not None:

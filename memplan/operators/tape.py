@@ -229,6 +229,10 @@ class Tape:
         """Whether a variable of the model holds what this piece hands on until the last layer has run."""
         self.in_model: list[Tensor] = []
         """What variables of the model hold until the last layer returns."""
+        self.in_next: list[Tensor] = []
+        """What a variable of the model holds until the next layer returns."""
+        self.all_outputs_held = False
+        """Whether the model holds what each layer hands on until the last one returns; it counts in evaluation."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
@@ -349,6 +353,14 @@ class Tape:
         """
         if self.evaluation:
             self.in_model.append(tensor)
+
+    def hold_into_next(self, tensor: Tensor) -> None:
+        """The layer returns this one, too, and the model holds it (``outputs = layer(...)``) until the next returns.
+
+        It counts in evaluation; in training the graph keeps it.
+        """
+        if self.evaluation:
+            self.in_next.append(tensor)
 
     def close(self) -> None:
         """The piece has run."""
