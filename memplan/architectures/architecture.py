@@ -79,6 +79,8 @@ class Architecture:
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
+    cache_windows: tuple[int | None, ...] | None = None
+    """For each layer the window that its key-value cache is limited to; None where generation is not described."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flash")
     """Attention implementations that the model has."""
     unmodelled: tuple[tuple[str, str], ...] = ()
@@ -175,6 +177,7 @@ def record(
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
+    generating: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -183,7 +186,8 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
     hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph.
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `generating`:
+    tokens from a key-value cache, "s" of them at a time.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -195,7 +199,9 @@ def record(
             f"Use --attention {' or '.join(architecture.attentions)}.",
         )
 
-    def tape(prefix: str = "") -> Tape:
+    windows = (architecture.cache_windows or ()) if generating else ()
+
+    def tape(prefix: str = "", window: int | None = None) -> Tape:
         return Tape(
             numerics,
             attention=attention,
@@ -208,14 +214,16 @@ def record(
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
+            generating=generating,
+            window=window,
         )
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)
     stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
 
-    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "") -> Piece:
-        t = tape(prefix)
+    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "", window: int | None = None) -> Piece:
+        t = tape(prefix, window)
         inside = t.external(
             "hidden states", before.shape, before.dtype, role="hidden", requires_grad=before.requires_grad
         )
@@ -230,15 +238,16 @@ def record(
         return Piece(tape=t, hidden=inside, output=output, shared=used)
 
     kinds: list[Piece] = []
-    numbers_of: dict[tuple[int, str, bool], list[int]] = {}
+    numbers_of: dict[tuple[int, str, bool, int | None], list[int]] = {}
     order = []
     for place, layer in enumerate(architecture.layers):
         prefix = f"{architecture.layer_prefix.format(place)}."
-        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad), [])
+        window = windows[place] if windows else None
+        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad, window), [])
         number = next((n for n in alike if _same_answers(kinds[n].tape, recipe, prefix)), None)
         if number is None:
             number = len(kinds)
-            kinds.append(follow(_within_a_loop(layer), hidden, prefix))
+            kinds.append(follow(_within_a_loop(layer), hidden, prefix, window))
             alike.append(number)
         hidden = kinds[number].output
         order.append(number)

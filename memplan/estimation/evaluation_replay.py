@@ -4,6 +4,9 @@ A batch's inputs come while the variables of the loop still hold those of the ba
 its results, one after the other goes into the container of its kind, and the old container goes (``evaluation_loop`` in
 transformers/trainer.py, ``EvalLoopContainer`` in transformers/trainer_pt_utils.py).
 
+Of a generation, which comes before the forward pass of its batch, the prefill and two steps are replayed (`Stage`): the
+first, and the last.
+
 All batches are replayed where there are few; of many, those in the middle begin with the head: what runs before it
 under ``torch.no_grad`` leaves nothing behind, and takes the blocks that the batch before has freed.
 """
@@ -21,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from memplan.estimation.evaluation import EvaluationProgram, Result
+    from memplan.estimation.generation import Stage
     from memplan.estimation.unrolling import Call, Keys
     from memplan.memory.events import Sizes
 
-FIRST_KEY = 1 << 48
+FIRST_KEY, GENERATION_KEY = 1 << 48, 1 << 49
 """Above all keys of a step."""
 
 MOST_WHOLE = 16
@@ -45,6 +49,7 @@ class _Evaluation:
         self.keeps = program.evaluation.samples is not None
         self.kinds = program.results() if self.keeps else (LOSSES,)
         self.unrollings: dict[int, Unrolling] = {}
+        self.stages: dict[int, list[tuple[Stage, Unrolling]]] = {}
         self.held: dict[str, tuple[int, ...]] = {}
         """The tensors that each variable of the loop and each container holds."""
         self.num_kept = 0
@@ -70,13 +75,17 @@ class _Evaluation:
         inputs = {row.tensor: call for row, call in brought if row.shape}
         yield from inputs.values()
         yield from self._bind("inputs", *(call[0] for call in inputs.values()))
+        tokens = yield from self._generated(size)
         yield from scalars
         logits = yield from self._forward(unrolling, whole=whole)
         losses = self.keys.new()
         yield losses, _bytes(LOSSES, size, unrolling.sizes), 1
         for key, _, _ in scalars:
             yield key, 0, -1
-        results = (losses, *((logits, inputs["labels"][0]) if self.keeps else ()))
+        kept = logits if tokens is None else tokens
+        results = (losses, *((kept, inputs["labels"][0]) if self.keeps else ()))
+        if tokens is not None and not self.keeps:
+            yield tokens, 0, -1
         yield from self._bind("results", *results)
         for kind, key in zip(self.kinds, results, strict=True):
             yield from self._add(kind, key, size, unrolling.sizes)
@@ -87,9 +96,39 @@ class _Evaluation:
             self.unrollings[size] = Unrolling(self.program.layout, self.program.sizes(size), first_key=FIRST_KEY)
         return self.unrollings[size]
 
+    def _generated(self, size: int) -> Generator[Call, None, int | None]:
+        """What is generated behind one batch; gives the key of its tokens, None where nothing is."""
+        generation = self.program.generation
+        if generation is None:
+            return None
+        if size not in self.stages:
+            stages = generation.stages(size)
+            self.stages[size] = [(x, Unrolling(x.layout, x.sizes, first_key=GENERATION_KEY)) for x in stages]
+        for stage, unrolling in self.stages[size]:
+            yield from self._stage(stage, unrolling)
+        tokens = self.keys.new()
+        yield tokens, _bytes(self.program.generated(), size, self._unrolling(size).sizes), 1
+        return tokens
+
+    def _stage(self, stage: Stage, unrolling: Unrolling) -> Iterator[Call]:
+        """A forward pass of a generation, after which nothing is left."""
+        taken, back = self.keys.take(stage.variables, stage.sizes)
+        yield from taken
+        alive: dict[int, None] = {}
+        for key, size, sign in (*_cached(stage, unrolling), *unrolling.parts(stage.layout.forward)):
+            if sign > 0 and size:
+                alive[key] = None
+                yield key, size, sign
+            elif sign < 0 and key in alive:
+                del alive[key]
+                yield key, size, sign
+        for key in alive:
+            yield key, 0, -1
+        yield from back
+
     def _forward(self, unrolling: Unrolling, *, whole: bool) -> Generator[Call, None, int]:
         """A forward pass, of which the logits are left where they are kept; gives their key."""
-        logits = logits_of(self.program.layout.recording) if self.keeps else None
+        logits = logits_of(self.program.layout.recording) if self.program.evaluation.keeps_logits else None
         leaving = None if logits is None else unrolling.key(HEAD, logits.storage)
         left = self.keys.new()
         parts = self.program.layout.forward
@@ -104,9 +143,10 @@ class _Evaluation:
             elif key in alive:
                 del alive[key]
                 yield key, size, sign
-        if logits is not None and logits.dtype != self.kinds[1].dtype:  # accelerate casts them under autocast
+        handed_out = self.program.results()[1].dtype if logits is not None else ""
+        if logits is not None and logits.dtype != handed_out:  # accelerate casts them under autocast
             low, left = left, self.keys.new()
-            yield left, unrolling.sizes[num_bytes(logits.shape, self.kinds[1].dtype)], 1
+            yield left, unrolling.sizes[num_bytes(logits.shape, handed_out)], 1
             yield low, 0, -1
         for key in alive:
             yield key, 0, -1
@@ -135,6 +175,15 @@ class _Evaluation:
         for holder in tuple(self.held):
             yield from self._bind(holder)
         self.num_kept = 0
+
+
+def _cached(stage: Stage, unrolling: Unrolling) -> Iterator[Call]:
+    """What the cache has before the stage."""
+    recording = stage.layout.recording
+    for place, kind in enumerate(recording.order):
+        for s in recording.kinds[kind].tape.storages:
+            if s.role == "cache":
+                yield unrolling.key(place, s.number), stage.sizes[s.size], 1
 
 
 def _bytes(result: Result, num: int, sizes: Sizes) -> int:

@@ -7,7 +7,7 @@ is one.  Micro-steps after the second do what the second did, so that two of the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memplan.allocator.replay import new_allocator
 from memplan.allocator.rounding import fitting

@@ -46,6 +46,7 @@ REFERENCE_MODEL = "reference model"
 """What the modules of a second model are listed under."""
 
 EVALUATION = "evaluation"
+GENERATION = "generation"
 """What comes between two steps."""
 
 STEM = -1
@@ -80,7 +81,8 @@ class Peaks(NamedTuple):
     @property
     def at_evaluation(self) -> bool:
         """Whether an evaluation needs more than any instant of the step."""
-        return bool(self.by_instant.get(EVALUATION, 0) > max(self.by_instant[name] for name in INSTANTS))
+        highest = max(self.by_instant.get(EVALUATION, 0), self.by_instant.get(GENERATION, 0))
+        return bool(highest > max(self.by_instant[name] for name in INSTANTS))
 
 
 class Recordings:
@@ -104,13 +106,25 @@ class Recordings:
         recipe = setup.recipe
         return self._recorded(setup, recipe if recipe.lora is None else recipe._replace(disabled=True), grad=False)
 
-    def _recorded(self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False) -> Recording:
-        exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
+    def _recorded(
+        self,
+        setup: Setup,
+        recipe: Recipe,
+        *,
+        grad: bool = True,
+        evaluation: bool = False,
+        generated_length: int | None = None,
+    ) -> Recording:
+        length = generated_length or setup.seq_len
+        exceeded = frozenset(w for w in self.architecture.windows if length > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
-        how = (loss, setup.objective, recipe, grad, evaluation)
+        generating = generated_length is not None
+        how = (loss, setup.objective, recipe, grad, evaluation, generating)
         key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
+            if generating and setup.lora is not None:  # generate of peft calls the model inside, without autocast
+                numerics = numerics._replace(autocast=None)
             self._recordings[key] = record(
                 self.architecture,
                 numerics,
@@ -122,12 +136,21 @@ class Recordings:
                 objective=setup.objective,
                 grad=grad,
                 evaluation=evaluation,
+                generating=generating,
             )
         return self._recordings[key]
 
     def evaluation_layout(self, setup: Setup) -> Layout:
         """The forward pass in evaluation mode, where nothing is kept and no layer is checkpointed."""
-        recording = self.recording(setup, evaluation=True)
+        return self._without_checkpointing(self.recording(setup, evaluation=True))
+
+    def generation_layout(self, setup: Setup, length: int) -> Layout:
+        """The forward pass of a generation after which there are `length` tokens."""
+        return self._without_checkpointing(
+            self._recorded(setup, setup.recipe, evaluation=True, generated_length=length)
+        )
+
+    def _without_checkpointing(self, recording: Recording) -> Layout:
         key = (id(recording), "evaluation")
         if key not in self._layouts:
             self._layouts[key] = Layout(recording, ("none",) * len(recording.order), self._pieces)
@@ -155,7 +178,7 @@ class Recordings:
 
 def loss_of_evaluation(setup: Setup) -> str:
     """The loss of an evaluation: the one of training, but all logits at once where they are kept."""
-    kept = setup.evaluation is not None and setup.evaluation.samples is not None
+    kept = setup.evaluation is not None and setup.evaluation.keeps_logits
     return "full" if kept or setup.loss == "full-kept" else setup.loss
 
 

@@ -220,8 +220,8 @@ class PieceLifetimes:
             for s in dies.get(i, ()):
                 storage = storages[s]
                 dead = s not in kept and s not in stay and not storage.cached
-                if dead and (s in born or (storage.role == "hidden" and frees_hidden)):
-                    key = (tag, s) if s in born else hidden_key
+                if dead and (s in born or (storage.role == "hidden" and frees_hidden) or storage.role == "cache"):
+                    key = (tag, s) if s in born or storage.role == "cache" else hidden_key
                     events.append(Event(key, storage.size, -1, self.row(storage, tag=tag)))
                     born.discard(s)
         return events
@@ -253,7 +253,7 @@ class PieceLifetimes:
     @property
     def _stay(self) -> frozenset[int]:
         """What a forward pass of the piece does not free: its result and, of the stem, what the layers share."""
-        returned = {self.piece.output.storage, *(x.storage for x in self.tape.in_next)}
+        returned = {self.piece.output.storage, *(x.storage for x in (*self.tape.in_next, *self.tape.in_cache))}
         return frozenset(returned | (self._stays if self.piece.hidden is None else set()))
 
     @cached_property

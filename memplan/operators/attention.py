@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, scale
+from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, promoted, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
@@ -87,7 +87,7 @@ def eager(
         )
         variables = (k, v)
         batched = slices_batched(t, q, k, v)
-        scores = matmul(t, next(batched), next(batched), (b, heads, s, s), head_dim)
+        scores = matmul(t, next(batched), next(batched), (b, heads, s, t.keys), head_dim)
         if scaled:
             scores = scale(t, scores)
         if softcap:
@@ -101,7 +101,7 @@ def eager(
         t.hold_in_piece(weights)
         if returned:
             t.hold_into_next(weights)
-        out = matmul(t, weights, next(batched), (b, heads, s, v.shape[-1]), s)
+        out = matmul(t, weights, next(batched), (b, heads, s, v.shape[-1]), t.keys)
         t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
 
@@ -206,7 +206,7 @@ def _fused(
         keeps_output=True,
         extra_outputs=extra,
         backward_scratch=scratch,
-        flops=count((b, heads, s, s, head_dim)).times(4),
+        flops=count((b, heads, s, t.keys, head_dim)).times(4),
         reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
     )
     if padding:
@@ -246,7 +246,7 @@ def _kernel(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> st
 
     Flash takes half precision without a mask; the memory-efficient kernel takes masks and fp32, but no grouped heads,
     and only heads whose rows are aligned to 16 bytes; the rest is computed by one product after the other.  Grouped
-    heads in fp32 count as flash nevertheless (see `Estimator.unmodelled`).
+    heads in fp32 count as flash nevertheless (see `Estimator.unmodelled`), but not while tokens are generated.
     """
     head_dim, value_dim = _whole(q.shape[-1]), _whole(v.shape[-1])
     half = q.dtype != "fp32"
@@ -256,7 +256,9 @@ def _kernel(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> st
     step = HEAD_DIM_STEP if half else HEAD_DIM_STEP // 2
     if head_dim % step or value_dim % step or (grouped and half):
         return "math"
-    return "flash" if grouped else "efficient"
+    if grouped:
+        return "math" if t.generating else "flash"
+    return "efficient"
 
 
 def math(
@@ -272,9 +274,9 @@ def math(
     b, heads, s, head_dim = q.shape
     kept_dtype, given = q.dtype, (q, k, v)
     if mask is None:
-        mask = t.op("causal mask", (), ("s", "s"), dtype=q.dtype)
+        mask = t.op("causal mask", (), ("s", "l[prefill]" if t.generating else "s"), dtype=q.dtype)
     elif mask.dtype == "bool":
-        mask = t.op("additive mask", (mask,), ("b", 1, "s", "s"), dtype=q.dtype)
+        mask = t.op("additive mask", (mask,), ("b", 1, "s", t.keys), dtype=q.dtype)
     repeated = ("slice", "repeat_kv")
     lies_by_head = [by_head, by_head or _made_by(t, k) in repeated, _made_by(t, v) in repeated]
     q, k, v = (t.cast(x, "fp32") for x in (q, k, v))
@@ -284,7 +286,7 @@ def math(
     scaled_k = scale(t, k_for_all)
     left = scaled_q if lies_by_head[0] else copy(t, scaled_q)
     right = scaled_k if lies_by_head[1] or ratio > 1 else copy(t, scaled_k)
-    scores = matmul(t, left, right, (b, heads, s, s), head_dim, autocast=False)
+    scores = matmul(t, left, right, (b, heads, s, t.keys), head_dim, autocast=False)
     t.keep_alive(scaled_k)
     scores = add_into(t, scores, mask)
     bytes_of_scores = num_bytes(scores.shape, "fp32")
@@ -300,7 +302,7 @@ def math(
     )
     weights = dropout(t, weights, p)
     values = v_for_all if lies_by_head[2] or ratio > 1 else copy(t, v_for_all)
-    out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), s, autocast=False)
+    out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), t.keys, autocast=False)
     out = t.cast(out, kept_dtype)
     t.op("to", (weights,), weights.shape, dtype=kept_dtype, gradients=())
     t.keep_alive(*given, q, k, v, scaled_q, k_for_all, v_for_all, mask)
@@ -323,10 +325,34 @@ def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> Tensor:
     return t.op(
         "additive mask",
         (mask,),
-        ("b", 1, "s", "s to 16"),
+        ("b", 1, "s", f"{t.keys} to 16"),
         dtype=dtype,
-        scratch=[num_bytes(("b", 1, "s", "s[not 16s]"), dtype)],
+        scratch=[num_bytes(("b", 1, "s", f"{t.keys}[not 16s]"), dtype)],
     )
+
+
+def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values behind those that the cache has (``DynamicLayer.update`` in transformers/cache_utils.py).
+
+    ``torch.cat`` makes new tensors, the first time, too, in the dtype of the keys; of a layer with a window both are
+    there before the old ones go (``DynamicSlidingWindowLayer``), and what the cache keeps is a view of all it was given
+    last.
+    """
+    together, before = [], []
+    if t.window is not None:  # its number, on the device (``_sliding_window_tensor``)
+        t.external("window", ("[decoding]",), "int64", role="cache")
+        t.in_cache.append(t.op("window", (), ("[prefill]",), dtype="int64"))
+    for name, x in (("keys", k), ("values", v)):
+        b, num, _, head_dim = x.shape
+        dtype = promoted(k.dtype, x.dtype)
+        old = t.external(f"cached {name}", (b, num, t.keys_before, head_dim), dtype, role="cache")
+        together.append(t.op("cat (cache)", (old, x), (b, num, t.keys, head_dim), dtype=dtype))
+        before.append(old)
+    if t.window is not None:
+        t.keep_alive(*before)
+    t.keep_alive(k, v)
+    t.in_cache += together
+    return together[0], together[1]
 
 
 def attention(
@@ -346,10 +372,12 @@ def attention(
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
-    `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head` to the
-    fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is eager
-    (transformers' own fallback).
+    `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head`
+    to the fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is
+    eager (transformers' own fallback).
     """
+    if t.generating:
+        k, v = cached(t, k, v)
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
         return eager(

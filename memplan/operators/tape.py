@@ -191,7 +191,15 @@ class Tape:
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
+        generating: bool = False,
+        window: int | None = None,
     ) -> None:
+        self.generating = generating
+        """Whether the piece predicts one token after the other from a key-value cache; it implies `evaluation`."""
+        self.window = window
+        """Tokens that a layer's key-value cache is limited to, None where it holds all."""
+        self.in_cache: list[Tensor] = []
+        """What the key-value cache holds of this piece."""
         self.numerics = numerics
         self.grad = grad
         """Whether autograd records; False within ``torch.no_grad()``."""
@@ -254,6 +262,18 @@ class Tape:
         finally:
             self._let_variables_go()
             self._path.pop()
+
+    @property
+    def keys(self) -> str:
+        """The dimension of keys and values: the sequence; of a cache, all that it holds and what is new."""
+        if not self.generating:
+            return "s"
+        return "l" if self.window is None else f"in {self.window}"
+
+    @property
+    def keys_before(self) -> str:
+        """How many of them the cache has had before."""
+        return "l-1" if self.window is None else f"before {self.window}"
 
     # -- values ------------------------------------------------------------------------------------------------------
 

@@ -48,12 +48,12 @@ EVALUATIONS = {
 LORA = Lora(rank=8, dropout=0.1)
 
 
-def both(config: dict[str, Any], setup: Setup, *, grouped: bool = False) -> tuple[int, int]:
+def both(config: dict[str, Any], setup: Setup, *, grouped: bool = False, instant: str = EVALUATION) -> tuple[int, int]:
     """Allocated bytes by the formula and by the trace; `grouped`: fp32 has no fused kernel for it on CUDA."""
-    formula = Estimator(read_architecture(config, "config"), "config").peaks(setup).by_instant[EVALUATION]
+    formula = Estimator(read_architecture(config, "config"), "config").peaks(setup).by_instant[instant]
     force = grouped and setup.precision == "fp32" and setup.attention == "sdpa"
     trace = trace_training(config, setup, sdpa_kernel="flash" if force else None)
-    return formula, trace.phase_peaks()["evaluation"]
+    return formula, trace.phase_peaks()[instant]
 
 
 @pytest.mark.parametrize(
