@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from memplan.architectures.config import shown
 from memplan.architectures.registry import read_architecture
-from memplan.architectures.undescribed import DIFFUSERS, kind_of, most_positions, type_of, usual_length
+from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, most_positions, type_of, usual_length
 from memplan.catalog.models import find_default_model, read_config
 from memplan.catalog.replays import RememberedReplays, code_stamp
 from memplan.errors import MemplanError, UnknownModelError, UsageError
@@ -102,8 +102,12 @@ class UserModule(NamedTuple):
         return "traced" if self.values is None else type_of(self.values)
 
     def check_length(self, seq_len: int) -> None:
-        """Raise `UsageError` where the model has too few positions."""
-        most = None if self.values is None else most_positions(self.values)
+        """Raise `UsageError` where the model has too few positions, or takes no sequences."""
+        if self.values is None:
+            return
+        kind, most = kind_of(self.values), most_positions(self.values)
+        if kind.usual == NO_LENGTH:
+            raise UsageError(f"{self.name} is {kind.name}: its inputs have one size.", "Leave --seq-len out.")
         if most is not None and seq_len > most:
             raise UsageError(
                 f"{self.name} has positions for {most} tokens, not for {seq_len}.", f"Use --seq-len {most} or less."
@@ -259,7 +263,7 @@ def find_target(setup: Setup, target_batch: int | None, target_tokens: int | str
         return Target(as_count("target_batch", target_batch))
     assert target_tokens is not None
     tokens = parse_count(target_tokens) if isinstance(target_tokens, str) else as_count("target_tokens", target_tokens)
-    return target_from_tokens(tokens, setup.seq_len, setup.data_parallel_size)
+    return target_from_tokens(tokens, setup.tokens_per_example, setup.data_parallel_size)
 
 
 def reach(setup: Setup, target: Target, accumulation: int | None) -> Setup:
@@ -441,7 +445,8 @@ def suggest(
     spec, num = find_gpu(gpu, gpus)
     micro_batch, accumulation = choices.pop("micro_batch", None), choices.pop("accumulation", None)
     checkpointing = choices.get("checkpointing")
-    setup = make_setup(found, num, choices)
+    placeholder = "full" if choices.get("offload") is not None else None  # it is about checkpointed layers
+    setup = make_setup(found, num, {**choices, "checkpointing": checkpointing or placeholder})
     target = find_target(setup, target_batch, target_tokens)
     assert target is not None
     safety = find_safety(spec, headroom, confidence)
@@ -540,7 +545,8 @@ def _find_traced(
 
 def _settled(found: UserModule, module: TracedModule, setup: Setup, choices: Mapping[str, object]) -> Setup:
     """The setup with an attention that the model has, where none was asked for."""
-    found.check_length(setup.seq_len)
+    if choices.get("seq_len") is not None:
+        found.check_length(setup.seq_len)
     if found.values is None or choices.get("attention") is not None:
         return setup
     from memplan.probes.modules import fallback_attention

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
 from memplan.errors import UsageError
+from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
-from memplan.operators.tape import Numerics, Parameter, Tape, Tensor
-from memplan.specs.recipe import ALL_LINEAR, EVERYTHING
+from memplan.operators.tape import ROWS, Batch, Numerics, Parameter, Tape, Tensor
+from memplan.specs.recipe import ALL_LINEAR, EVERYTHING, check_known, covers, is_named
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -171,28 +172,30 @@ def record(
     *,
     attention: str = "sdpa",
     exceeded: frozenset[int] = frozenset(),
-    padded: bool = False,
+    batch: Batch = ROWS,
     recipe: Recipe = EVERYTHING,
     loss: str = "full",
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
     generating: bool = False,
+    leaves: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
     Layers described by the same function are the same piece where the recipe says the same of all that is in them,
     and where their hidden states are alike in dtype and in whether they require a gradient.
 
-    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `padded`: micro-batches
-    hold padding, and a mask says where; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
+    `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
+    in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
     ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `generating`:
-    tokens from a key-value cache, "s" of them at a time.
+    tokens from a key-value cache, "s" of them at a time; `leaves`: what comes into a layer is a leaf of its graph.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
     """
     check_loss(loss, architecture.model_type, architecture.task, objective)
+    classes = architecture.classes._replace(num=1) if objective == "reward" else architecture.classes
     if attention not in architecture.attentions:
         raise UsageError(
             f"{architecture.model_type} has no {attention} attention in transformers.",
@@ -206,16 +209,17 @@ def record(
             numerics,
             attention=attention,
             exceeded=exceeded,
-            padded=padded,
+            batch=batch,
             loss=loss,
             objective=objective,
-            classes=architecture.classes,
+            classes=classes,
             grad=grad,
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
             generating=generating,
             window=window,
+            enters_a_leaf=leaves,
         )
 
     stem_tape = tape()
@@ -260,7 +264,7 @@ def record(
         head=follow(architecture.head, hidden),
     )
     if grad:
-        _check_targets(recording, recipe)
+        _check_names(recording, recipe)
         _check_trained(recording)
     return recording
 
@@ -277,16 +281,22 @@ def _check_trained(recording: Recording) -> None:
         raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
 
 
-def _check_targets(recording: Recording, recipe: Recipe) -> None:
+def _check_names(recording: Recording, recipe: Recipe) -> None:
     """Raise `UsageError` where nothing of the model is what the recipe names."""
-    asked = [(q, name, said) for piece in recording.pieces() for (q, name), said in piece.tape.asked.items()]
-    layers = sorted({name.rpartition(".")[2] for question, name, _ in asked if question.startswith("adapts")})
-    lora = recipe.lora
-    if lora is not None and not any(said for question, _, said in asked if question.startswith("adapts")):
-        raise UsageError(
-            f"The model has no linear layer named {' or '.join(lora.targets)}.",
-            f"Known: {', '.join(layers)}, or {ALL_LINEAR}." if layers else "memplan knows none of its linear layers.",
-        )
+
+    def known(*questions: str) -> set[str]:
+        asked = ((p.tape.prefix + name, q) for p in recording.pieces() for q, name in p.tape.asked)
+        return {name for name, question in asked if question in questions}
+
+    if recipe.lora is not None:
+        linear = known("adapts", "adapts_head")
+        if recipe.lora.targets == (ALL_LINEAR,):
+            if not linear:
+                raise UsageError("memplan knows no linear layer of this model.", "Leave --lora-rank out.")
+        else:
+            check_known("--lora-targets", recipe.lora.targets, linear, is_named, also=ALL_LINEAR)
+        check_known("--modules-to-save", recipe.lora.modules_to_save, known("copies"), is_named)
+    check_known("--freeze", recipe.freeze, known("trains", "trains_adapter"), covers)
 
 
 def _within_a_loop(layer: LayerKind) -> LayerKind:
@@ -306,5 +316,7 @@ def buffer_bytes(architecture: Architecture) -> Size:
 
 
 def int64(t: Tape, name: str, shape: Shape) -> Tensor:
-    """Token ids or labels of the micro-batch: an input of the step."""
+    """Token ids or labels of the micro-batch: an input of the step, or put together from several."""
+    if name == "input_ids" and t.objective == "orpo":
+        return concatenated_ids(t)
     return t.external(name, shape, "int64", role="input")

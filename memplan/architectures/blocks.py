@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import ConfigError
 from memplan.operators.adapters import Base
 from memplan.operators.attention import rotary
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, mul, scale
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add_scalar, mul, scale
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import linear, with_adapter
 from memplan.operators.products import project
@@ -24,11 +24,33 @@ HIDDEN = ("b", "s")
 
 
 def positions(t: Tape) -> Tensor:
-    """``torch.arange(s).unsqueeze(0)``: int64 of shape (1, s); ``generate`` hands in those of every sequence."""
+    """``torch.arange(s).unsqueeze(0)``, or what is passed in its place: int64 of shape (1, s).
+
+    ``generate`` hands in those of every sequence.
+    """
     if t.generating:
         return t.external("position_ids", HIDDEN, "int64", role="input")
+    if t.batch.flattened:
+        return given_positions(t)
     arange = t.op("arange", (), ("s",), dtype="int64")
     return t.view(arange, (1, "s"))
+
+
+def counted_positions(t: Tape) -> Tensor:
+    """``torch.arange(s) + past_seen_tokens``, a copy, where none are passed."""
+    return positions(t) if t.batch.flattened else add_scalar(t, positions(t))
+
+
+def given_positions(t: Tape) -> Tensor:
+    """``position_ids`` that start again with every sequence, and what else says where: inputs of the step.
+
+    ``DataCollatorForLanguageModeling(padding_free=True)`` of TRL 1.16 (trainer/sft_trainer.py); its two
+    ``cu_seq_lens`` are one tensor on the host and two on the device.
+    """
+    t.external("seq_idx", (1, "s"), "int32", role="input")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        t.external(name, ("sequences+1",), "int32", role="input")
+    return t.external("position_ids", (1, "s"), "int64", role="input")
 
 
 def rotary_tables(
@@ -54,18 +76,19 @@ def rotary_tables(
 def causal_mask(t: Tape, hidden: Tensor) -> dict[str, Tensor]:
     """The additive mask of (b, 1, s, s) that eager attention is given; fused kernels need none without padding.
 
-    With padding scaled_dot_product_attention is given a boolean mask; flash attention unpads by itself.
+    With padding, or several sequences in a row, scaled_dot_product_attention is given a boolean mask; flash attention
+    unpads by itself, and is told where sequences end.
     """
     padding_mask(t)
     if t.attention == "eager":
         return {"mask": additive_mask(t, hidden.dtype)}
-    return {"mask": boolean_mask(t)} if t.padded and t.attention == "sdpa" else {}
+    return {"mask": boolean_mask(t)} if t.batch.masked and t.attention == "sdpa" else {}
 
 
 def padding_mask(t: Tape) -> None:
-    """The ``attention_mask`` of (b, s) that comes with a padded micro-batch."""
+    """The ``attention_mask`` of (b, s) that comes with a padded micro-batch (with pairs of ORPO's it always does)."""
     t.minds_padding = True
-    if t.padded:
+    if t.batch.padded and t.objective != "orpo":
         t.external("attention_mask", HIDDEN, "int64", role="input")
 
 
@@ -78,7 +101,7 @@ def window_mask(t: Tape, hidden: Tensor, window: int) -> dict[str, Tensor]:
     if t.attention == "eager":
         return {"window_mask": additive_mask(t, hidden.dtype, keys)}
     padding_mask(t)
-    if t.attention == "sdpa" and (t.padded or window - 1 in t.exceeded):
+    if t.attention == "sdpa" and (t.batch.masked or window - 1 in t.exceeded):
         return {"window_mask": boolean_mask(t, keys)}
     return {}
 
@@ -92,10 +115,11 @@ def additive_mask(t: Tape, dtype: str, keys: str = "") -> Tensor:
 def boolean_mask(t: Tape, keys: str = "") -> Tensor:
     """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows).
 
-    Without padding it depends on positions alone: it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).
+    Without padding it depends on positions alone: it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).  Of a
+    row that holds several sequences (``find_packed_sequence_indices`` in masking_utils.py) there is one anyway.
     """
     keys = keys or t.keys
-    if t.padded:
+    if t.batch.masked:
         return t.op("mask", (), ("b", 1, "s", keys), dtype="bool")
     mask = t.op("mask", (), (1, 1, "s", keys), dtype="bool")
     return t.view(mask, ("b", 1, "s", keys))

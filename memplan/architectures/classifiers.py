@@ -1,6 +1,7 @@
 """A class for each sequence, or for each token, in place of the next word.
 
     sequence    logits of all tokens, of which those of the last one are taken; a mean over the sequences
+    rewards     the same of one number, compared within pairs (`memplan.operators.preference.reward_loss`)
     token       dropout, logits in fp32, a mean over the tokens
 
 Source: transformers 5.23, modeling_layers.py (``GenericForSequenceClassification``, ``GenericForTokenClassification``),
@@ -16,6 +17,7 @@ from memplan.architectures.blocks import HIDDEN
 from memplan.operators.elementwise import dropout
 from memplan.operators.losses import cross_entropy
 from memplan.operators.matrix import linear
+from memplan.operators.preference import reward_loss
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -30,6 +32,13 @@ GENERIC_MODEL_TYPES = frozenset(
 )
 """Decoders that have these heads."""
 CLASSIFIERS = GENERIC_MODEL_TYPES | {"bert", "roberta", "xlm-roberta"}
+SEQUENCE_CLASSIFIERS = CLASSIFIERS | {"gpt2"}
+"""Those that have a head for sequences, which is what gives rewards, too."""
+
+
+def classifiers_for(objective: str) -> frozenset[str]:
+    """The model types that have what an objective needs."""
+    return CLASSIFIERS if objective == "token-classification" else SEQUENCE_CLASSIFIERS
 
 
 class Classes(NamedTuple):
@@ -62,7 +71,7 @@ def token_labels(t: Tape) -> Tensor:
 
 def generic_head(t: Tape, hidden: Tensor) -> Tensor:
     """The loss from the last hidden states of a decoder."""
-    return (_sequence if t.objective == "sequence-classification" else _token)(t, hidden)
+    return (_token if t.objective == "token-classification" else _sequence)(t, hidden)
 
 
 def _sequence(t: Tape, hidden: Tensor) -> Tensor:
@@ -74,6 +83,9 @@ def _sequence(t: Tape, hidden: Tensor) -> Tensor:
     rows = t.op("arange", (), ("b",), dtype="int64")
     pooled = t.op("index", (logits, rows, last), ("b", t.classes.num), keeps=(rows, last))
     with t.scope("loss"):
+        if t.objective == "reward":
+            t.keep_alive(hidden, logits, is_token, places)
+            return reward_loss(t, pooled)
         loss = cross_entropy(t, pooled, sequence_labels(t))
         t.keep_alive(hidden, logits, is_token, places, pooled)
     return loss

@@ -10,15 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
-from memplan.architectures.classifiers import CLASSIFIERS, generic_head
+from memplan.architectures.classifiers import classifiers_for, generic_head
 from memplan.errors import UsageError
 from memplan.operators.attention import softcapped
 from memplan.operators.elementwise import scale
 from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
 from memplan.operators.layout import take
-from memplan.operators.losses import causal_lm_loss
+from memplan.operators.losses import causal_lm_loss, smoothed_loss
+from memplan.operators.odds import odds_loss
 from memplan.operators.preference import dpo_loss
-from memplan.specs.training import CLASSIFICATIONS, PAIRED
+from memplan.specs.training import PAIRED, PREFERRED, SCORED
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 ALL_LOGITS = ("full", "full-kept")
 """Losses of all logits at once."""
+SMOOTHED = "smoothed"
+"""The loss that the Trainer takes from all logits where it smooths labels."""
 
 BENT_BY_NAME = {"scaled": scale, "softcapped": softcapped}
 """What a model does to its logits: multiply them by a number (Cohere, Granite), or bend them by tanh (Gemma 2)."""
@@ -38,15 +41,20 @@ LIGER_MODEL_TYPES = frozenset(
 
 def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> None:
     """Raise `UsageError` where the loss of such a model is not computed in this way."""
-    if objective in PAIRED and task != "causal-lm":
+    if objective in PAIRED and objective not in SCORED and task != "causal-lm":
         raise UsageError(
             f"--objective {objective} trains causal language models; {model_type} is trained on another task ({task}).",
             "Leave --objective out.",
         )
-    if objective in CLASSIFICATIONS and model_type not in CLASSIFIERS:
+    if objective in SCORED and model_type not in classifiers_for(objective):
         raise UsageError(
             f"--objective {objective} is not modelled for {model_type}.",
-            f"Known: {', '.join(sorted(CLASSIFIERS))}; memplan trace runs the others.",
+            f"Known: {', '.join(sorted(classifiers_for(objective)))}; memplan trace runs the others.",
+        )
+    if loss == SMOOTHED and task != "causal-lm":
+        raise UsageError(
+            f"--label-smoothing is modelled for causal language models; {model_type} has another task ({task}).",
+            "Leave --label-smoothing out; memplan trace runs it.",
         )
     if loss != "full" and task != "causal-lm":
         raise UsageError(
@@ -85,15 +93,17 @@ def causal_head(
     """
     if t.generating:
         return _next_token(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias, logits=logits)
-    if t.objective in CLASSIFICATIONS:
+    if t.objective in SCORED:
         return generic_head(t, hidden)
-    if t.objective == "lm" and t.loss in ALL_LOGITS:
-        made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
-        if logits:
-            with t.scope(name):
-                made = BENT_BY_NAME[logits](t, made)
+    if t.objective not in PREFERRED and t.loss in (*ALL_LOGITS, SMOOTHED):
+        made = _bent(t, lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias), name, logits)
+        if t.objective == "orpo":
+            with t.scope("loss"):
+                return odds_loss(t, made, hidden)
         labels, num_items = _targets(t)
         with t.scope("loss"):
+            if t.loss == SMOOTHED:
+                return smoothed_loss(t, made, hidden, labels, num_items)
             loss = causal_lm_loss(t, made, labels, num_items)
             if holds_hidden:
                 t.keep_alive(hidden)
@@ -107,12 +117,20 @@ def causal_head(
         )
     weight, offset = output_parameters(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
     head = OutputLayer(weight, offset, logits == "softcapped")
-    if t.objective in PAIRED:
+    if t.objective in PREFERRED:
         with t.scope("loss"):
             return dpo_loss(t, hidden, head)
     labels, num_items = _targets(t)
     with t.scope("loss"):
         return LOSS_BY_NAME[t.loss](t, hidden, head, labels, num_items)
+
+
+def _bent(t: Tape, made: Tensor, name: str, logits: str) -> Tensor:
+    """The logits as the layer `name` made them, or what is made of them (`BENT_BY_NAME`)."""
+    if not logits:
+        return made
+    with t.scope(name):
+        return BENT_BY_NAME[logits](t, made)
 
 
 def _next_token(
@@ -124,10 +142,7 @@ def _next_token(
     """
     b, _, width = hidden.shape
     last = take(t, hidden, (b, 1, width))
-    made = lm_head(t, last, vocab_size, tied_to=tied_to, name=name, bias=bias)
-    if logits:
-        with t.scope(name):
-            made = BENT_BY_NAME[logits](t, made)
+    made = _bent(t, lm_head(t, last, vocab_size, tied_to=tied_to, name=name, bias=bias), name, logits)
     t.keep_alive(hidden)
     if t.numerics.autocast is not None:  # its copies of weights go before the logits are handed out in fp32
         return made

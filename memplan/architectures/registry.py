@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from memplan.architectures.classifiers import CLASSIFIERS, classes_of
+from memplan.architectures.classifiers import SEQUENCE_CLASSIFIERS, classes_of
 from memplan.architectures.config import Config, shown
 from memplan.architectures.undescribed import KIND_BY_MODEL_TYPE
 from memplan.errors import ConfigError, UnknownModelError, did_you_mean
@@ -93,7 +93,7 @@ def read_architecture(values: Mapping[str, Any], origin: str, *, dropout: float 
     module, function = READER_BY_MODEL_TYPE[model_type].split(":")
     reader = getattr(import_module(f"memplan.architectures.families.{module}"), function)
     architecture: Architecture = reader(config)
-    return replace(architecture, classes=classes_of(config)) if model_type in CLASSIFIERS else architecture
+    return replace(architecture, classes=classes_of(config)) if model_type in SEQUENCE_CLASSIFIERS else architecture
 
 
 def _unknown(model_type: str, origin: str, key: str) -> UnknownModelError:

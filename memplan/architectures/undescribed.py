@@ -31,23 +31,32 @@ class Kind(NamedTuple):
     """Key of the most positions it has."""
     usual: str | int | None = None
     """Key of the usual length, or the length itself; None: the limit."""
+    unit: str = "sequence"
+    """What a micro-batch counts."""
+    has_words: bool = False
+    """Whether its loss is that of a language model, next or masked words, which other kernels can take over."""
     loops: bool = False
     """Whether PyTorch runs it token by token, where its own kernels are not installed."""
 
+
+OWN = Kind("a module of its own")
 
 KIND_BY_MODEL_TYPE = {
     "t5": Kind("an encoder-decoder", usual="n_positions"),
     "bart": Kind("an encoder-decoder", limit="max_position_embeddings"),
     "whisper": Kind("a speech model", limit="max_target_positions"),
     "wav2vec2": Kind("a speech model", usual=499),  # frames: ten seconds of 16,000 samples
-    "vit": Kind("a vision model", usual=NO_LENGTH),
-    "resnet": Kind("a vision model", usual=NO_LENGTH),
-    "clip": Kind("a vision and text model", usual=NO_LENGTH),
-    "siglip": Kind("a vision and text model", usual=NO_LENGTH),
-    "mamba": Kind("a state-space model", usual=MOST_USUAL, loops=True),
-    "rwkv": Kind("a recurrent model", usual=MOST_USUAL, loops=True),
-    "UNet2DConditionModel": Kind("a network of a diffusion model", usual=NO_LENGTH),
-    "FluxTransformer2DModel": Kind("a network of a diffusion model", usual=NO_LENGTH),
+    "vit": Kind("a vision model", usual=NO_LENGTH, unit="image"),
+    "resnet": Kind("a vision model", usual=NO_LENGTH, unit="image"),
+    "clip": Kind("a vision and text model", usual=NO_LENGTH, unit="pair"),
+    "siglip": Kind("a vision and text model", usual=NO_LENGTH, unit="pair"),
+    **dict.fromkeys(
+        ("llava", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), Kind("a vision-language model", usual=MOST_USUAL)
+    ),
+    "mamba": Kind("a state-space model", usual=MOST_USUAL, loops=True, has_words=True),
+    "rwkv": Kind("a recurrent model", usual=MOST_USUAL, loops=True, has_words=True),
+    "UNet2DConditionModel": Kind("a network of a diffusion model", usual=NO_LENGTH, unit="image"),
+    "FluxTransformer2DModel": Kind("a network of a diffusion model", usual=NO_LENGTH, unit="image"),
 }
 """By ``model_type``, or by diffusers' ``_class_name``."""
 
@@ -64,7 +73,7 @@ def type_of(values: Mapping[str, Any]) -> str:
 def kind_of(values: Mapping[str, Any]) -> Kind:
     """What is known of a model with this config."""
     limit = next((name for name in POSITIONS if isinstance(values.get(name), int)), None)
-    return KIND_BY_MODEL_TYPE.get(type_of(values), Kind("a model without a description", limit=limit))
+    return KIND_BY_MODEL_TYPE.get(type_of(values), Kind("a model without a description", limit=limit, has_words=True))
 
 
 def most_positions(values: Mapping[str, Any]) -> int | None:

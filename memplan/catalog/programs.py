@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 FOLDER = "programs"
-FORMAT = "memplan programs 2"
+FORMAT = "memplan programs 3"
 
 MOST_FILE_BYTES = 64 << 20
 """Larger ones are neither written nor read."""

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from memplan.cli.output import write_stderr
+from memplan.cli.output import on_screen, write_stderr
 from memplan.cli.plain import read_plain
 from memplan.errors import MemplanError
 
@@ -72,7 +72,9 @@ def _report(fault: Exception) -> int:
 
 
 def _say(cause: str, cure: str = "") -> None:
-    write_stderr(f"memplan: {cause}\n{cure}\n" if cure else f"memplan: {cause}\n")
+    for line in (f"memplan: {cause}", cure):
+        if line:
+            write_stderr(f"{on_screen(line)}\n")
 
 
 def _print_traceback() -> None:

@@ -58,7 +58,7 @@ def write_answer(
 def say(text: str, *, quiet: bool) -> None:
     """A word on stderr, beside the result."""
     if not quiet:
-        write_stderr(f"memplan: {text}\n")
+        write_stderr(f"{on_screen(f'memplan: {text}')}\n")
 
 
 def say_bound(options: Options) -> None:
@@ -81,6 +81,17 @@ def say_every(checkpointing: str | None, num_layers: int, *, quiet: bool) -> Non
     if checkpointing is not None and checkpointing.startswith("every-") and int(checkpointing[6:]) >= num_layers:
         layers = f"the model has {num_layers} layer{'' if num_layers == 1 else 's'}"
         say(f"--checkpointing {checkpointing}: {layers}, so only the first is checkpointed", quiet=quiet)
+
+
+def on_screen(text: str) -> str:
+    """A sentence for stderr: a terminal gets lines broken between words, anything else one line."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return text
+    import shutil
+    import textwrap
+
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def write_stderr(text: str) -> None:

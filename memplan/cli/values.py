@@ -15,6 +15,7 @@ from memplan.specs.adapter import ADAPTER_DTYPES
 from memplan.specs.choices import ARGUMENTS, as_names
 from memplan.specs.training import (
     ATTENTIONS,
+    BATCHINGS,
     LARGEST_COUNT,
     LOSSES,
     OBJECTIVES,
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     Reader = Callable[[str, str], Any]
 
 FORMATS = ("text", "json", "csv", "markdown")
-CHECKPOINTINGS = ("none", "selective", "full", "every-N")
+CHECKPOINTINGS = ("none", "selective", "save-attention", "full", "every-N")
 
-NOT_MODELLED = ("--zero-stage", "--label-smoothing")
+NOT_MODELLED = ("--zero-stage",)
 """Documented options that have no formula yet."""
 
-OBJECTIVES_NOT_MODELLED = ("reward", "orpo", "kto", "grpo", "distillation", "contrastive")
+OBJECTIVES_NOT_MODELLED = ("kto", "grpo", "distillation", "contrastive")
 """Objectives that have no formula yet."""
 
 LONGEST_ECHO = 40
@@ -62,9 +63,12 @@ class Options(NamedTuple):
     attention: str | None = None
     loss: str | None = None
     objective: str | None = None
+    label_smoothing: float | None = None
     supervised: float | None = None
     dropout: float | None = None
     padding: bool = False
+    batching: str | None = None
+    packed_sequences: int | None = None
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
     lora_dropout: float | None = None
@@ -74,6 +78,7 @@ class Options(NamedTuple):
     freeze: tuple[str, ...] | None = None
     quantize: str | None = None
     offload: str | None = None
+    reentrant: bool = False
     upcast: bool = False
     eval_batch: int | None = None
     eval_samples: int | None = None
@@ -197,7 +202,7 @@ _read_known_checkpointing = one_of(CHECKPOINTINGS)
 
 
 def read_checkpointing(text: str, flag: str) -> str:
-    """none, selective, full or every-N."""
+    """none, selective, save-attention, full or every-N."""
     name = text.strip().lower()
     if name.startswith("every-") and len(name) <= LONGEST_ECHO:
         try:
@@ -311,8 +316,10 @@ SETUP_ROWS = (
     Row(("--target-tokens",), BATCH, "Tokens per optimizer step, such as 4M.", read_tokens, "N"),
     Row(("--micro-batch",), BATCH, "Sequences in one forward pass on one GPU.", read_count, "N"),
     Row(("--accumulation",), BATCH, "Micro-batches per optimizer step.", read_count, "N"),
-    Row(("--seq-len",), BATCH, "Tokens per sequence (2048, or what the model has).", read_count, "N"),
+    Row(("--seq-len",), BATCH, "Tokens per sequence, or packed row (2048, or what the model has).", read_count, "N"),
     Row(("--padding",), BATCH, "Micro-batches hold padding, so that an attention mask is passed."),
+    _named("--batching", BATCH, "One a row; end to end (--seq-len is the mean); full rows of several.", BATCHINGS),
+    Row(("--packed-sequences",), BATCH, "Sequences in a packed row of --seq-len tokens (2).", read_count, "N"),
     _named("--precision", TRAINING, "mixed is fp32 parameters under autocast (bf16).", PRECISIONS),
     _named(
         "--optimizer",
@@ -329,16 +336,18 @@ SETUP_ROWS = (
         "|".join(CHECKPOINTINGS),
         CHECKPOINTINGS,
     ),
+    Row(("--reentrant",), TRAINING, "Checkpointing by use_reentrant=True (transformers 4)."),
     _named("--attention", TRAINING, "As transformers calls them (sdpa).", ATTENTIONS),
     _named("--loss", TRAINING, "all logits; TRL up to 1.14, from 1.15; Liger; cut cross-entropy (full).", LOSSES),
     _named(
         "--objective",
         TRAINING,
-        f"{', '.join(OBJECTIVES)}; dpo's micro-batch counts pairs (lm).",
+        f"{', '.join(OBJECTIVES)}; a micro-batch of dpo, orpo and reward counts pairs (lm).",
         OBJECTIVES,
         later=OBJECTIVES_NOT_MODELLED,
         metavar="NAME",
     ),
+    Row(("--label-smoothing",), TRAINING, "Share spread over all words, label_smoothing_factor (0).", below(1), "P"),
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),

@@ -99,7 +99,7 @@ def assumptions(
         *_gradient_buckets(case),
         *_inputs(case),
         *_attention(case),
-        *_padding(case),
+        *(_batching(case) if setup.is_flattened else _padding(case)),
         *_routing(case),
         *_adapters(case),
         *_quantised(case),
@@ -321,6 +321,31 @@ def _padding(case: _Case) -> Iterator[Assumption]:
     yield Assumption("padding", "none, so no mask", "padded batches", case.effect(other), why)
 
 
+def _batching(case: _Case) -> Iterator[Assumption]:
+    """What sequences in one row are taken to be."""
+    setup = case.setup
+    other = replace(setup, batching="rows", packed_sequences=None)
+    if setup.batching == "padding-free":
+        yield Assumption(
+            "batching",
+            f"padding-free: {setup.tokens_per_micro_batch:,} tokens in one row, however long each sequence is",
+            f"rows of {setup.seq_len:,} tokens",
+            case.effect(other),
+            "--seq-len is the mean length: a micro-batch of longer sequences takes more, none takes padding",
+        )
+        return
+    num = setup.sequences_per_row
+    given = "" if setup.packed_sequences is not None else ", the fewest there can be"
+    twice = 2 * num
+    yield Assumption(
+        "batching",
+        f"packed: {num} sequences in a row of {setup.seq_len:,} tokens{given}",
+        f"--packed-sequences {twice}",
+        case.effect_if(replace(setup, packed_sequences=twice)),
+        "the backward of flash attention takes 128 rows more for each of them; nothing else depends on their number",
+    )
+
+
 def _adapters(case: _Case) -> Iterator[Assumption]:
     lora = case.setup.lora
     if lora is None:
@@ -378,6 +403,9 @@ def _logits(case: _Case) -> Iterator[Assumption]:
         value, why = OBJECTIVE_WORDS[case.setup.objective]
         yield Assumption("objective", value, "", None, why)
         return
+    if case.setup.label_smoothing:
+        yield _smoothing(case)
+        return
     if case.setup.loss != "full":
         value, why = LOSS_WORDS[case.setup.loss]
         effect = case.effect(replace(case.setup, loss="full"))
@@ -401,6 +429,13 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     )
 
 
+def _smoothing(case: _Case) -> Assumption:
+    """The loss of smoothed labels."""
+    value = "labels smoothed by the Trainer, of all logits at once; no other loss has them"
+    why = "LabelSmoother of transformers keeps log-probabilities of all words, and their negative"
+    return Assumption("loss", value, "no smoothing", case.effect(replace(case.setup, label_smoothing=0.0)), why)
+
+
 OTHER_LOSS = "tiled"
 """What all logits at once are compared with."""
 
@@ -421,6 +456,15 @@ OBJECTIVE_WORDS = {
     "dpo-precomputed": (
         "no reference while training; a micro-batch of n is n pairs, 2n sequences",
         "DPOTrainer of TRL from 1.15 on, precompute_ref_log_probs=True",
+    ),
+    "orpo": (
+        "all logits of both sequences at once, no reference; a micro-batch of n is n pairs, 2n sequences; ids and mask "
+        "of the prompts alone are not counted",
+        "ORPOTrainer of TRL 1.16 (experimental), with its Triton kernel of log-probabilities",
+    ),
+    "reward": (
+        "one score a sequence, no margins; a micro-batch of n is n pairs, 2n sequences",
+        "RewardTrainer of TRL 1.16, center_rewards_coefficient=None; AutoModelForSequenceClassification, num_labels=1",
     ),
     "sequence-classification": (
         "a class of each sequence, one of those that the config names",

@@ -24,7 +24,7 @@ from memplan.estimation.assumptions import Assumption
 from memplan.estimation.step import EVALUATION, GENERATION
 from memplan.operators.sizes import num_bytes
 from memplan.specs.evaluation import DEFAULT_EVAL_BATCH, Evaluation
-from memplan.specs.training import OPTIMIZERS, library_of
+from memplan.specs.training import OPTIMIZERS, TRAINER_BY_OBJECTIVE, UNEVALUATED, library_of
 from memplan.specs.values import replace
 from memplan.units import format_bytes
 
@@ -69,6 +69,9 @@ def left_out_between_steps(setup: Setup) -> list[tuple[str, str]]:
 
 
 def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) -> Assumption:
+    if setup.objective in UNEVALUATED:
+        why = f"{TRAINER_BY_OBJECTIVE[setup.objective]} evaluates pairs with code of its own"
+        return Assumption(EVALUATION, "not counted, and not modelled for this objective", "", None, why)
     if setup.evaluation is None:
         one = Evaluation()
         need = estimator.evaluation(setup, one).peak(sizes)
@@ -76,7 +79,7 @@ def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) 
         compared = "more than the step" if more else "not more than the step"
         return Assumption(
             EVALUATION,
-            f"not counted; at the Trainer's batch of {DEFAULT_EVAL_BATCH} it takes {format_bytes(need)}, {compared}",
+            f"not counted; {DEFAULT_EVAL_BATCH} sequences (the Trainer's) take {format_bytes(need)}, {compared}",
             f"--eval-batch {DEFAULT_EVAL_BATCH}",
             more,
             "per_device_eval_batch_size of TrainingArguments is 8, whatever the micro-batch (transformers 5.23)",

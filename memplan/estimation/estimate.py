@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import UsageError
+from memplan.architectures.flattened import check_flattened
+from memplan.errors import MemplanError, UsageError
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.evaluation import EvaluationProgram
 from memplan.estimation.generation import DECODING, PREFILL, Generation, check_generation
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
@@ -14,10 +16,10 @@ from memplan.estimation.lints import Lint, lints
 from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
-from memplan.operators.sizes import bind
+from memplan.operators.tape import ATTENTION_KERNEL
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import CLASSIFICATIONS, OPTIMIZERS, PRECISIONS
+from memplan.specs.training import OPTIMIZERS, PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
@@ -71,6 +73,8 @@ class ModelSummary(NamedTuple):
     """``causal-lm``, ``masked-lm``, ``features`` or a classification: which head and loss were estimated."""
     attentions: tuple[str, ...] = ()
     """Attention implementations that transformers has for it."""
+    unit: str = "sequence"
+    """What a micro-batch counts; of others than sequences, the length means nothing."""
 
 
 class Instant(NamedTuple):
@@ -177,7 +181,7 @@ class Estimator:
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture)
         self._timed: dict[int, TimedModel] = {}
-        self._sizes: dict[tuple[int, int, float], Sizes] = {}
+        self._sizes: dict[tuple[int, int, float, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
@@ -193,10 +197,20 @@ class Estimator:
             program = self.evaluation(setup, setup.evaluation)
             if setup.evaluation.samples is not None:
                 program.results()
+        if setup.is_flattened:
+            check_flattened(self.architecture, setup)
         if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
             raise UsageError(
                 f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
             )
+
+    def accepts(self, setup: Setup) -> bool:
+        """Whether `check` lets it pass."""
+        try:
+            self.check(setup)
+        except MemplanError:
+            return False
+        return True
 
     def _check_flash(self, setup: Setup) -> None:
         """Raise `UsageError` where the flash kernel does not run (check_flash_attention_* in sdp_utils.cpp)."""
@@ -226,9 +240,10 @@ class Estimator:
 
     def sizes(self, setup: Setup) -> Sizes:
         """Bytes of everything at the micro-batch and length of `setup`; setups that share both share the work."""
-        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised)
+        flattened = setup.is_flattened and setup.num_sequences
+        key = (setup.sequences_per_micro_batch, setup.seq_len, setup.supervised, flattened)
         if key not in self._sizes:
-            self._sizes[key] = Sizes(bind(*key))
+            self._sizes[key] = Sizes(dimensions(setup))
         return self._sizes[key]
 
     def peaks(self, setup: Setup, *, first_step: bool = False) -> Peaks:
@@ -243,7 +258,7 @@ class Estimator:
     def evaluation(self, setup: Setup, evaluation: Evaluation) -> EvaluationProgram:
         """Such an evaluation between the steps of `setup`."""
         setup = replace(setup, evaluation=evaluation)
-        layout = self._recordings.evaluation_layout(setup)
+        layout = self._recordings.evaluation_layout(replace(setup, micro_batch_size=evaluation.batch))
         return EvaluationProgram(self.program(setup), layout, setup, evaluation, self._generation(setup, evaluation))
 
     def _generation(self, setup: Setup, evaluation: Evaluation) -> Generation | None:
@@ -330,7 +345,7 @@ class Estimator:
     def _step_of(self, setup: Setup) -> dict[str, Any]:
         program = self.program(setup)
         return {
-            "env": bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised),
+            "env": dimensions(setup),
             "modes": program.layout.modes,
             "accumulation": setup.gradient_accumulation_steps,
             "optimizer": OPTIMIZERS[setup.optimizer],
@@ -390,7 +405,7 @@ class Estimator:
             model_type=self.architecture.model_type,
             num_parameters=program.states.num_parameters,
             num_trainable_parameters=program.states.num_trained,
-            task=setup.objective if setup.objective in CLASSIFICATIONS else self.architecture.task,
+            task=setup.objective if setup.objective in SCORED else self.architecture.task,
             attentions=self.architecture.attentions,
         )
 
@@ -426,13 +441,13 @@ class Estimator:
 
 def longest_head(recording: Recording) -> int:
     """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
-    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    kernels = (op for piece in recording.pieces() for op in piece.tape.ops if op.name == ATTENTION_KERNEL)
     return max((dim for op in kernels for dim in op.inputs[0].shape[-1:] if isinstance(dim, int)), default=0)
 
 
 def _groups_queries(program: StepProgram) -> bool:
     """Whether a fused attention has fewer heads of keys than of queries."""
-    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == "attention kernel")
+    kernels = (op for piece in program.recording.pieces() for op in piece.tape.ops if op.name == ATTENTION_KERNEL)
     return any(op.inputs[0].shape[1] != op.inputs[1].shape[1] for op in kernels)
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import EVALUATION, GENERATION
 from memplan.memory.events import Row, Sizes
 from memplan.memory.model_states import Tensors
@@ -91,6 +92,8 @@ class EvaluationProgram:
 
     def sizes(self, batch: int) -> Sizes:
         """Bytes of everything in a batch of so many sequences."""
+        if self.setup.is_flattened:
+            return Sizes(dimensions(self.setup, batch))
         return Sizes(bind(batch, self.setup.seq_len, self.setup.supervised))
 
     def peak(self, training_sizes: Sizes) -> int:

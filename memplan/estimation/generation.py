@@ -54,6 +54,10 @@ def check_generation(architecture: Architecture, name: str, setup: Setup, new_to
         raise UsageError(
             f"Generation is not modelled beside --objective {setup.objective}.", "Leave --eval-generate out."
         )
+    if setup.is_flattened:
+        raise UsageError(
+            "Generation is not modelled where sequences lie end to end.", "Leave --eval-generate out of this run."
+        )
     if setup.padding:
         raise UsageError("Generation from padded prompts is not modelled.", "Leave --padding or --eval-generate out.")
     most = architecture.max_positions

@@ -1,7 +1,8 @@
 """A whole grid of micro-batches and lengths at once: the same formulas on arrays.
 
 The points are worked through in blocks, so that memory stays bounded whatever the size of the grid; lengths on either
-side of an attention window are different programs and go into different blocks.
+side of an attention window are different programs and go into different blocks, and so are one sequence by itself and
+several in a row.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memplan.errors import UsageError
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.estimate import SEGMENT_BYTES, context_bytes, workspace_bytes
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import LARGEST_COUNT, sequences_of
+from memplan.specs.training import LARGEST_COUNT
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
             _check(estimator, replace(setup, micro_batch_size=int(b), seq_len=int(s)))
     kept = np.empty(batches.shape, np.int64)
     peak = np.empty(batches.shape, np.int64)
-    for points in _blocks(lengths, sorted(estimator.architecture.windows)):
+    alone = setup.batching == "padding-free"  # a single sequence in the row needs no mask
+    for points in _blocks(batches > alone, lengths, sorted(estimator.architecture.windows)):
         b, s = batches[points], lengths[points]
-        program = estimator.program(replace(setup, seq_len=int(s[0])))
-        sequences = b * sequences_of(setup.objective)
-        found = program.peaks(Sizes(bind(sequences, s, setup.supervised)), setup.gradient_accumulation_steps)
+        program = estimator.program(replace(setup, micro_batch_size=int(b[0]), seq_len=int(s[0])))
+        found = program.peaks(Sizes(dimensions(setup, b, s)), setup.gradient_accumulation_steps)
         kept[points], peak[points] = found.kept_activation_bytes, found.peak
     reserved = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
     return Grid(
@@ -131,13 +132,13 @@ def _check(estimator: Estimator, setup: Setup) -> None:
         )
 
 
-def _blocks(lengths: NDArray[np.int64], windows: list[int]) -> Iterator[Any]:
-    """Positions of the points, in blocks whose lengths exceed the same windows."""
-    if not windows:
+def _blocks(several: NDArray[np.bool_], lengths: NDArray[np.int64], windows: list[int]) -> Iterator[Any]:
+    """Positions of the points, in blocks whose lengths exceed the same windows and which are alike in `several`."""
+    if not windows and several.all():
         for start in range(0, lengths.size, BLOCK_POINTS):
             yield slice(start, start + BLOCK_POINTS)
         return
-    side = np.searchsorted(np.asarray(windows), lengths, side="left")
+    side = 2 * np.searchsorted(np.asarray(windows, np.int64), lengths, side="left") + several
     for value in np.unique(side):
         positions = np.flatnonzero(side == value)
         for start in range(0, positions.size, BLOCK_POINTS):

@@ -69,7 +69,19 @@ class _Run:
 def lints(estimator: Estimator, setup: Setup, program: StepProgram, sizes: Sizes, peaks: Peaks) -> tuple[Lint, ...]:
     """What there is to say about one estimate, what would move the peak most first."""
     run = _Run(estimator, setup, program, sizes, peaks)
-    checks = (_fp32, _logits, _checkpointing, _int8_inputs, _adapters, _mask, _wide_heads, _small_states)
+    checks = (
+        _fp32,
+        _logits,
+        _checkpointing,
+        _reentrant,
+        _frozen_inputs,
+        _int8_inputs,
+        _adapters,
+        _mask,
+        _one_row,
+        _wide_heads,
+        _small_states,
+    )
     found = [lint for check in checks for lint in check(run)]
     return tuple(sorted(found, key=lambda lint: lint.effect_bytes or 0))
 
@@ -89,7 +101,8 @@ def _fp32(run: _Run) -> Iterator[Lint]:
 
 def _logits(run: _Run) -> Iterator[Lint]:
     """All logits at once, where their hump is the peak and larger than all that the layers keep."""
-    if run.setup.loss != "full" or run.estimator.architecture.task != "causal-lm":
+    own = run.setup.objective == "lm" and run.setup.loss == "full" and not run.setup.label_smoothing
+    if not own or run.estimator.architecture.task != "causal-lm":
         return
     at_loss = run.peaks.by_instant[LOSS]
     kept = int(run.peaks.kept_activation_bytes)
@@ -108,7 +121,7 @@ def _logits(run: _Run) -> Iterator[Lint]:
 def _checkpointing(run: _Run) -> Iterator[Lint]:
     if run.setup.activation_checkpointing == "none":
         return
-    effect = run.effect(activation_checkpointing="none")
+    effect = run.effect(activation_checkpointing="none", offload=None, reentrant=False)
     if effect is not None and effect < LITTLE * run.peak:
         yield Lint(
             "checkpointing that saves little",
@@ -118,8 +131,36 @@ def _checkpointing(run: _Run) -> Iterator[Lint]:
         )
 
 
+def _reentrant(run: _Run) -> Iterator[Lint]:
+    if not run.setup.reentrant:
+        return
+    effect = run.effect(reentrant=False)
+    if effect is not None and effect < 0:
+        yield Lint(
+            "reentrant checkpointing",
+            f"use_reentrant=False takes {format_bytes(-effect)} less: it lets go of a layer's result and of its "
+            "gradient when they were used, and does not compute what nothing is needed of",
+            "PyTorch, torch/utils/checkpoint.py: CheckpointFunction.backward; the default of transformers 4",
+            effect,
+        )
+
+
+def _frozen_inputs(run: _Run) -> Iterator[Lint]:
+    """Reentrant checkpointing of layers into which nothing comes that requires a gradient trains nothing of them."""
+    if not run.setup.reentrant or any(p.trainable for p in run.program.recording.stem.tape.parameters):
+        return
+    yield Lint(
+        "reentrant checkpointing after a frozen embedding",
+        "no gradient would come to the layers, and nothing of them would be trained, if the embedding's result did not "
+        "require one: transformers 5.23 sees to that, as counted here; with transformers 4 and peft call "
+        "model.enable_input_require_grads()",
+        "PyTorch, torch/utils/checkpoint.py: CheckpointFunction; transformers, activation_checkpointing_enable",
+        None,
+    )
+
+
 def _int8_inputs(run: _Run) -> Iterator[Lint]:
-    if run.setup.quantize != "int8" or run.setup.activation_checkpointing == "none":
+    if run.setup.quantize != "int8" or run.setup.activation_checkpointing == "none" or run.setup.reentrant:
         return
     kinds = run.program.recording.kinds
     storages = [{x.storage: kind.tape.storages[x.storage] for op in kind.tape.ops for x in op.pins} for kind in kinds]
@@ -155,10 +196,26 @@ def _mask(run: _Run) -> Iterator[Lint]:
         return
     yield Lint(
         "a mask rules flash attention out",
-        "padded batches are given a mask, which PyTorch's flash kernel does not take; packed or padding-free ones do "
-        "without",
+        "padded batches are given a mask, which PyTorch's flash kernel does not take; rows of equal length do without, "
+        "and padding-free or packed ones with --attention flash",
         "PyTorch, sdp_utils.cpp: check_for_attn_mask",
         run.effect(padding=False),
+    )
+
+
+def _one_row(run: _Run) -> Iterator[Lint]:
+    """Several sequences in one row, which nothing but a mask of all pairs of its tokens keeps apart."""
+    setup = run.setup
+    if not setup.has_several_in_a_row or setup.attention == "flash":
+        return
+    tokens = setup.tokens_per_micro_batch
+    mask = format_bytes(tokens * tokens)
+    yield Lint(
+        "sequences in one row without flash attention",
+        f"a mask of {tokens:,} x {tokens:,} tokens ({mask}, and more in every layer) keeps them apart, and attention "
+        "takes the time of one sequence as long as all; flash attention is told where they end",
+        "transformers, masking_utils.py: find_packed_sequence_indices; modeling_flash_attention_utils.py: cu_seq_lens",
+        run.effect(attention="flash") if run.estimator.accepts(replace(setup, attention="flash")) else None,
     )
 
 

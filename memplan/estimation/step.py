@@ -16,12 +16,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import record
+from memplan.architectures.heads import SMOOTHED
+from memplan.errors import UsageError
 from memplan.memory.events import Event, Row, Segment, Sizes, maximum
 from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
-from memplan.operators.tape import Numerics
+from memplan.operators.tape import Batch, Numerics
 from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
 from memplan.specs.values import NamedTuple
 
@@ -113,14 +115,17 @@ class Recordings:
         *,
         grad: bool = True,
         evaluation: bool = False,
+        leaves: bool = False,
         generated_length: int | None = None,
     ) -> Recording:
         length = generated_length or setup.seq_len
         exceeded = frozenset(w for w in self.architecture.windows if length > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
+        loss = SMOOTHED if setup.label_smoothing else loss
         generating = generated_length is not None
-        how = (loss, setup.objective, recipe, grad, evaluation, generating)
-        key = (setup.precision, setup.attention, exceeded, setup.padding, *how)
+        how = (loss, setup.objective, recipe, grad, evaluation, leaves, generating)
+        batch = Batch(setup.padding, setup.is_flattened, setup.has_several_in_a_row)
+        key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
             if generating and setup.lora is not None:  # generate of peft calls the model inside, without autocast
@@ -130,15 +135,32 @@ class Recordings:
                 numerics,
                 attention=setup.attention,
                 exceeded=exceeded,
-                padded=setup.padding,
+                batch=batch,
                 recipe=recipe,
                 loss=loss,
                 objective=setup.objective,
                 grad=grad,
                 evaluation=evaluation,
                 generating=generating,
+                leaves=leaves,
             )
         return self._recordings[key]
+
+    def _reentrant(self, setup: Setup) -> Reentrant:
+        """How layers run that are checkpointed with ``use_reentrant=True``.
+
+        Raises:
+            UsageError: something else than the hidden states comes into them with a gradient.
+        """
+        first = self._recorded(setup, setup.recipe, grad=False)
+        again = self._recorded(setup, setup.recipe, leaves=True)
+        if any(x.requires_grad for x in again.stem.shared.values()):
+            raise UsageError(
+                f"The layers of {self.architecture.model_type} share tensors that have gradients: with reentrant "
+                "checkpointing PyTorch would go through their graph once for each layer, and stops.",
+                "Leave --reentrant out.",
+            )
+        return Reentrant(first, again)
 
     def evaluation_layout(self, setup: Setup) -> Layout:
         """The forward pass in evaluation mode, where nothing is kept and no layer is checkpointed."""
@@ -159,7 +181,7 @@ class Recordings:
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
         recording = self.recording(setup)
-        layout_key = (id(recording), setup.activation_checkpointing, setup.offload)
+        layout_key = (id(recording), setup.activation_checkpointing, setup.offload, setup.reentrant)
         if layout_key not in self._layouts:
             modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
             self._layouts[layout_key] = Layout(
@@ -168,12 +190,22 @@ class Recordings:
                 self._pieces,
                 reference=self.reference(setup),
                 offloads=setup.offload == "activations",
+                reentrant=self._reentrant(setup) if setup.reentrant else None,
             )
         key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         if key not in self._programs:
             layout = self._layouts[layout_key]
             self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
         return self._programs[key]
+
+
+class Reentrant(NamedTuple):
+    """The recordings of a model whose layers are checkpointed with ``use_reentrant=True``."""
+
+    first: Recording
+    """Of the forward pass, which has no graph."""
+    again: Recording
+    """Of the layers as they are computed again, from a detached copy of what came in."""
 
 
 def loss_of_evaluation(setup: Setup) -> str:
@@ -193,21 +225,26 @@ class Layout:
         *,
         reference: Recording | None = None,
         offloads: bool = False,
+        reentrant: Reentrant | None = None,
     ) -> None:
         """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put.
 
         `reference`: what runs without a graph while the head pauses.
         `offloads`: what goes into layers that are computed again waits on the host.
+        `reentrant`: how layers run whose checkpointing is so.
         """
         self.recording = recording
         self.reference = reference
         self.modes = modes
         self.offloads = offloads
+        self.reentrant = reentrant
 
-        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool) -> PieceLifetimes:
-            key = (id(piece), mode, owns_hidden, offloads)
+        def lifetimes(piece: Piece, mode: str, *, owns_hidden: bool, alone: Piece | None = None) -> PieceLifetimes:
+            key = (id(piece), mode, owns_hidden, offloads, alone and id(alone))
             if key not in known:
-                known[key] = PieceLifetimes(piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads)
+                known[key] = PieceLifetimes(
+                    piece, checkpointing=mode, owns_hidden=owns_hidden, offloads=offloads, no_grad=alone
+                )
             return known[key]
 
         before = lifetimes(recording.stem, "none", owns_hidden=True)
@@ -215,12 +252,16 @@ class Layout:
         self.held_by_model = False
         """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
         all_held = recording.stem.tape.evaluation and recording.stem.tape.all_outputs_held
-        for kind, mode in zip(recording.order, modes, strict=True):
+        for number, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
             first = not self.layers
+            piece, alone = recording.kinds[kind], None
+            if reentrant is not None and mode == "full":
+                alone = reentrant.first.kinds[reentrant.first.order[number]]
+                piece = reentrant.again.kinds[reentrant.again.order[number]]
             held = before.keeps_output() or (self.holds_embedding and first) or all_held
-            layer = lifetimes(recording.kinds[kind], mode, owns_hidden=not held)
+            layer = lifetimes(piece, mode, owns_hidden=not held, alone=alone)
             if first and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
-                layer = lifetimes(recording.kinds[kind], mode, owns_hidden=False)
+                layer = lifetimes(piece, mode, owns_hidden=False, alone=alone)
                 self.held_by_model = True
             before = layer
             self.layers.append(before)
@@ -331,6 +372,7 @@ class Layout:
             *self._releasing(self._in_layers(BACKWARD, lambda x: choose(x.backward()), reverse=True)),
             Part(BACKWARD, choose(self.stem.backward(tied)), (STEM,)),
             Part(BACKWARD, self.head.loss_released, (HEAD,)),
+            *((Part(BACKWARD, self._release_shared(kept=True), (STEM,)),) if self.reentrant else ()),
         )
 
     def _in_layers(
@@ -344,7 +386,13 @@ class Layout:
             yield Part(instant, segment(places[0][1]), tuple(number for number, _ in places))
 
     def _releasing(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """The backward of the layers; a shared tensor goes after that of the first layer that keeps it."""
+        """The backward of the layers; a shared tensor goes after that of the first layer that keeps it.
+
+        With reentrant checkpointing the functions that run layers again hold on to them, until the graph goes.
+        """
+        if self.reentrant:
+            yield from parts
+            return
         first: dict[str, int] = {}
         for number in reversed(range(len(self.modes))):
             first |= dict.fromkeys(self.layers[number].kept_shared(), number)

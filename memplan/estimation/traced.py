@@ -95,6 +95,15 @@ class Event(Protocol):
     def dtype(self) -> str: ...  # noqa: D102
 
 
+class Run(Protocol):
+    """What is needed of a trace (`memplan.probes.events.Trace`)."""
+
+    @property
+    def events(self) -> Sequence[Event]: ...  # noqa: D102
+    @property
+    def flops(self) -> tuple[int, int]: ...  # noqa: D102
+
+
 class Step(NamedTuple):
     """One event with its bytes at any size."""
 
@@ -129,9 +138,13 @@ class TracedPeaks(NamedTuple):
 class TracedProgram:
     """The events of a step, fitted."""
 
-    def __init__(self, polynomials: Sequence[Polynomial], steps: Sequence[Step]) -> None:
+    def __init__(
+        self, polynomials: Sequence[Polynomial], steps: Sequence[Step], flops: Sequence[Polynomial] = ()
+    ) -> None:
+        """`flops`: of a forward and of a backward pass."""
         self.polynomials = tuple(polynomials)
         self.steps = tuple(steps)
+        self.flops = tuple(flops)
 
     def sizes(self, micro_batch_size: int, seq_len: int) -> list[Any]:
         """Requested bytes of every polynomial."""
@@ -212,13 +225,13 @@ class TracedProgram:
         return sorted(rows, key=lambda row: -row[2])
 
 
-def fit_program(traces: Mapping[tuple[int, int], Sequence[Event]]) -> TracedProgram:
+def fit_program(traces: Mapping[Point, Run]) -> TracedProgram:
     """The program behind traces at several sizes (`points_for` one, in their order).
 
     Raises:
         MemplanError: the traces differ in more than sizes, or a storage is no such polynomial.
     """
-    points, runs = list(traces), list(traces.values())
+    points, runs = list(traces), [run.events for run in traces.values()]
     _check_alike(points, runs)
     fitter = Fitter(points)
     number_of: dict[Polynomial, int] = {}
@@ -250,7 +263,8 @@ def fit_program(traces: Mapping[tuple[int, int], Sequence[Event]]) -> TracedProg
                 event.dtype,
             )
         )
-    return TracedProgram(tuple(number_of), steps)
+    flops = [fitter.fit(counts) for counts in zip(*(run.flops for run in traces.values()), strict=True)]
+    return TracedProgram(tuple(number_of), steps, [one for one in flops if one is not None] if all(flops) else ())
 
 
 def _check_alike(points: Sequence[tuple[int, int]], runs: Sequence[Sequence[Event]]) -> None:
@@ -278,7 +292,7 @@ def _differs(first: tuple[int, int], other: tuple[int, int], event: Event) -> Me
     )
 
 
-def traced_at(points: Sequence[tuple[int, int]], trace: Callable[[int, int], Sequence[Event]]) -> TracedProgram:
+def traced_at(points: Sequence[Point], trace: Callable[[int, int], Run]) -> TracedProgram:
     """Trace at all of `points` and fit."""
     return fit_program({point: trace(*point) for point in points})
 
@@ -314,7 +328,8 @@ def as_values(program: TracedProgram) -> dict[str, Any]:
         for s in program.steps
     ]
     return {
-        "polynomials": [[p.tile, *(str(c) for c in p.coefficients)] for p in program.polynomials],
+        "polynomials": [_as_list(p) for p in program.polynomials],
+        "flops": [_as_list(p) for p in program.flops],
         "words": list(words),
         "steps": steps,
     }
@@ -323,9 +338,17 @@ def as_values(program: TracedProgram) -> dict[str, Any]:
 def from_values(values: Mapping[str, Any]) -> TracedProgram:
     """The program that `as_values` wrote."""
     words = values["words"]
-    polynomials = [Polynomial(tuple(Fraction(c) for c in p[1:]), p[0]) for p in values["polynomials"]]
+    polynomials, flops = ([_as_polynomial(p) for p in values[name]] for name in ("polynomials", "flops"))
     steps = [
         Step(key, size, sign, words[phase], step, micro, *(words[n] for n in rest))
         for key, size, sign, phase, step, micro, *rest in values["steps"]
     ]
-    return TracedProgram(polynomials, steps)
+    return TracedProgram(polynomials, steps, flops)
+
+
+def _as_list(polynomial: Polynomial) -> list[Any]:
+    return [polynomial.tile, *(str(c) for c in polynomial.coefficients)]
+
+
+def _as_polynomial(values: Sequence[Any]) -> Polynomial:
+    return Polynomial(tuple(Fraction(c) for c in values[1:]), values[0])

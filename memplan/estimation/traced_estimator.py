@@ -2,9 +2,8 @@
 
 It answers what `memplan.estimation.estimate.Estimator` answers, so that the planner takes either.
 
-The time of a step is the rule of thumb of 6 FLOPs a parameter and token (Kaplan et al., 2020, section 2.1: 2 forward, 4
-backward; 2 more where layers are computed again), bounded below by reading the parameters; it orders plans of one
-module.
+The time of a step is that of its FLOPs, as PyTorch counts them operator by operator (`torch.utils.flop_counter`), or of
+reading the parameters where that takes longer: a lower bound, which orders plans of one module.
 """
 
 from __future__ import annotations
@@ -35,12 +34,13 @@ from memplan.steptime.step import StepTime, bytes_of_update
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
 
-    from memplan.estimation.traced import Event
+    from memplan.estimation.traced import Run
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
+    from memplan.steptime.roofline import Speed
 
-    Tracer = Callable[[Setup], Sequence[Event]]
+    Tracer = Callable[[Setup], Run]
     Programs = MutableMapping[str, TracedProgram]
 
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -62,10 +62,12 @@ class TracedEstimator:
         speed: GpuSpec | None = None,
         programs: Programs | None = None,
         identity: str = "",
+        unit: str = "sequence",
     ) -> None:
-        """`trace`: the events of a setup; `num_parameters`: all and trained ones; `programs`: what is known already.
+        """`trace`: a run of a setup; `num_parameters`: all and trained ones; `programs`: what is known already.
 
         `identity`: what `programs` are known by, beside the setup and a trace at the smallest size.
+        `unit`: what a micro-batch counts.
         """
         self.name = name
         self.gpu = gpu
@@ -74,12 +76,18 @@ class TracedEstimator:
         self._speed = speed_of(speed or gpu)
         self._programs: Programs = {} if programs is None else programs
         self._identity = identity
+        self._unit = unit
         self._found: dict[str, TracedProgram] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` for what a trace cannot answer."""
         if setup.evaluation is not None:
             raise UsageError("A traced module is estimated in training alone.", "Leave --eval-... out, or trace it.")
+        if setup.is_flattened:
+            raise UsageError(
+                "A traced module is planned with a row for each sequence.",
+                "Leave --batching out, or ask memplan trace about one size.",
+            )
         if setup.data_parallel_size > 1:
             raise UsageError("A traced module is planned for one GPU.", "Leave --gpus out.")
 
@@ -95,11 +103,11 @@ class TracedEstimator:
     def _fitted(self, key: str, choices: Setup, points: Sequence[tuple[int, int]]) -> TracedProgram:
         """From `programs` where the trace at the smallest size is the same as it was then, else from all traces."""
 
-        def trace(micro_batch_size: int, seq_len: int) -> Sequence[Event]:
+        def trace(micro_batch_size: int, seq_len: int) -> Run:
             return self._trace(replace(choices, micro_batch_size=micro_batch_size, seq_len=seq_len))
 
         first = trace(*points[0])
-        key = f"{self._identity} {key} {digest(first)}"
+        key = f"{self._identity} {key} {digest(first.events)}"
         if key not in self._programs:
             self._programs[key] = fit_program({points[0]: first} | {point: trace(*point) for point in points[1:]})
         return self._programs[key]
@@ -138,24 +146,23 @@ class TracedEstimator:
         return found.reserved_bytes
 
     def step_time(self, setup: Setup) -> StepTime | None:
-        """By the rule of 6 FLOPs a parameter and token."""
-        if self._speed is None:
+        """At the card's rates; None where they or the FLOPs are not known."""
+        program = self.program(setup)
+        if self._speed is None or not program.flops:
             return None
-        parameters, autocast = PRECISIONS[setup.precision]
-        num, trained = self._num_parameters(setup)
-        flops_per_s = self._speed.of(autocast or parameters)
-        reading = num * BYTES_OF[parameters] / self._speed.bytes_per_s
-        forward = max(2 * num * setup.tokens_per_micro_batch / flops_per_s, reading)
-        backward = max(4 * num * setup.tokens_per_micro_batch / flops_per_s, 2 * reading)
-        again = forward if setup.activation_checkpointing not in {"none", "selective"} else 0.0
-        moved = bytes_of_update(OPTIMIZERS[setup.optimizer], trained * BYTES_OF[parameters], trained)
-        steps = setup.gradient_accumulation_steps
-        return StepTime(steps * forward, steps * backward, steps * again, moved / self._speed.bytes_per_s)
+        forward, backward = (p.value(setup.micro_batch_size, setup.seq_len) for p in program.flops)
+        return time_of(setup, self._speed, forward, backward, *self._num_parameters(setup))
 
     def summary(self, setup: Setup) -> ModelSummary:
         """Name and size of the module."""
         num, trained = self._num_parameters(setup)
-        return ModelSummary(name=self.name, model_type="traced", num_parameters=num, num_trainable_parameters=trained)
+        return ModelSummary(
+            name=self.name,
+            model_type="traced",
+            num_parameters=num,
+            num_trainable_parameters=trained,
+            unit=self._unit,
+        )
 
     def estimate(self, setup: Setup, *, margin: Margin = NO_MARGIN) -> Estimate:
         """Everything about one configuration."""
@@ -201,6 +208,24 @@ class TracedEstimator:
             unmodelled=(
                 ("paths that the module takes at larger sizes only", "it was traced at small ones and fitted"),
                 ("scratch memory inside kernels other than attention's", "a trace does not see it"),
-                ("the time of operators", "6 FLOPs a parameter and token, which only orders plans"),
+                (
+                    "the time of operators that compute little",
+                    "only products of matrices are timed",
+                ),
             ),
         )
+
+
+def time_of(setup: Setup, speed: Speed, forward: int, backward: int, num: int, trained: int) -> StepTime:
+    """A step of a module with `num` parameters, whose passes over a micro-batch take these FLOPs."""
+    parameters, autocast = PRECISIONS[setup.precision]
+    flops_per_s = speed.of(autocast or parameters)
+    reading = num * BYTES_OF[parameters] / speed.bytes_per_s
+    moved = bytes_of_update(OPTIMIZERS[setup.optimizer], trained * BYTES_OF[parameters], trained)
+    steps = setup.gradient_accumulation_steps
+    return StepTime(
+        steps * max(forward / flops_per_s, reading),
+        steps * max(backward / flops_per_s, 2 * reading),
+        0.0,
+        moved / speed.bytes_per_s,
+    )

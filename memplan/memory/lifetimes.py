@@ -10,6 +10,11 @@ Checkpointing replaces what a span of operators keeps by the span's inputs, and 
 backward first needs something of it, stopping as soon as everything needed is there (early stop in
 torch/utils/checkpoint.py): its last operators are not computed twice.
 
+Reentrant checkpointing (``CheckpointFunction`` in torch/utils/checkpoint.py) runs the forward pass of a layer under
+``torch.no_grad()``.  Its backward computes the whole layer again, with a graph of its own, and calls
+``torch.autograd.backward`` on that: what comes in, the result computed again and its gradient are variables of the
+call, and live until the gradients of the layer are all there.
+
 Left out: Python variables that hold a tensor longer than its last use, unless the description says so (`keep_alive`).
 """
 
@@ -20,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.memory.events import Event, Row, Segment
 from memplan.operators.sizes import Size
-from memplan.operators.tape import PAUSE, Span
+from memplan.operators.tape import ATTENTION_KERNEL, PAUSE, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -68,8 +73,12 @@ class PieceLifetimes:
         owns_hidden: bool = True,
         lasting: frozenset[str] = frozenset(),
         offloads: bool = False,
+        no_grad: Piece | None = None,
     ) -> None:
         """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
+
+        ``save-attention`` is ``full``, but for what fused attention gives, which is kept and not computed again.
+        `no_grad`: with ``full``, the piece as recorded without a graph: checkpointing is reentrant.
 
         `offloads`: with ``full``, what goes in is copied to the host and fetched when the piece is computed again.
 
@@ -82,7 +91,15 @@ class PieceLifetimes:
         self.owns_hidden = owns_hidden
         self.lasting = lasting
         self.offloads = offloads and checkpointing == "full"
+        self.no_grad = PieceLifetimes(no_grad) if no_grad is not None and checkpointing == "full" else None
         self.spans = self._spans(checkpointing)
+        self.saved = frozenset(
+            x.storage
+            for op in self.tape.ops
+            if op.name == ATTENTION_KERNEL and checkpointing == "save-attention"
+            for x in op.outputs
+        )
+        """What is kept although it is within what is computed again (torch's selective activation checkpointing)."""
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
         self._backwards: dict[frozenset[str], tuple[Segment, Segment]] = {}
@@ -91,7 +108,7 @@ class PieceLifetimes:
         self._logits = {x.storage for op in losses for x in op.inputs} if self.ends_in_loss else set()
 
     def _spans(self, checkpointing: str) -> tuple[Span, ...]:
-        if checkpointing == "full" and self.piece.hidden is not None:
+        if checkpointing in {"full", "save-attention"} and self.piece.hidden is not None:
             return (Span("layer", 0, len(self.tape.ops), () if self.offloads else (self.piece.hidden,)),)
         if checkpointing == "selective":
             return tuple(self.tape.spans)
@@ -109,6 +126,8 @@ class PieceLifetimes:
             reasons[self.piece.output.storage] = "the loss itself"
         for x in self.tape.outlive:
             reasons[x.storage] = "the training loop keeps the model's output"
+        for s in self.saved:
+            reasons[s] = "attention's result is saved, not computed again"
         for span in self.spans:
             for x in span.inputs:
                 reasons[x.storage] = f"kept to compute the {span.name} again"
@@ -125,11 +144,14 @@ class PieceLifetimes:
         """For each storage, how many operators (and spans) hold it between forward and backward."""
         held: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
-            _hold(held, op.pins)
+            if self.no_grad is None:
+                _hold(held, op.pins)
             if i not in self._span_of:
                 _hold(held, op.keeps)
         for span in self.spans:
             _hold(held, span.inputs)
+        for s in self.saved:
+            held[s] = 1
         _hold(held, self.tape.outlive)
         return held
 
@@ -192,8 +214,9 @@ class PieceLifetimes:
         tag: str,
         stay: frozenset[int],
         skip_last_outputs: bool = False,
+        there: frozenset[int] = frozenset(),
     ) -> list[Event]:
-        """The forward of `ops`; what is in `kept` or `stay` is not freed."""
+        """The forward of `ops`; what is in `kept` or `stay` is not freed, what is `there` is not computed."""
         frees_hidden = self.owns_hidden and tag in {"", WITHOUT_GRAPH}
         hidden_key = ("hidden", tag) if tag else ("hidden",)
         last: dict[int, int] = {}
@@ -210,6 +233,7 @@ class PieceLifetimes:
             if op.name == PAUSE:
                 events.append(Event((PAUSE,), Size(0), +1, Row(op.module, PAUSE, "temporary", (), "")))
             stop_here = skip_last_outputs and i == len(ops) - 1
+            stop_here = stop_here or any(x.storage in there for x in op.outputs if x.storage not in born)
             if not stop_here:
                 events += self._moments(op, "", op.loop.moments if op.loop else ())
                 events += self._scratch(op, "", op.scratch, +1)
@@ -244,11 +268,20 @@ class PieceLifetimes:
 
     @cached_property
     def _forward_and_rest(self) -> tuple[Segment, Segment | None]:
-        events = self._run(self.tape.ops, self.keepers, tag="", stay=self._stay)
+        events = self._first_run()
         pause = next((i for i, event in enumerate(events) if event.key == (PAUSE,)), None)
         if pause is None:
             return Segment("forward", tuple(events)), None
         return Segment("forward", tuple(events[:pause])), Segment("after pause", tuple(events[pause + 1 :]))
+
+    def _first_run(self) -> list[Event]:
+        alone = self.no_grad
+        if alone is None:
+            return self._run(self.tape.ops, self.keepers, tag="", stay=self._stay)
+        hidden = alone.piece.hidden
+        kept = {} if hidden is None or self.offloads or not self.owns_hidden else {hidden.storage: 1}
+        alone.owns_hidden = self.owns_hidden
+        return alone._run(alone.tape.ops, kept, tag="", stay=alone._stay)
 
     @property
     def _stay(self) -> frozenset[int]:
@@ -298,11 +331,11 @@ class PieceLifetimes:
     @cached_property
     def autocast_exit(self) -> Segment:
         """Autocast lets its cached copies go at the end of the forward pass, except those that a backward needs."""
-        kept = self.keepers
+        run = self if self.no_grad is None else self.no_grad
         events = [
-            Event(("", s.number), s.size, -1, self.row(s))
-            for s in self.tape.storages
-            if s.cached and s.number not in kept
+            Event(("", s.number), s.size, -1, run.row(s))
+            for s in run.tape.storages
+            if s.cached and s.number not in run.keepers
         ]
         return Segment("autocast exit", tuple(events))
 
@@ -343,12 +376,15 @@ class _Backward:
         self.lifetimes = lifetimes
         self.tape = lifetimes.tape
         self.tied = tied
+        self.reentrant = lifetimes.no_grad is not None
         self.events: list[Event] = []
         self.added: set[int] = set()
         """Positions of the releases of parameter gradients that only later micro-steps have."""
         self.blocks: dict[int, tuple[tuple[Any, ...], Size, Row]] = {}
         self.holders: dict[int, int] = {}
         self.pending: dict[int, int] = {}
+        self.shown: set[int] = set()
+        """Of which tensors the pending gradient is shown for more elements than it has."""
         self.parameter_of = {row.tensor: row for row in self.tape.parameters}
         self.first_use: dict[int, int] = {}
         for i, op in enumerate(self.tape.ops):
@@ -381,19 +417,25 @@ class _Backward:
         starts = {span.start: span for span in self.lifetimes.spans}
         again: dict[int, int] = {}
         again_keys: dict[int, tuple[Any, ...]] = {}
+        incoming: list[int] = []
         for i in range(len(self.tape.ops) - 1, -1, -1):
             op = self.tape.ops[i]
             kept = {x.storage for x in op.keeps}
             span = self.lifetimes._span_of.get(i)
-            if span in waiting and kept:
+            if span in waiting and (kept or self.reentrant):
                 waiting.discard(span)
                 again, again_keys = self._recompute(span)
-            if span is not None:  # what comes from outside the span stays until its start is reached
+                incoming = self._call() if self.reentrant else []
+            if span is not None and self.reentrant:
+                self._step(i, op, [(s, again, again_keys) for s in kept if s in again])
+            elif span is not None:  # what comes from outside the span stays until its start is reached
                 self._step(i, op, [(s, again, again_keys) for s in kept if s in again], recomputed=True)
             else:
                 self._step(i, op, [(s, held, keys) for s in kept])
             for s in {x.storage for x in op.pins}:
                 self._let_go(s, held, keys)
+            if i in starts and self.reentrant:
+                self._return(starts[i], again, again_keys, incoming)
             if i in starts:
                 for s in {x.storage for x in starts[i].inputs}:
                     self._let_go(s, held, keys)
@@ -436,7 +478,7 @@ class _Backward:
         """Run the forward of the span again, as far as something is still to be kept; what it keeps, and its keys."""
         ops = self.tape.ops[span.start : span.stop]
         stay: set[int] = set()
-        while ops and not ops[-1].keeps:
+        while ops and not ops[-1].keeps and not self.reentrant:
             stay |= {x.storage for x in ops[-1].inputs}  # they wait for what is not computed again
             ops = ops[:-1]
         stay |= {x.storage for op in ops for x in op.pins}  # by nodes of the second graph, which goes with its result
@@ -446,11 +488,14 @@ class _Backward:
         if fetched is not None:
             made.add(fetched.storage)
         held: dict[int, int] = {}
-        for op in ops:
-            _hold(held, [x for x in op.keeps if x.storage in made])
+        for tensors in (*(op.keeps for op in ops), self._variables(span) if self.reentrant else ()):
+            _hold(held, [x for x in tensors if x.storage in made])
         tag = f"again {span.name}"
-        stops_before = bool(ops) and not ops[-1].keeps_output
-        events = self.lifetimes._run(ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before)
+        stops_before = bool(ops) and not ops[-1].keeps_output and not self.reentrant
+        saved = self.lifetimes.saved
+        events = self.lifetimes._run(
+            ops, held, tag=tag, stay=frozenset(stay), skip_last_outputs=stops_before, there=saved
+        )
         if fetched is not None:
             events.insert(0, Event((tag, fetched.storage), fetched.bytes, +1, fetched_row(fetched)))
         alive = {event.key: event for event in events if event.sign > 0}
@@ -461,7 +506,50 @@ class _Backward:
         for key, event in alive.items():
             if key[-1] not in held:
                 self.events.append(event._replace(sign=-1))
-        return held, {s: (tag, s) for s in held}
+        unused = [self.tape.storages[s] for s in sorted(saved - held.keys())]
+        self.events += [Event(("", x.number), x.size, -1, self.lifetimes.row(x)) for x in unused]
+        return held, {s: ("", s) if s in saved else (tag, s) for s in held}
+
+    # -- reentrant checkpointing -------------------------------------------------------------------------------------
+
+    def _variables(self, span: Span) -> list[Tensor]:
+        """What lives until a layer has its gradients: by variables of CheckpointFunction.backward, or by the nodes."""
+        piece = self.lifetimes.piece
+        pins = [x for op in self.tape.ops[span.start : span.stop] for x in op.pins]
+        return [
+            piece.output,
+            *self.tape.returned,
+            *([piece.hidden] if piece.hidden and self.lifetimes.offloads else []),
+            *pins,
+        ]
+
+    def _call(self) -> list[int]:
+        """The gradients that are handed to CheckpointFunction.backward have a holder more until that returns.
+
+        Results that nobody uses have gradients of zeros (``materialize_grads``).
+        """
+        for x in self.tape.returned:
+            self.pending[x.number] = self._allocate(x.bytes, Row("", "zeros", "temporary", x.shape, x.dtype))
+        numbers = [
+            self.pending[x.number]
+            for x in (self.lifetimes.piece.output, *self.tape.returned)
+            if x.number in self.pending
+        ]
+        for number in numbers:
+            self.holders[number] += 1
+        return numbers
+
+    def _return(self, span: Span, again: dict[int, int], keys: dict[int, tuple[Any, ...]], incoming: list[int]) -> None:
+        """The call returns: its variables go, and the gradient of what came in is its own."""
+        hidden = self.lifetimes.piece.hidden
+        number = None if hidden is None else self.pending.get(hidden.number)
+        if hidden is not None and number is not None and self.holders[number] > 1:
+            self.pending[hidden.number] = self._allocate(hidden.bytes, hidden_gradient_row(hidden))
+            self._release(number)
+        for s in {x.storage for x in self._variables(span)}:
+            self._let_go(s, again, keys)
+        for given in incoming:
+            self._release(given)
 
     def _step(
         self,
@@ -509,6 +597,7 @@ class _Backward:
             self._release(number)
         for g, number in results:
             self._accumulate(i, g.of, number)
+            self.shown |= {g.of.number} if g.shown else set()
 
     def _hand_out(self, s: int, kept: list[_Kept]) -> list[_Kept]:
         """What the forward pass kept becomes a gradient: it is let go in the instant in which that is there."""
@@ -541,9 +630,10 @@ class _Backward:
         old = self.pending.get(x.number)
         if old is None:
             self.pending[x.number] = number
-        elif self.holders[old] == 1:
+        elif self.holders[old] == 1 and x.number not in self.shown:
             self._release(number)
         else:
+            self.shown.discard(x.number)
             row = Row("", "sum of gradients", "temporary", x.shape, x.dtype)
             self.pending[x.number] = self._allocate(x.bytes, row)
             self._release(old)

@@ -18,7 +18,7 @@ from memplan.operators.elementwise import add, add_into, dropout, keeps_result, 
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
-from memplan.operators.tape import Gradient, Tape, Tensor, elements
+from memplan.operators.tape import ATTENTION_KERNEL, Gradient, Tape, Tensor, elements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,6 +101,7 @@ def eager(
         t.hold_in_piece(weights)
         if returned:
             t.hold_into_next(weights)
+            t.also_returns(weights)
         out = matmul(t, weights, next(batched), (b, heads, s, v.shape[-1]), t.keys)
         t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
@@ -117,9 +118,10 @@ def slices_batched(t: Tape, *parts: Tensor) -> Iterator[Tensor]:
     Each copy is made when it is asked for.
 
     So has a single head that is shown for every head.  A micro-batch of one needs no copy and keeps the larger tensor
-    (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.
+    (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.  Where
+    sequences lie end to end there is but one row.
     """
-    if all(part.shape[1] == 1 for part in parts):
+    if t.batch.flattened or all(part.shape[1] == 1 for part in parts):
         yield from parts
         return
     slices = [x for x in parts if x.bytes.factor < t.storages[x.storage].size.factor]
@@ -185,8 +187,9 @@ def _fused(
     if padding:
         q, k, v = (t.op("pad", (x,), (*x.shape[:-1], _whole(x.shape[-1]) + padding)) for x in (q, k, v))
     rows: Dim = "s to 32" if kernel == "efficient" and s == "s" else s
-    if mask is not None:
-        mask = _kernel_mask(t, mask, q.dtype)
+    unpadded = None
+    if mask is not None and mask.dtype == "bool":
+        unpadded, mask = _kernel_mask(t, mask, q.dtype)
     extra: list[tuple[str, tuple[Dim, ...], str]] = [("logsumexp", (b, heads, rows), "fp32")]
     if t.attention == "flash":
         extra += [("seed", (2,), "int64"), ("offset", (1,), "int64")]
@@ -195,29 +198,42 @@ def _fused(
     if mask is not None:
         keeps.append(mask)
         inputs.append(mask)
-    scratch = _flash_scratch(q, k) if kernel == "flash" else _efficient_scratch(q)
+    scratch = _flash_scratch(t, q, k) if kernel == "flash" else _efficient_scratch(q)
     if padding:  # the gradient of the cut is no transpose of what the kernel wants
         scratch.append(num_bytes(q.shape, q.dtype))
     out = t.op(
-        "attention kernel",
+        ATTENTION_KERNEL,
         inputs,
         (b, s, heads, v.shape[-1]),
         keeps=keeps,
         keeps_output=True,
         extra_outputs=extra,
         backward_scratch=scratch,
-        flops=count((b, heads, s, t.keys, head_dim)).times(4),
+        flops=count((b, heads, s, _attended(t, s), head_dim)).times(4),
         reason="a fused attention kernel recomputes the scores from q, k, v, its output and the log-sum-exp",
     )
+    if unpadded is not None:
+        t.keep_alive(unpadded)
     if padding:
         out = take(t, out, (b, s, heads, head_dim))
     return copy(t, out) if padding or (by_head and kernel != "efficient") else out
 
 
-def _flash_scratch(q: Tensor, k: Tensor) -> list[Size]:
+def _attended(t: Tape, s: Dim) -> Dim:
+    """Scores that the kernel computes for each query: of its own sequence, where it is told where that ends."""
+    if t.generating:
+        return t.keys
+    return "s/sequences" if t.batch.flattened and t.attention == "flash" else s
+
+
+def _flash_scratch(t: Tape, q: Tensor, k: Tensor) -> list[Size]:
     """What the flash kernel's backward allocates for itself: rows in steps of 128, heads of 32 (64 from 128 on)."""
     b, heads, s, head_dim = q.shape
     rows: Dim = "s to 128" if s == "s" else s
+    if (
+        t.batch.flattened and t.attention == "flash"
+    ):  # mha_varlen_bwd, for the ends of sequences: 128 rows more for each
+        rows = "s+128*sequences"
     step = 32 if _whole(head_dim) <= 128 else 64
     width = -(-_whole(head_dim) // step) * step
     expanded = [num_bytes(q.shape, q.dtype)] * 2 if heads != k.shape[1] else []
@@ -314,21 +330,14 @@ def _made_by(t: Tape, x: Tensor) -> str:
     return next((op.name for op in reversed(t.ops) if any(y.number == x.number for y in op.outputs)), "")
 
 
-def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> Tensor:
-    """A boolean mask as the memory-efficient kernel is given it: 0 and minus infinity, rows padded to 16 elements.
+def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """A boolean mask as 0 and minus infinity, and what the memory-efficient kernel is given: rows of 16 n elements.
 
-    Every layer makes its own (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/
-    attention.cpp).
+    Every layer makes its own; the first, empty where it is the second, is a variable of scaled_dot_product_attention
+    (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/attention.cpp).
     """
-    if mask.dtype != "bool":
-        return mask
-    return t.op(
-        "additive mask",
-        (mask,),
-        ("b", 1, "s", f"{t.keys} to 16"),
-        dtype=dtype,
-        scratch=[num_bytes(("b", 1, "s", f"{t.keys}[not 16s]"), dtype)],
-    )
+    unpadded = t.op("additive mask", (mask,), ("b", 1, "s", f"{t.keys}[not 16s]"), dtype=dtype)
+    return unpadded, t.op("pad", (unpadded, mask), ("b", 1, "s", f"{t.keys} to 16"), gradients=(), dtype=dtype)
 
 
 def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.errors import UsageError
 from memplan.operators.layout import copy, take
-from memplan.operators.losses import divide
+from memplan.operators.losses import PREDICTING, divide
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Size, at_most, count, more_than, num_bytes, power_of_two
 from memplan.operators.tape import Loop
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from memplan.operators.sizes import Dim, Shape
     from memplan.operators.tape import Tape, Tensor
 
-PREDICTING = ("b", "s-1")
-"""The tokens that have a next one, by sequence."""
 PAIRS = "b*(s-1)"
 """The same, in a row."""
 

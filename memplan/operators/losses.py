@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from memplan.operators.layout import copy
-from memplan.operators.tape import Gradient, Tape, Tensor, elements
+from typing import TYPE_CHECKING
+
+from memplan.operators.elementwise import add, neg, scale
+from memplan.operators.layout import copy, take
+from memplan.operators.tape import Gradient, Op, Tape, Tensor, elements
+
+if TYPE_CHECKING:
+    from memplan.operators.sizes import Shape
+
+PREDICTING = ("b", "s-1")
+"""The tokens that have a next one, by sequence."""
 
 
 def log_softmax(t: Tape, x: Tensor) -> Tensor:
@@ -24,19 +33,22 @@ def cross_entropy(t: Tape, logits: Tensor, targets: Tensor) -> Tensor:
     The backward of the likelihood is a new tensor of the size of the log-probabilities, mostly zeros.
     """
     logits = t.autocast_fp32(logits)
-    log_probabilities = log_softmax(t, logits)
-    loss = t.op(
+    loss = nll_loss(t, log_softmax(t, logits), targets)
+    t.keep_alive(logits)
+    return loss
+
+
+def nll_loss(t: Tape, log_probabilities: Tensor, *targets: Tensor) -> Tensor:
+    """The mean negative log-likelihood of the targets (which may be kept as several tensors)."""
+    return t.op(
         "nll_loss",
-        (log_probabilities, targets),
+        (log_probabilities, *targets),
         (),
-        dtype=logits.dtype,
-        keeps=(log_probabilities, targets),
-        extra_outputs=(("total weight", (), logits.dtype),),
+        keeps=(log_probabilities, *targets),
+        extra_outputs=(("total weight", (), log_probabilities.dtype),),
         gradients=[Gradient(log_probabilities)],
         reason="the gradient of the loss needs the targets",
     )
-    t.keep_alive(logits)
-    return loss
 
 
 def causal_lm_loss(t: Tape, logits: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
@@ -58,6 +70,66 @@ def masked_lm_loss(t: Tape, logits: Tensor, labels: Tensor, num_items: Tensor | 
         loss = divide(t, loss, num_items)
     t.keep_alive(logits, upcast)
     return loss
+
+
+def smoothed_loss(t: Tape, logits: Tensor, hidden: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
+    """The Trainer's own loss of smoothed labels: log-probabilities of the labels, and the sum of those of all words.
+
+    ``LabelSmoother`` of transformers 5.23 (trainer_pt_utils.py), after the model has returned: in the dtype of the
+    logits, or in fp32 under autocast, as accelerate hands them out.  A slice of a single sequence is no copy.
+    Kept are the log-probabilities and, because ``gather`` saves its input, their negative.
+    """
+    words = logits.shape[-1]
+    several: Shape = ("[b>1]", *PREDICTING)
+    t.keep_alive(hidden)
+    t.pause()
+    if t.numerics.autocast is not None:
+        logits = t.cast(logits, "fp32")
+    shifted = copy(t, take(t, logits, (*PREDICTING, words)), (*several, words))
+    targets = t.op("clone", (labels,), several)
+    log_probs = neg(t, log_softmax(t, t.view(shifted, (*PREDICTING, words))))
+    ignored = t.op("eq", (targets,), (*PREDICTING, 1), dtype="bool")
+    index = t.op("clamp", (targets,), (*PREDICTING, 1))
+    likelihood = gather_last(t, log_probs, index)
+    total = sum_in_fp32(t, log_probs)
+    likelihood = _mean_over(t, masked_fill_in_place(t, likelihood, ignored), num_items)
+    spread = t.op("mul", (num_items,), (), gradients=())
+    total = _mean_over(t, masked_fill_in_place(t, total, ignored), spread)
+    loss = add(t, scale(t, likelihood), scale(t, total))
+    t.keep_alive(logits, shifted, log_probs, ignored, index)
+    return loss
+
+
+def gather_last(t: Tape, x: Tensor, index: Tensor) -> Tensor:
+    """``x.gather(-1, index)``: keeps both (its derivative asks `x` for its shape)."""
+    reason = "the derivative of gather asks what is gathered from for its shape"
+    return t.op("gather", (x, index), index.shape, dtype=x.dtype, keeps=(x, index), reason=reason)
+
+
+def sum_in_fp32(t: Tape, x: Tensor) -> Tensor:
+    """``x.sum(-1, keepdim=True, dtype=torch.float32)``: keeps nothing.
+
+    The gradient is the incoming one, shown for every element; where `x` has another dtype, that is written out.
+    """
+    gradient = Gradient(x, alias=True, shown=True) if x.dtype == "fp32" else Gradient(x)
+    return t.op("sum", (x,), (*x.shape[:-1], 1), dtype="fp32", gradients=[gradient], flops=elements(x))
+
+
+def masked_fill_in_place(t: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """``x.masked_fill_(mask, number)``: keeps the mask; the result lies on the storage of `x`."""
+    out = x._replace(number=len(t.tensors))
+    t.tensors.append(out)
+    gradients = (Gradient(x),) if x.requires_grad else ()
+    keeps = (mask,) if x.requires_grad else ()
+    t.ops.append(Op("masked_fill_", t.module, (x, mask), (out,), keeps, False, gradients, (), (), elements(x), ""))
+    return out
+
+
+def _mean_over(t: Tape, x: Tensor, num: Tensor) -> Tensor:
+    """``x.sum() / num``."""
+    total = divide(t, t.op("sum", (x,), (), gradients=[Gradient(x, alias=True)]), num)
+    t.keep_alive(x)
+    return total
 
 
 def divide(t: Tape, x: Tensor, by: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""From the last hidden states of a pair of sequences to the loss of direct preference optimisation.
+"""From the last hidden states of a pair of sequences, or from their scores, to the loss of a preference.
 
     loss = mean(-log sigmoid(beta * ((c - c_ref) - (r - r_ref))))      c, r: log-probability of the chosen, the rejected
+    loss = mean(-log sigmoid(c - r))                                   c, r: their scores (`reward_loss`)
 
 Chosen and rejected sequences are one micro-batch of ``b`` sequences, ``b/2`` pairs.  The log-probabilities of their
 labelled tokens (the completions) are those of the tiled output layer.  The order of things is DPOTrainer's: the policy
@@ -16,8 +17,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.operators.elementwise import add_scalar, neg, scale, sub
-from memplan.operators.fused_losses import PREDICTING, tiled_log_probabilities
+from memplan.operators.fused_losses import tiled_log_probabilities
 from memplan.operators.layout import split, take
+from memplan.operators.losses import PREDICTING
 from memplan.operators.tape import Gradient
 
 if TYPE_CHECKING:
@@ -63,6 +65,23 @@ def dpo_loss(t: Tape, hidden: Tensor, head: OutputLayer) -> Tensor:
     margins = sub(t, sub(t, chosen, chosen_ref), sub(t, rejected, rejected_ref))
     loss = add_scalar(t, scale(t, mean(t, neg(t, log_sigmoid(t, scale(t, margins))))))
     t.keep_alive(labels, log_probs, *reported, margins, *given)
+    return loss
+
+
+def reward_loss(t: Tape, scores: Tensor) -> Tensor:
+    """``-logsigmoid(chosen - rejected).mean()`` of the scores (b, 1) that a model of rewards has returned.
+
+    ``RewardTrainer.compute_loss`` of TRL 1.16 (trainer/reward_trainer.py), with no margins in the data and no
+    ``center_rewards_coefficient``; its collator gives a mask beside the ids, and no labels.
+    """
+    t.external("attention_mask", TOKENS, "int64", role="input")
+    t.pause()
+    if t.numerics.autocast is not None:  # accelerate hands the outputs out in fp32
+        scores = t.cast(scores, "fp32")
+    chosen, rejected = split(t, t.view(scores, ("b",)), (PAIRS, PAIRS))
+    difference = sub(t, chosen, rejected)
+    loss = neg(t, mean(t, log_sigmoid(t, difference)))
+    t.keep_alive(scores)
     return loss
 
 

@@ -140,7 +140,8 @@ def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[s
 
     ``s+[b=1]`` is one longer for a micro-batch of one, where PyTorch's ``contiguous()`` of a slice copies nothing and
     keeps the whole; ``[b=1]`` is 1 there and else 0.  ``s to 16``, ``s to 32`` and ``s to 128`` are rounded up to
-    such a multiple; ``s[not 16s]`` is nothing where the length already is one.  ``b/2`` are pairs of sequences.
+    such a multiple; ``s[not 16s]`` is nothing where the length already is one.  ``b/2`` are pairs of sequences, and
+    ``[b=2]`` is 1 where there is a single one.
     """
     to_16 = -(-seq_len // 16) * 16
     pairs = micro_batch_size * (seq_len - 1)
@@ -156,9 +157,30 @@ def bind(micro_batch_size: Any, seq_len: Any, supervised: float = 1.0) -> dict[s
         "s+[b=1]": seq_len + (micro_batch_size == 1),
         "[b=1]": (micro_batch_size == 1) * 1,
         "[b>1]": (micro_batch_size > 1) * 1,
+        "[b=2]": (micro_batch_size == 2) * 1,
+        "[b>2]": (micro_batch_size > 2) * 1,
         "s to 16": to_16,
         "s to 32": -(-seq_len // 32) * 32,
         "s to 128": -(-seq_len // 128) * 128,
         "s[not 16s]": seq_len * (to_16 != seq_len),
     }
     return Dimensions(dimensions)
+
+
+def bind_flattened(num_tokens: Any, num_sequences: Any, supervised: float = 1.0) -> dict[str, Any]:
+    """The same for one row of `num_tokens` in which `num_sequences` lie end to end.
+
+    The first token of each is nobody's next one.  ``sequences`` is their number, ``sequences+1`` that of their ends
+    with the start, ``s/sequences`` their mean length, ``s+128*sequences`` what is the row with 128 more for each.
+    """
+    pairs = num_tokens - num_sequences
+    return Dimensions(
+        {
+            **bind(1, num_tokens),
+            "n": -(-pairs * round(supervised * MILLION) // MILLION),
+            "sequences": num_sequences,
+            "sequences+1": num_sequences + 1,
+            "s/sequences": -(-num_tokens // num_sequences),
+            "s+128*sequences": num_tokens + 128 * num_sequences,
+        }
+    )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
+ATTENTION_KERNEL = "attention kernel"
+"""The name of fused attention, whatever the kernel."""
 MODULES_TO_SAVE = "modules_to_save"
 """Under this name peft keeps the trained copy of a module beside the frozen original."""
 
@@ -44,6 +46,26 @@ class Numerics(NamedTuple):
     """dtype of the parameters: ``fp32``, ``bf16`` or ``fp16``."""
     autocast: str | None = None
     """dtype of autocast's low-precision operators, None where autocast is off."""
+
+
+class Batch(NamedTuple):
+    """How sequences lie in a micro-batch."""
+
+    padded: bool = False
+    """Whether a mask is passed because it holds padding."""
+    flattened: bool = False
+    """Whether they lie end to end in one row, and position ids are passed."""
+    several: bool = False
+    """Whether such a row holds more than one."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether what a token attends to depends on more than its place in the row."""
+        return self.padded or self.several
+
+
+ROWS = Batch()
+"""A row for each, without padding."""
 
 
 class Tensor(NamedTuple):
@@ -112,6 +134,8 @@ class Gradient(NamedTuple):
     of: Tensor
     alias: bool = False
     """True where the gradient lies on the storage of the incoming gradient (views, plain sums)."""
+    shown: bool = False
+    """True where it is, besides, shown for more elements than it has (``expand``): nothing is added to it in place."""
     scratch: tuple[Size, ...] = ()
     """Bytes alive beside it while it is computed."""
     computed_at: Size | None = None
@@ -177,13 +201,13 @@ class Span(NamedTuple):
 class Tape:
     """The recording of one piece of a model."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - one statement for each thing that is recorded
         self,
         numerics: Numerics,
         *,
         attention: str = "sdpa",
         exceeded: frozenset[int] = frozenset(),
-        padded: bool = False,
+        batch: Batch = ROWS,
         recipe: Recipe = EVERYTHING,
         prefix: str = "",
         loss: str = "full",
@@ -193,6 +217,7 @@ class Tape:
         evaluation: bool = False,
         generating: bool = False,
         window: int | None = None,
+        enters_a_leaf: bool = False,
     ) -> None:
         self.generating = generating
         """Whether the piece predicts one token after the other from a key-value cache; it implies `evaluation`."""
@@ -216,13 +241,15 @@ class Tape:
         self.attention = attention
         """Attention implementation: ``eager``, ``sdpa`` or ``flash``."""
         self.loss = loss
-        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`."""
+        """How the loss of a language model is computed: one of `memplan.specs.training.LOSSES`, or ``smoothed``."""
         self.exceeded = exceeded
         """Attention windows that are shorter than the sequence."""
-        self.padded = padded
-        """Whether a mask is passed because the micro-batch holds padding."""
+        self.batch = batch
+        """How sequences lie in the micro-batch."""
         self.evaluation = evaluation
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
+        self.enters_a_leaf = enters_a_leaf
+        """Whether the hidden states that come in are a leaf of the graph (reentrant checkpointing detaches them)."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
@@ -235,6 +262,8 @@ class Tape:
         """What the caller of the model holds until the backward pass is over."""
         self.holds_output = False
         """Whether a variable of the model holds what this piece hands on until the last layer has run."""
+        self.returned: list[Tensor] = []
+        """What the piece returns beside its output, for nobody."""
         self.in_model: list[Tensor] = []
         """What variables of the model hold until the last layer returns."""
         self.in_next: list[Tensor] = []
@@ -350,6 +379,10 @@ class Tape:
         self._record("view", (x,), (out,), gradients=(Gradient(x, alias=True),))
         return out
 
+    def also_returns(self, x: Tensor) -> None:
+        """The layer returns this one, too (attention weights), and the model makes no use of it."""
+        self.returned.append(x)
+
     def keep_alive(self, *tensors: Tensor) -> None:
         """These are held by a Python variable up to this point, although no operator needs them any more."""
         self._record("hold", tensors, ())
@@ -363,7 +396,7 @@ class Tape:
         self._held[0].append(tensor)
 
     def pause(self) -> None:
-        """The model has returned; something else runs before its caller goes on (a reference model)."""
+        """The model has returned and autocast has ended; a reference model may run before its caller goes on."""
         self._record(PAUSE, (), ())
 
     def hold_in_model(self, tensor: Tensor) -> None:
@@ -513,13 +546,18 @@ class Tape:
         low = self.numerics.autocast
         if low is None or x.dtype not in {"fp32", "bf16", "fp16"} or x.dtype == low:
             return x
-        storage = self.storages[x.storage]
-        if self._parameter_of.get(storage.name) is not x or not x.requires_grad:
+        if not self._is_leaf(x) or not x.requires_grad:
             return self.cast(x, low)
         key = (x.number, low)
         if key not in self._casts:
             self._casts[key] = self.op("to (autocast cache)", (x,), x.shape, dtype=low, cached=True)
         return self._casts[key]
+
+    def _is_leaf(self, x: Tensor) -> bool:
+        storage = self.storages[x.storage]
+        if storage.role == "hidden":
+            return self.enters_a_leaf and x.shape == storage.shape and x.dtype == "fp32"
+        return self._parameter_of.get(storage.name) is x
 
     def autocast_fp32(self, x: Tensor) -> Tensor:
         """`x` as autocast hands it to an operator of its fp32 list."""

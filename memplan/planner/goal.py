@@ -39,14 +39,17 @@ class Target(NamedTuple):
     target_tokens: int | None = None
     """Tokens per step as asked for, None where sequences were."""
 
-    def rounding(self, seq_len: int) -> str | None:
-        """What became of a target in tokens, in words; None where nothing was rounded."""
+    def rounding(self, seq_len: int, unit: str = "sequence") -> str | None:
+        """What became of a target in tokens, in words; None where nothing was rounded.
+
+        `seq_len`: tokens of a `unit`, two sequences of a pair.
+        """
         if self.target_tokens is None:
             return None
         got = self.global_batch_size * seq_len
         difference = got - self.target_tokens
         exact = "exactly" if difference == 0 else f"{abs(difference):,} {'more' if difference > 0 else 'fewer'}"
-        noun = "sequence" if self.global_batch_size == 1 else "sequences"
+        noun = unit if self.global_batch_size == 1 else f"{unit}s"
         sequences = f"{self.global_batch_size:,} {noun} of {seq_len:,}"
         return f"{self.target_tokens:,} tokens are {sequences}: {got:,} tokens, {exact}"
 
@@ -159,6 +162,8 @@ class Goal:
             return None
         ranks = self.setup.data_parallel_size
         each = self.target.global_batch_size // ranks
+        if any(micro < one <= most for one in divisors(each)):  # a larger one was to be had, and is slower
+            return None
         reach = max(2 // ranks, each // 1000)
         largest = min(int(most), each + reach, MOST_TRIED)
         for larger in range(largest, int(CLEARLY_LARGER * micro), -1):
@@ -178,8 +183,17 @@ class Goal:
                 yield micro, steps
 
     def modes(self) -> tuple[str, ...]:
-        """The checkpointing choices that are open."""
-        return self.checkpointings if self.activation_checkpointing is None else (self.activation_checkpointing,)
+        """The checkpointing choices that are open, and go with the rest of the setup."""
+        if self.activation_checkpointing is not None:
+            return (self.activation_checkpointing,)
+        return tuple(mode for mode in self.checkpointings if self._allows(mode))
+
+    def _allows(self, mode: str) -> bool:
+        try:
+            replace(self.setup, activation_checkpointing=mode)
+        except UsageError:
+            return False
+        return True
 
     def at(self, micro: int, steps: int, mode: str) -> Setup:
         """The setup of one candidate."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import IN_BACKWARD, PRECISIONS
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION, SCORED
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Change(NamedTuple):
 
     name: str
     flag: str
-    setup: Setup
+    fields: dict[str, Any]
+    """What of the setup it changes."""
     departure: int = SAME
     """One of `SAME` to `OTHER`."""
     price: str = ""
@@ -73,14 +74,14 @@ def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Le
     levers = []
     for change in _changes(start.setup):
         try:
-            candidate = price(change.setup)
-        except UsageError:  # the model has no such choice
+            candidate = price(replace(start.setup, **change.fields))
+        except UsageError:  # the model, or what else was chosen, has no such choice
             continue
         lever = Lever(
             name=change.name,
             flag=change.flag,
             candidate=candidate,
-            delta_bytes=candidate.memory.peak_process_bytes - start.memory.peak_process_bytes,
+            delta_bytes=candidate.memory.peak_allocated_bytes - start.memory.peak_allocated_bytes,
             delta_step_time_s=candidate.step_time.total_s - start.step_time.total_s,
             departure=change.departure,
             price=change.price,
@@ -92,83 +93,84 @@ def levers_of(price: Callable[[Setup], Candidate], start: Candidate) -> tuple[Le
 
 def _changes(setup: Setup) -> Iterator[Change]:
     if setup.activation_checkpointing != "full":
-        yield Change(
-            "recompute every layer in the backward pass",
-            "--checkpointing full",
-            replace(setup, activation_checkpointing="full"),
-        )
+        fields: dict[str, Any] = {"activation_checkpointing": "full"}
+        yield Change("recompute every layer in the backward pass", "--checkpointing full", fields)
+    if setup.activation_checkpointing == "full" and setup.attention != "eager":
+        fields = {"activation_checkpointing": SAVE_ATTENTION}
+        yield Change("recompute every layer but its attention", f"--checkpointing {SAVE_ATTENTION}", fields)
     if setup.activation_checkpointing != "none":
-        yield Change(
-            "keep all activations",
-            "--checkpointing none",
-            replace(setup, activation_checkpointing="none"),
-        )
-    if setup.activation_checkpointing not in {"none", "selective"} and setup.offload is None:
-        offloaded = replace(setup, offload="activations")
-        yield Change("what checkpointing keeps on the host", "--offload activations", offloaded, SAME, COPIED)
+        yield Change("keep all activations", "--checkpointing none", {"activation_checkpointing": "none"})
+    if setup.activation_checkpointing not in {"none", "selective", SAVE_ATTENTION} and setup.offload is None:
+        fields = {"offload": "activations"}
+        yield Change("what checkpointing keeps on the host", "--offload activations", fields, SAME, COPIED)
     if setup.attention == "eager":
-        yield Change("fused attention", "--attention sdpa", replace(setup, attention="sdpa"))
+        yield Change("fused attention", "--attention sdpa", {"attention": "sdpa"})
+    yield from _evaluations(setup)
     yield from _losses(setup)
     yield from _other_optimizers(setup)
     yield from _adapters(setup)
     if setup.precision in {"fp32", "bf16-mixed", "fp16-mixed"}:
-        yield Change(
-            "parameters, gradients and states in bf16",
-            "--precision bf16",
-            replace(setup, precision="bf16"),
-            WEIGHTS,
-            NARROW,
-        )
+        fields = {"precision": "bf16"}
+        yield Change("parameters, gradients and states in bf16", "--precision bf16", fields, WEIGHTS, NARROW)
     if setup.seq_len // 2 >= SHORTEST:
         half = setup.seq_len // 2
-        yield Change("sequences half as long", f"--seq-len {half}", replace(setup, seq_len=half), LESS)
-    if setup.micro_batch_size % 2 == 0 and setup.optimizer not in IN_BACKWARD:
+        yield Change("sequences half as long", f"--seq-len {half}", {"seq_len": half}, LESS)
+    if setup.micro_batch_size % 2 == 0:
         micro, steps = setup.micro_batch_size // 2, setup.gradient_accumulation_steps * 2
-        yield Change(
-            "half the micro-batch, twice the accumulation",
-            f"--micro-batch {micro}",
-            replace(setup, micro_batch_size=micro, gradient_accumulation_steps=steps),
-        )
+        fields = {"micro_batch_size": micro, "gradient_accumulation_steps": steps}
+        yield Change("half the micro-batch, twice the accumulation", f"--micro-batch {micro}", fields)
+
+
+def _evaluations(setup: Setup) -> Iterator[Change]:
+    """Evaluations that take less at once and measure the same."""
+    found = setup.evaluation
+    if found is None:
+        return
+    if found.batch > 1:
+        fields = {"evaluation": replace(found, batch=1)}
+        yield Change("evaluation of one sequence at a time", "--eval-batch 1", fields)
+    if found.samples is not None and found.accumulation != 1:
+        fields = {"evaluation": replace(found, accumulation=1)}
+        yield Change("logits moved to the host after every batch", "--eval-accumulation 1", fields)
 
 
 def _losses(setup: Setup) -> Iterator[Change]:
     """Losses that give the same gradients, but for rounding, without holding all logits."""
     names = {"tiled": "TRL's loss, tile by tile", "fused": "Liger's fused loss"}
-    if setup.loss == "full":
+    if setup.loss == "full" and setup.objective not in LOSSES_BY_OBJECTIVE and not setup.label_smoothing:
         for loss, name in names.items():
-            yield Change(name, f"--loss {loss}", replace(setup, loss=loss))
+            yield Change(name, f"--loss {loss}", {"loss": loss})
 
 
 def _adapters(setup: Setup) -> Iterator[Change]:
     """Adapters in place of the weights, and a base in few bits beside them."""
     lora = setup.lora
+    if setup.objective in SCORED:
+        return
     if lora is None:
-        adapters = replace(setup, lora=Lora(rank=USUAL_RANK))
+        adapters = {"lora": Lora(rank=USUAL_RANK)}
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)
-        quantised = replace(adapters, quantize="nf4")
+        quantised = {**adapters, "quantize": "nf4"}
         price = f"as --lora-rank {USUAL_RANK}, and {FOUR_BITS}"
         yield Change("QLoRA", f"--lora-rank {USUAL_RANK} --quantize nf4", quantised, LESS_AND_ROUNDED, price)
         return
     if setup.quantize is None:
-        yield Change("a base of 4 bits", "--quantize nf4", replace(setup, quantize="nf4"), WEIGHTS, FOUR_BITS)
+        yield Change("a base of 4 bits", "--quantize nf4", {"quantize": "nf4"}, WEIGHTS, FOUR_BITS)
     if lora.dtype == "fp32" and PRECISIONS[setup.precision][0] != "fp32":
-        narrow = replace(setup, lora=replace(lora, dtype="base"))
+        narrow = {"lora": replace(lora, dtype="base")}
         yield Change("adapters in the dtype of the weights", "--lora-dtype base", narrow, ROUNDING, NARROW)
     if lora.dropout:
-        plain = replace(setup, lora=replace(lora, dropout=0.0))
+        plain = {"lora": replace(lora, dropout=0.0)}
         yield Change("no dropout before adapters", "--lora-dropout 0", plain, ROUNDING, "less regularisation")
 
 
 def _other_optimizers(setup: Setup) -> Iterator[Change]:
     if setup.optimizer in {"adamw", "adamw-foreach", "adamw-forloop"}:
-        yield Change("fused AdamW", "--optimizer adamw-fused", replace(setup, optimizer="adamw-fused"))
+        yield Change("fused AdamW", "--optimizer adamw-fused", {"optimizer": "adamw-fused"})
     eight, paged = EIGHT_BITS_BY_OPTIMIZER.get(setup.optimizer), PAGED_BY_OPTIMIZER.get(setup.optimizer)
     if eight:
-        other = replace(setup, optimizer=eight)
-        yield Change("8-bit optimizer states", f"--optimizer {eight}", other, ROUNDING, ROUNDED)
+        yield Change("8-bit optimizer states", f"--optimizer {eight}", {"optimizer": eight}, ROUNDING, ROUNDED)
     if paged:
-        other = replace(setup, optimizer=paged)
-        yield Change("optimizer states in unified memory", f"--optimizer {paged}", other)
+        yield Change("optimizer states in unified memory", f"--optimizer {paged}", {"optimizer": paged})
     if setup.optimizer != "sgd":
-        other = replace(setup, optimizer="sgd")
-        yield Change("no optimizer states", "--optimizer sgd", other, OTHER, NO_MOMENTS)
+        yield Change("no optimizer states", "--optimizer sgd", {"optimizer": "sgd"}, OTHER, NO_MOMENTS)

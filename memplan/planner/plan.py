@@ -57,7 +57,7 @@ class Lever(NamedTuple):
     """The option that makes it."""
     candidate: Candidate
     delta_bytes: int
-    """Change of the process peak; negative frees."""
+    """Change of the allocated peak; negative frees.  Levers are not replayed through the allocator."""
     delta_step_time_s: float
     departure: int
     """How far it goes from the run that was asked for, from 0, the same update, to 5 (`memplan.planner.levers`)."""
@@ -123,7 +123,7 @@ class Plan(Tabular):
         target, micro = found
         given = ""
         if self.target.target_tokens is not None:
-            given = f" (--target-tokens {target * best.setup.seq_len})"
+            given = f" (--target-tokens {target * best.setup.tokens_per_example})"
         return (
             f"{self.target.global_batch_size:,} sequences allow micro-batches of {best.setup.micro_batch_size:,} here; "
             f"--target-batch {target}{given} would allow {micro:,}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.planner.levers import levers_of
 from memplan.planner.plan import Candidate, Lever, Plan, Rejection, WayOut
 from memplan.specs.values import replace
@@ -165,9 +166,9 @@ def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[
     for num in (1, 2, 3):
         found = []
         for group in combinations(helping, num):
-            setup = _with_all(start.setup, group)
-            if setup is not None and look.candidate(setup).fits:
-                found.append(WayOut(levers=group, candidate=look.candidate(setup)))
+            candidate = _with_all(look, start.setup, group)
+            if candidate is not None and candidate.fits:
+                found.append(WayOut(levers=group, candidate=candidate))
         replayed = [
             way._replace(candidate=look.replayed(way.candidate)) for way in sorted(found, key=_cost)[:MOST_WAYS_OUT]
         ]
@@ -182,12 +183,15 @@ def _cost(way: WayOut) -> tuple[int, int, float]:
     return max(departures), sum(departures), way.candidate.step_time.total_s
 
 
-def _with_all(setup: Setup, levers: Sequence[Lever]) -> Setup | None:
-    """All changes together; None where two change the same thing."""
+def _with_all(look: Search, setup: Setup, levers: Sequence[Lever]) -> Candidate | None:
+    """All changes together; None where two change the same thing, or cannot be had together."""
     changes: dict[str, object] = {}
     for lever in levers:
         changed = {name: value for name, value in vars(lever.candidate.setup).items() if value != getattr(setup, name)}
         if changed.keys() & changes.keys():
             return None
         changes |= changed
-    return replace(setup, **changes)  # type: ignore[arg-type]
+    try:
+        return look.candidate(replace(setup, **changes))  # type: ignore[arg-type]
+    except UsageError:
+        return None

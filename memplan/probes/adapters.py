@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
-from memplan.specs.recipe import ALL_LINEAR, covers
+from memplan.specs.recipe import ALL_LINEAR, check_known, covers, is_named
 from memplan.specs.training import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memplan.specs.adapter import Lora
     from memplan.specs.training import Setup
 
 
@@ -30,6 +31,7 @@ def prepared(module: nn.Module, setup: Setup) -> nn.Module:
         UsageError: the model has no layer of the names given, or nothing is left to train.
     """
     module = with_adapters(quantise(module, setup), setup)
+    check_known("--freeze", setup.freeze, {plain_name(name) for name, _ in module.named_parameters()}, covers)
     for name, parameter in module.named_parameters():
         if any(covers(pattern, plain_name(name)) for pattern in setup.freeze):
             parameter.requires_grad_(False)
@@ -65,6 +67,7 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
     lora = setup.lora
     if lora is None:
         return module
+    _check_modules(module, lora)
     require("peft")
     import peft
 
@@ -92,6 +95,14 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         dtype = DTYPES[PRECISIONS[setup.precision][0]]
         _in_dtype_of_the_base(adapted, dtype, magnitudes=setup.quantize is None)
     return adapted
+
+
+def _check_modules(module: nn.Module, lora: Lora) -> None:
+    """Raise `UsageError` for names that no module has: peft takes them where another one fits."""
+    paths = [path for path, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))]
+    if lora.targets != (ALL_LINEAR,):
+        check_known("--lora-targets", lora.targets, paths, is_named, also=ALL_LINEAR)
+    check_known("--modules-to-save", lora.modules_to_save, paths, is_named)
 
 
 def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:

@@ -21,10 +21,12 @@ from memplan.estimation.estimate import (
     ModelSummary,
     context_bytes,
     process_rows,
+    speed_of,
     workspace_bytes,
 )
 from memplan.estimation.ledger import KIND_ORDER, LedgerRow
 from memplan.estimation.traced import INSTANT_BY_PHASE, TRACED_MICRO_STEPS
+from memplan.estimation.traced_estimator import time_of
 from memplan.operators.sizes import allocated
 from memplan.probes.trace import trace_training
 from memplan.specs.margin import NONE as NO_MARGIN
@@ -39,11 +41,12 @@ if TYPE_CHECKING:
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.margin import Margin
     from memplan.specs.training import Setup
+    from memplan.steptime.step import StepTime
 
 UNMODELLED = (
     ("scratch memory inside kernels other than attention's", "a trace sees what PyTorch's operators allocate"),
     ("sequences of varying length", "all are as long as --seq-len; varying ones fragment the allocator more"),
-    ("the time of a step", "nothing is computed: no number is there to be timed"),
+    ("the time of operators that compute little", "only products of matrices are timed"),
 )
 """(what, why) of what a trace leaves out."""
 
@@ -109,6 +112,7 @@ def estimate_of(
             model_type=model_type,
             num_parameters=trace.num_parameters,
             num_trainable_parameters=trace.num_trainable_parameters,
+            unit=trace.unit,
         ),
         setup=trace.setup,
         gpu=gpu,
@@ -121,11 +125,18 @@ def estimate_of(
         kept_activation_bytes_per_layer=trace.kept_activation_bytes_per_layer,
         instants=instants_of(trace),
         upper_bound_bytes=margin.upper_bound(memory.peak_process_bytes),
-        step_time=None,
+        step_time=_step_time(trace, gpu),
         ledger=rows_of(trace) + process_rows(memory),
         assumptions=(*_assumptions(trace, gpu, sdpa_kernel), *notes),
         unmodelled=UNMODELLED,
     )
+
+
+def _step_time(trace: Trace, gpu: GpuSpec | None) -> StepTime | None:
+    speed = speed_of(gpu)
+    if speed is None:
+        return None
+    return time_of(trace.setup, speed, *trace.flops, trace.num_parameters, trace.num_trainable_parameters)
 
 
 def instants_of(trace: Trace) -> tuple[Instant, ...]:

@@ -34,6 +34,7 @@ RANDOM_STATES = {
     aten._scaled_dot_product_flash_attention.default: (6, 7),
     aten._scaled_dot_product_efficient_attention.default: (2, 3),
     aten._scaled_dot_product_cudnn_attention.default: (6, 7),
+    aten._flash_attention_forward.default: (2, 3),
 }
 """Operator -> which of its outputs hold the state of the random numbers (two scalars)."""
 
@@ -134,6 +135,41 @@ def _flash(
     return output[..., :head_dim] if padding else output
 
 
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    autocast: CudaAutocast | None = None,
+) -> torch.Tensor:
+    """The flash kernel on sequences that lie end to end: (1, heads, s, d) to (1, s, heads, d).
+
+    As ``_flash_attention_forward`` of transformers (modeling_flash_attention_utils.py) calls flash_attn_varlen_func; a
+    query in fp32 is cast to autocast's dtype before (``fa_peft_integration_check``).
+    """
+    head_dim, padding = query.shape[-1], -query.shape[-1] % 8
+    q, k, v = (_lowered(x.transpose(1, 2), autocast) for x in (query, key, value))
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+    if padding:
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+    output: torch.Tensor = aten._flash_attention_forward(q, k, v, *ends, *longest, dropout, causal, False, scale=scale)[
+        0
+    ]
+    return (output[..., :head_dim] if padding else output)[None]
+
+
+def _lowered(x: torch.Tensor, autocast: CudaAutocast | None) -> torch.Tensor:
+    """`x` in autocast's dtype, on a real device that of PyTorch's own."""
+    if autocast is not None and autocast.enabled:
+        return autocast.lower(x)  # type: ignore[no-any-return]
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if device == "cuda" and torch.is_autocast_enabled(device) else x
+
+
 def _efficient(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -166,6 +202,27 @@ def flash_backward_scratch(grad: torch.Tensor, query: torch.Tensor, key: torch.T
     softmax_d = batch * heads * length_rounded * 4
     expanded = batch * key.shape[2] * heads * head_dim * query.element_size() if key.shape[1] != heads else 0
     return [_copied(grad), softmax_d, softmax_d * head_dim_rounded, expanded, expanded]
+
+
+def varlen_backward_scratch(
+    _: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    ends: torch.Tensor,
+    *rest: Any,
+    **__: Any,
+) -> list[int]:
+    """mha_varlen_bwd (flash_attn/flash_api.cpp): the same for sequences end to end, with 128 rows more for each."""
+    del value, out, logsumexp, rest
+    length, heads, head_dim = query.shape
+    rows = length + 128 * (ends.shape[0] - 1)
+    multiple = 32 if head_dim <= 128 else 64
+    softmax_d = heads * rows * 4
+    expanded = key.shape[0] * heads * head_dim * query.element_size() if key.shape[1] != heads else 0
+    return [softmax_d, softmax_d * (-(-head_dim // multiple) * multiple), expanded, expanded]
 
 
 def efficient_backward_scratch(grad: torch.Tensor, query: torch.Tensor, *_: Any, **__: Any) -> list[int]:

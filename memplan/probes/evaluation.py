@@ -78,5 +78,5 @@ def _predict(run: TrainingRun, inputs: Any, size: int, *, keeps: bool) -> tuple[
         with run.autocast() if run.autocast else contextlib.nullcontext():
             outputs = run.call(inputs, num_items)
         outputs = run.handed_out(outputs)
-        losses = run.loss(outputs).detach().mean().repeat(size)
+        losses = run.loss(outputs, inputs, num_items).detach().mean().repeat(size)
     return (losses, outputs["logits"].detach(), inputs["labels"].detach()) if keeps else (losses,)

@@ -58,6 +58,8 @@ class Span(NamedTuple):
     micro_step: int
     start: int
     stop: int
+    flops: int = 0
+    """Of products of matrices, convolutions and attention, as `torch.utils.flop_counter` counts them."""
 
 
 class Peak(NamedTuple):
@@ -104,6 +106,8 @@ class Trace(Tabular):
     """What the model asked about its data, and what it was told."""
     host_bytes: int = 0
     """Bytes of optimizer states in unified memory."""
+    unit: str = "sequence"
+    """What a micro-batch counts."""
 
     # -- over time ---------------------------------------------------------------------------------------------------
 
@@ -192,6 +196,14 @@ class Trace(Tabular):
         for event in self.alive_at_peak:
             totals[getattr(event, by)] += allocated(event.num_bytes)
         return dict(totals.most_common())
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """FLOPs of the last forward and of the last backward pass, with what that computes again."""
+        forward, backward = (
+            [span.flops for span in self.spans if span.phase == phase][-1] for phase in ("forward", "backward")
+        )
+        return forward, backward
 
     def category_bytes(self, category: str) -> int:
         """The most that a category had allocated at any time."""

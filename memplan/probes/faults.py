@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 
 from memplan.errors import MemplanError
@@ -37,6 +38,7 @@ EXTRA_BY_LIBRARY = {"torch": "torch", "transformers": "hf", "peft": "hf"}
 
 def require(library: str) -> None:
     """Raise `MissingLibraryError` unless `library` can be imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # others import it, and it speaks of kernels for CPUs
     try:
         import_module(library)
     except ImportError as error:

@@ -27,14 +27,18 @@ if TYPE_CHECKING:
     from memplan.probes.losses import Loss
 
 
-def use_loss(module: nn.Module, loss: str, autocast: CudaAutocast | None, supervised: float = 1.0) -> None:
+def use_loss(
+    module: nn.Module, loss: str, autocast: CudaAutocast | None, supervised: float = 1.0, unlabelled: int = 0
+) -> None:
     """Let the model compute its loss in another way than its own, in place; nothing to do for all logits at once.
+
+    `supervised`, `unlabelled`: see `Head`.
 
     Raises:
         UsageError: the module is no causal language model of transformers.
     """
     if loss not in ALL_LOGITS:
-        _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast, supervised)
+        _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast, supervised, unlabelled)
 
 
 def use_library_loss(module: nn.Module, loss: str) -> None:
@@ -73,12 +77,15 @@ def language_model(module: nn.Module, what: str) -> Any:
     return model
 
 
-def _replace_loss(model: Any, compute: Loss, autocast: CudaAutocast | None, supervised: float = 1.0) -> None:
+def _replace_loss(
+    model: Any, compute: Loss, autocast: CudaAutocast | None, supervised: float = 1.0, unlabelled: int = 0
+) -> None:
     def forward(
         self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         outputs = self.base_model(input_ids=input_ids, **kwargs)
-        return compute(outputs[0], head_of(self, autocast, supervised), labels, num_items_in_batch)
+        head = head_of(self, autocast, supervised)._replace(unlabelled=unlabelled)
+        return compute(outputs[0], head, labels, num_items_in_batch)
 
     model.forward = types.MethodType(forward, model)
 

@@ -14,11 +14,13 @@ Left out: what data collators add that no model needs (attention masks without p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 
+from memplan.probes.vision_language import VISION_LANGUAGE, image_and_words
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from memplan.specs.training import Setup
+
     Maker = Callable[[int, int], dict[str, torch.Tensor]]
     Loss = Callable[[Any], torch.Tensor]
+
+IGNORED = -100
+"""The label of a token that has none."""
 
 FLUX_IMAGE_TOKENS = 4096
 """Of 1024 x 1024 pixels: latents of 128 x 128, two by two a token (black-forest-labs/FLUX.1-dev)."""
@@ -36,7 +43,7 @@ FLUX_TEXT_TOKENS = 512
 STABLE_DIFFUSION_TEXT_TOKENS = 77
 
 
-NO_LENGTH = "whatever --seq-len; cuDNN's workspaces are left out"
+NO_WORKSPACES = "cuDNN's workspaces are left out"
 SAMPLES = "one audio frame a token of --seq-len; no masks at random (SpecAugment), and CTC's table of paths is left out"
 
 
@@ -65,6 +72,31 @@ def _ids(most: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randint(most, shape, dtype=torch.int64)
 
 
+def flattened(make: Maker, setup: Setup) -> dict[str, Any]:
+    """Sequences end to end in one row, as ``DataCollatorForLanguageModeling(padding_free=True)`` of TRL 1.16 has them.
+
+    They are as equally long as can be, on the default device; longest sequences are numbers of Python.  The first token
+    of each is nobody's next one.
+    """
+    tokens, num = setup.tokens_per_micro_batch, setup.num_sequences
+    ends = [tokens * n // num for n in range(num + 1)]
+    lengths = [end - start for start, end in pairwise(ends)]
+    inputs: dict[str, Any] = make(1, tokens)
+    device = inputs["input_ids"].device
+    if device.type != "meta":
+        inputs["labels"][0, ends[:-1]] = IGNORED
+
+    def placed(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts).to(device)
+
+    with torch.device("cpu"):
+        inputs["position_ids"] = placed([torch.arange(n) for n in lengths])[None]
+        inputs["seq_idx"] = placed([torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(lengths)])[None]
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            inputs[name] = torch.tensor(ends, dtype=torch.int32).to(device)
+    return {**inputs, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+
+
 def class_inputs(module: Any) -> Inputs:
     """Ids at random, and the first class for each sequence."""
     vocab_size = int(module.config.get_text_config().vocab_size)
@@ -80,12 +112,17 @@ def transformers_inputs(module: Any, dtype: torch.dtype) -> Inputs:
     """What a model of transformers is trained on, by its main input; floating-point inputs in `dtype`."""
     config = module.config
     main = module.main_input_name
+    if config.model_type in VISION_LANGUAGE:
+        make, said = image_and_words(config, token_inputs(int(config.get_text_config().vocab_size)), dtype)
+        return Inputs(make, said=(said,))
     if hasattr(config, "vision_config") and hasattr(config, "projection_dim"):
         length = config.text_config.max_position_embeddings
-        said = f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_LENGTH}"
+        said = (
+            f"pairs of an image of {_size(config.vision_config)} pixels and a text of {length} tokens, {NO_WORKSPACES}"
+        )
         return Inputs(_image_text(config, dtype), said=(said,))
     if main == "pixel_values":
-        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_LENGTH}",))
+        return Inputs(_images(config, dtype), said=(f"images of {_size(config)} pixels, {NO_WORKSPACES}",))
     if main == "input_features":
         return Inputs(_log_mel(config, dtype), said=(f"{2 * config.max_source_positions:,} log-mel frames a sequence",))
     if main == "input_values":
@@ -192,7 +229,7 @@ def unet_inputs(config: Any, dtype: torch.dtype) -> Inputs:
         return made
 
     size = f"latents of {config.sample_size} x {config.sample_size} and a text of {STABLE_DIFFUSION_TEXT_TOKENS} tokens"
-    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_LENGTH}",))
+    return Inputs(inputs, _mean_squared_error, (f"{size}, {NO_WORKSPACES}",))
 
 
 def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
@@ -213,7 +250,7 @@ def flux_inputs(config: Any, dtype: torch.dtype) -> Inputs:
             made["guidance"] = torch.ones(micro_batch_size, dtype=dtype)
         return made
 
-    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_LENGTH}"
+    said = f"{FLUX_IMAGE_TOKENS:,} image tokens (1024 x 1024 pixels) and a text of {FLUX_TEXT_TOKENS}, {NO_WORKSPACES}"
     return Inputs(inputs, _mean_squared_error, (said,))
 
 

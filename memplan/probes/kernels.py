@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memplan.probes.attention import efficient_backward_scratch, flash_backward_scratch
+from memplan.probes.attention import efficient_backward_scratch, flash_backward_scratch, varlen_backward_scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,4 +93,5 @@ SCRATCH_BY_OPERATOR: Scratch = {
     aten._softmax_backward_data.default: softmax_backward_scratch,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward_scratch,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward_scratch,
+    aten._flash_attention_backward.default: varlen_backward_scratch,
 }

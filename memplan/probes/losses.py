@@ -44,10 +44,12 @@ class Head(NamedTuple):
     autocast: CudaAutocast | None
     supervised: float = 1.0
     """Share of the tokens that have a label: the meta device has none to look at."""
+    unlabelled: int = 0
+    """Tokens that are asked for a next one and begin another sequence: they have none, and are no part of the share."""
 
     def num_supervised(self, tokens: int) -> int:
         """Of so many tokens, those that have a label."""
-        return -(-tokens * round(self.supervised * MILLION) // MILLION)
+        return -(-(tokens - self.unlabelled) * round(self.supervised * MILLION) // MILLION)
 
     @property
     def lower(self) -> torch.dtype | None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, type_of
+from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, OWN, kind_of, type_of
 from memplan.errors import ConfigError, MemplanError, UsageError
 from memplan.probes.adapters import prepared
 from memplan.probes.faults import TraceError, clipped, require
 from memplan.probes.inputs import class_inputs, diffusion_network, transformers_inputs
+from memplan.probes.vision_language import VISION_LANGUAGE
 from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from memplan.architectures.undescribed import Kind
     from memplan.specs.training import Setup
 
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +50,8 @@ class TracedModel:
     """Makes it on the default device; may run code of the user."""
     accepts_padding: bool = False
     """Whether it can be given an ``attention_mask``."""
+    kind: Kind = OWN
+    """Which loss it has, and what its micro-batches count."""
 
 
 def model_of(config: Mapping[str, Any], name: str = "") -> TracedModel:
@@ -67,11 +71,12 @@ def diffusers_model(config: Mapping[str, Any], name: str = "") -> TracedModel:
             module, inputs = diffusion_network(values, dtype)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    return TracedModel(name=name or values["_class_name"], build=build)
+    return TracedModel(name=name or values["_class_name"], build=build, kind=kind_of(values))
 
 
 AUTO_CLASS_BY_OBJECTIVE = {
     "sequence-classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
 
@@ -89,14 +94,17 @@ def transformers_model(config: Mapping[str, Any], name: str = "", *, auto_class:
         raise ConfigError("The config has no model_type.", "Give the config.json that the model was published with.")
 
     def build(setup: Setup) -> Built:
-        module = _build(values, setup, auto_class)
+        one_score = {"num_labels": 1} if setup.objective == "reward" else {}
+        module = _build(values | one_score, setup, auto_class)
         inputs = transformers_inputs(module, PARAMETER_DTYPES[PRECISIONS[setup.precision][0]])
         if setup.objective == "sequence-classification":
             inputs = class_inputs(module)
         return Built(prepared(module, setup), inputs.make, inputs.loss_of, inputs.said)
 
-    takes_ids = kind_of(values).usual != NO_LENGTH
-    return TracedModel(name=name or values["model_type"], build=build, accepts_padding=takes_ids)
+    kind = kind_of(values)
+    return TracedModel(
+        name=name or values["model_type"], build=build, accepts_padding=kind.usual != NO_LENGTH, kind=kind
+    )
 
 
 def _build(values: dict[str, Any], setup: Setup, auto_class: str | None) -> nn.Module:
@@ -165,8 +173,9 @@ def _auto_class(values: Mapping[str, Any]) -> str:
     if named.endswith("ForCausalLM"):
         return "AutoModelForCausalLM"
     seq2seq = bool(values.get("is_encoder_decoder", model_type in {"t5", "bart"}))
+    reads_images = "text_config" in values or model_type in VISION_LANGUAGE
     tables = (
-        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "text_config" in values),
+        ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, reads_images),
         ("AutoModel", auto.MODEL_MAPPING_NAMES, model_type in {"clip", "siglip"}),
         ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, seq2seq),
         ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, True),
@@ -188,6 +197,8 @@ def _register_flash() -> str:
     """An attention implementation that runs the flash kernel and asks for no mask, as flash_attention_2 does."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    from memplan.probes import attention as kernels
+
     def no_mask(*_: Any, **__: Any) -> None:
         return None
 
@@ -200,12 +211,20 @@ def _register_flash() -> str:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         missing = query.shape[-1] - value.shape[-1]
         if missing:  # the kernel wants heads of one length; so does flash_attention_forward of transformers
             value = torch.nn.functional.pad(value, [0, missing])
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+            ends, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q or 0, max_length_k or 0)
+            output = kernels.varlen_attention(query, key, value, ends, longest, dropout, bool(causal), scaling)
+            return output[..., : output.shape[-1] - missing], None
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
         )

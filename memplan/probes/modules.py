@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from memplan.estimation.traced import TracedProgram
     from memplan.planner.goal import Goal
     from memplan.planner.plan import Candidate, Plan
-    from memplan.probes.events import Trace, TraceEvent
+    from memplan.probes.events import Trace
     from memplan.probes.models import TracedModel
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.margin import Margin
@@ -72,7 +72,14 @@ class TracedModule:
     def estimator(self, speed: GpuSpec, programs: MutableMapping[str, TracedProgram]) -> TracedEstimator:
         """Estimates of the module at any size, from traces at small ones."""
         return TracedEstimator(
-            self.model.name, self._events, self.num_parameters, self.gpu, speed, programs, identity=self._identity()
+            self.model.name,
+            self._run,
+            self.num_parameters,
+            self.gpu,
+            speed,
+            programs,
+            identity=self._identity(),
+            unit=self.model.kind.unit,
         )
 
     def num_parameters(self, setup: Setup) -> tuple[int, int]:
@@ -96,11 +103,11 @@ class TracedModule:
         several = hasattr(module, "activation_checkpointing_enable")
         return CHECKPOINTINGS if several else (CHECKPOINTINGS[0], CHECKPOINTINGS[-1])
 
-    def _events(self, setup: Setup) -> Sequence[TraceEvent]:
+    def _run(self, setup: Setup) -> Trace:
         self._say(setup)
         found = trace_training(self.model, setup, sdpa_kernel=self.sdpa_kernel, compute_capability=capability(self.gpu))
         self._num_parameters = (found.num_parameters, found.num_trainable_parameters)
-        return found.events
+        return found
 
     def _say(self, setup: Setup) -> None:
         if self._notify is not None:

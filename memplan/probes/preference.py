@@ -16,38 +16,17 @@ import torch
 from memplan.probes.checkpointing import enable_checkpointing
 from memplan.probes.heads import head_of, language_model
 from memplan.probes.losses import IGNORED, tiled_numbers
-from memplan.specs.training import PAIRED
 
 if TYPE_CHECKING:
     from torch import nn
 
     from memplan.probes.autocast import CudaAutocast
-    from memplan.probes.models import TracedModel
     from memplan.probes.training import Region
     from memplan.specs.training import Setup
 
 BETA = 0.1
 REPORTED = ("entropy", "mean", "best")
 """Numbers of each token that DPOTrainer has the policy's output layer compute besides."""
-
-
-def find_objective(
-    model: TracedModel, module: nn.Module, setup: Setup, autocast: CudaAutocast | None
-) -> Preference | None:
-    """What the module is trained for; None: its own loss.
-
-    Raises:
-        UsageError: the module is no causal language model of transformers.
-    """
-    if setup.objective not in PAIRED:
-        return None
-    reference = None
-    if setup.has_reference and setup.lora is None:
-        with torch.device("meta"):
-            reference = model.build(setup).module.eval()
-        add_fused_head(reference, setup, autocast, ())
-    add_fused_head(module, setup, autocast, REPORTED)
-    return Preference(module, reference, setup, autocast)
 
 
 class Preference:

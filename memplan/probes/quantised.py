@@ -7,7 +7,6 @@ On the meta device there are no numbers to quantise: the packed weight and its c
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -37,7 +36,6 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     if setup.quantize is None:
         return module
     require("bitsandbytes")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of kernels for CPUs
     import bitsandbytes
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -53,7 +51,8 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
         bnb_4bit_compute_dtype=DTYPES[autocast or parameters],
     )
     before = dict(module.named_modules())
-    replace_with_bnb_linear(module, get_keys_to_not_convert(module), config)
+    kept = [*get_keys_to_not_convert(module), *(getattr(module, "_keep_in_fp32_modules", None) or ())]
+    replace_with_bnb_linear(module, kept, config)
     for name, layer in module.named_modules():
         if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
             _fill(layer, before[name])

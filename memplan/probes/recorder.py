@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     """Operator -> bytes of each buffer that its CUDA kernel allocates and frees again before it returns."""
 
 aten = torch.ops.aten
+_storage_use_count = torch._C._storage_Use_Count
 
 WRITTEN_IN_PLACE = {
     aten.index_put.default: aten.index_put_.default,
@@ -38,6 +39,10 @@ WRITTEN_IN_PLACE = {
 
 ``areAnyTensorSubclassLike`` in torch/csrc/autograd/FunctionsManual.cpp and aten/src/ATen/TensorSubclassLikeUtils.h.
 """
+
+ADD, ADD_IN_PLACE = aten.add.Tensor, aten.add_.Tensor
+HOLDERS, HOLDERS_OF_STORAGE = 4, 2
+"""Of a gradient that only autograd's engine holds, and of its storage, as seen from here."""
 
 ASK_FOR_A_NUMBER = aten._local_scalar_dense.default
 
@@ -78,12 +83,14 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         has_padding: bool,
         trust: Iterable[str],
         device: str = "meta",
+        has_several: bool = False,
     ) -> None:
         """`scratch`: see `Scratch`.
 
         `ignored`: operator -> outputs that are not counted.
         `has_padding`: what code that asks about its data is told, see `_answer`.
         `trust`: packages whose questions are answered; those of others are errors.
+        `has_several`: whether a row holds several sequences, which the same code asks for.
         `device`: whose storages are recorded: "meta" or "cpu".
         """
         super().__init__()  # type: ignore[no-untyped-call]
@@ -92,12 +99,15 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._scratch = scratch
         self._ignored = ignored
         self._has_padding = has_padding
+        self._has_several = has_several
         self._trust = tuple(trust)
         self._device = device
         self._operators: dict[int, Operator] = {}
         self._events: list[tuple[StorageRecord, int]] = []
         self._spans: list[tuple[str, int, int, int]] = []
+        self._flops: list[int] = []
         self._live: dict[int, tuple[StorageRecord, _Watch]] = {}
+        self._left_out: dict[int, _Watch] = {}
         self._num_keys = 0
         self._failure = (0, "", "")
         self.enter("load", -1, -1)
@@ -116,19 +126,28 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             return self._answer(args[0])
         if func in WRITTEN_IN_PLACE and _computes_gradients():
             func = WRITTEN_IN_PLACE[func]
+        elif func is ADD and not kwargs and _adds_gradients(*args):
+            func = ADD_IN_PLACE
         operator = self._operators.get(id(func))
         if operator is None:
             operator = self._operators[id(func)] = Operator(func)
         try:
-            outputs = operator.run(args, kwargs)
+            outputs = operator.run(self._on_device(args), kwargs)
         except Exception as error:
             self._failure = (id(error), operator.name, self.trail.current())
             raise
+        self._flops[-1] += operator.flops(args, kwargs, outputs)
         self._adopt(operator, outputs)
         scratch = self._scratch.get(func)
         if scratch is not None:
             self._add_scratch(operator.name, scratch(*args, **kwargs))
         return outputs
+
+    def _on_device(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Arguments for an operator without numbers: small ones that Python read on the host, as a GPU holds them."""
+        if not any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+            return args
+        return [x.to("meta") if isinstance(x, torch.Tensor) and x.is_cpu and x.ndim else x for x in args]
 
     # -- what the run says -------------------------------------------------------------------------------------------
 
@@ -139,6 +158,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     def enter(self, phase: str, step: int, micro_step: int) -> None:
         """Begin a span; it ends where the next begins."""
         self._spans.append((phase, step, micro_step, len(self._events)))
+        self._flops.append(0)
 
     def label(self, tensor: torch.Tensor, category: str, module: str, op: str) -> None:
         """Say what a storage is for: a parameter, a buffer, a gradient, a state, an input."""
@@ -181,8 +201,8 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """The spans so far."""
         stops = [*(start for *_, start in self._spans[1:]), len(self._events)]
         return tuple(
-            Span(phase, step, micro_step, start, stop)
-            for (phase, step, micro_step, start), stop in zip(self._spans, stops, strict=True)
+            Span(phase, step, micro_step, start, stop, flops)
+            for (phase, step, micro_step, start), stop, flops in zip(self._spans, stops, self._flops, strict=True)
         )
 
     def events(self) -> tuple[TraceEvent, ...]:
@@ -217,8 +237,19 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         elif isinstance(outputs, (tuple, list)):
             ignored = self._ignored.get(operator.func, ())
             for index, output in enumerate(outputs):
-                if isinstance(output, torch.Tensor) and index not in ignored:
+                if not isinstance(output, torch.Tensor):
+                    continue
+                if index in ignored:
+                    self._leave_out(output)
+                else:
                     self._adopt_tensor(operator.name, output)
+
+    def _leave_out(self, tensor: torch.Tensor) -> None:
+        """Its storage is not counted, whatever shows it later."""
+        storage = tensor.untyped_storage()
+        watch = _Watch(storage, lambda watch: self._left_out.pop(watch.address))
+        watch.address = storage._cdata
+        self._left_out[watch.address] = watch
 
     def _adopt_tensor(self, op: str, tensor: torch.Tensor) -> None:
         if tensor.device.type != self._device:
@@ -230,7 +261,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             return
         storage = tensor.untyped_storage()
         address, num_bytes = storage._cdata, storage.nbytes()
-        if address in self._live or not num_bytes:
+        if address in self._live or address in self._left_out or not num_bytes:
             return
         record = self._record(num_bytes, op, tuple(tensor.shape), dtype_name(tensor.dtype))
         watch = _Watch(storage, self._on_death)
@@ -257,7 +288,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """What the program is told when it looks at data that do not exist.
 
         The questions that models of transformers ask are "is every token real?" and "is each row one sequence?".  A
-        batch without padding and packing answers yes to all() and no to any(); one with padding the other way round.
+        batch without padding and packing answers yes to all() and no to any(); one with either the other way round.
         """
         found = self._live.get(question.untyped_storage()._cdata)
         op = found[0].op if found else "an operator"
@@ -268,8 +299,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
                 "it depends on the data.",
                 "A trace has shapes but no numbers: keep .item(), if and bool() on tensors out of the training step.",
             )
-        answer = self._has_padding == op.startswith("aten.any")
+        answer = (self._has_padding or self._has_several) == op.startswith("aten.any")
         batch = "has padding" if self._has_padding else "has neither padding nor packed sequences"
+        batch = "has several sequences in a row" if self._has_several else batch
         self.assumptions[f"{op} in {where} is {answer}: the batch {batch}"] = None
         return answer
 
@@ -289,6 +321,17 @@ def _asker() -> tuple[str, str]:
 def _computes_gradients() -> bool:
     """Whether autograd runs a backward pass, and not a forward pass once more within it."""
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+
+
+def _adds_gradients(first: Any, second: Any) -> bool:
+    """Whether autograd's engine adds a gradient to one that nothing else holds: in place, if no mode looks on.
+
+    ``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp; ``isTensorSubclassLike`` is what a mode answers.
+    """
+    if not _computes_gradients() or sys._getframe(2).f_code.co_name != "_engine_run_backward":
+        return False
+    alone = first._use_count() == HOLDERS and _storage_use_count(first.untyped_storage()._cdata) == HOLDERS_OF_STORAGE
+    return alone and (first.shape, first.dtype) == (second.shape, second.dtype) and first.is_contiguous()
 
 
 @cache

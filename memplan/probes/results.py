@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import flop_registry
 
 PLAIN, PURE, NOTHING = range(3)
 """Run it; remember what it returns; it does nothing to shapes."""
@@ -30,13 +31,14 @@ def kind_of(func: Any) -> int:
 class Operator:
     """An operator and its results on meta tensors."""
 
-    __slots__ = ("_known", "func", "kind", "name")
+    __slots__ = ("_count", "_known", "func", "kind", "name")
 
     def __init__(self, func: Any) -> None:
         self.func = func
         self.name = str(func).removesuffix(".default")
         self.kind = kind_of(func)
         self._known: dict[Any, Any] = {}
+        self._count = flop_registry.get(func.overloadpacket)
 
     def run(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result."""
@@ -45,6 +47,10 @@ class Operator:
         if self.kind == NOTHING and args[0][0].is_meta:
             return None
         return self.func(*args, **kwargs)
+
+    def flops(self, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+        """FLOPs of this call, by PyTorch's own counter: products of matrices, convolutions, attention; 0 of others."""
+        return 0 if self._count is None else int(self._count(*args, **kwargs, out_val=result))
 
     def _remembered(self, args: Any, kwargs: dict[str, Any]) -> Any:
         key: list[Any] = []

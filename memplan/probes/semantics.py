@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
 
-from memplan.probes.attention import cuda_attention
+from memplan.probes import attention as kernels
+from memplan.probes.attention import cuda_attention, varlen_attention
 from memplan.probes.grouped import cuda_grouped_mm
 from memplan.probes.kernels import cuda_dropout, cuda_foreach_norm, cuda_rms_norm, cuda_softmax
 from memplan.probes.quantised import cuda_products
@@ -41,6 +43,7 @@ def cuda_semantics(
     softmax, log_softmax = cuda_softmax(autocast, log=False), cuda_softmax(autocast, log=True)
     patches: list[contextlib.AbstractContextManager[Any]] = [
         mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(kernels, "varlen_attention", partial(varlen_attention, autocast=autocast)),
         mock.patch.object(F, "dropout", cuda_dropout),
         mock.patch.object(F, "grouped_mm", cuda_grouped_mm()),
         mock.patch.object(F, "softmax", softmax),

@@ -27,6 +27,7 @@ from memplan.probes.meter import PhaseMeter, Unwatched
 from memplan.probes.models import PARAMETER_DTYPES, transformers_model
 from memplan.probes.optimizers import load_library, real_optimizer
 from memplan.probes.quantised import constants, num_elements
+from memplan.probes.smoothing import find_smoother
 from memplan.probes.training import Loop, TrainingRun
 from memplan.specs.measurement import DONE, FAILED, METERED_STEPS, OUT_OF_MEMORY
 from memplan.specs.records import step_record
@@ -112,7 +113,13 @@ def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, rank
     with torch.device(device.type), kernels(setup, device.type):
         built = transformers_model(trial.config, trial.model).build(setup)
         module: Any = built.module.train()
-        enable_checkpointing(module, setup.activation_checkpointing, None, offload=setup.offload is not None)
+        enable_checkpointing(
+            module,
+            setup.activation_checkpointing,
+            None,
+            offload=setup.offload is not None,
+            reentrant=setup.reentrant,
+        )
         use_library_loss(module, setup.loss)
         optimizer = real_optimizer(module, OPTIMIZERS[setup.optimizer])
     device.settle()
@@ -127,6 +134,7 @@ def _train(trial: Trial, device: Device, meter: PhaseMeter, report: Report, rank
         device=device.type,
         module=called,
         scaler=_scaler(setup, device.type),
+        smoother=find_smoother(module, setup),
     )
     with selective_checkpointing(module, setup.activation_checkpointing, None), kernels(setup, device.type):
         for number in range(METERED_STEPS):

@@ -17,6 +17,7 @@ from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.probes.events import Trace
 from memplan.probes.faults import TraceError, explain, require
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +65,11 @@ def trace_training(
     _check(chosen, setup, sdpa_kernel, num_steps)
     counted = setup.attention == "flash" if loop.count_random_states is None else loop.count_random_states
     recorder = StorageRecorder(
-        SCRATCH_BY_OPERATOR, {} if counted else RANDOM_STATES, has_padding=setup.padding, trust=("transformers",)
+        SCRATCH_BY_OPERATOR,
+        {} if counted else RANDOM_STATES,
+        has_padding=setup.padding,
+        has_several=setup.has_several_in_a_row,
+        trust=("transformers",),
     )
     try:
         with recorder:
@@ -84,15 +89,48 @@ def _check(model: TracedModel, setup: Setup, sdpa_kernel: str | None, num_steps:
         raise UsageError("Flash attention has no fp32 kernel.", "Use --attention sdpa or another precision.")
     if setup.data_parallel_size != 1:
         raise UsageError("A trace is of one rank.", "Leave --gpus out.")
+    _check_loss(model, setup)
     if setup.padding and not model.accepts_padding:
         raise UsageError(
             f"{model.name} makes its own inputs.", "Leave --padding out, and let inputs() return the mask."
         )
+    if setup.is_flattened:
+        setup.check_packing()
+        _check_evaluation(setup)
+        if not model.accepts_padding:
+            raise UsageError(f"{model.name} makes its own inputs.", "Leave --batching out, and let inputs() make them.")
     if sdpa_kernel is not None and sdpa_kernel not in SDPA_KERNELS:
         cure = did_you_mean(sdpa_kernel, SDPA_KERNELS, otherwise=f"Known: {', '.join(SDPA_KERNELS)}.")
         raise UsageError(f"sdpa_kernel {sdpa_kernel!r} is not known.", cure)
     if num_steps < 1:
         raise UsageError(f"num_steps is {num_steps}.", "Trace at least one step, two for the steady state.")
+
+
+def _check_loss(model: TracedModel, setup: Setup) -> None:
+    """Raise `UsageError` for losses of language models where there is none."""
+    if model.kind.has_words:
+        return
+    what = f"{model.name} is {model.kind.name}"
+    if setup.objective != "lm":
+        raise UsageError(
+            f"{what}: it is trained for its own loss, not for {setup.objective}.", "Leave --objective out."
+        )
+    if setup.loss not in {"full", "full-kept"}:
+        raise UsageError(f"{what}: --loss {setup.loss} is for language models.", "Leave --loss out.")
+    if setup.supervised != 1:
+        raise UsageError(f"{what}: which tokens have a label makes no difference.", "Leave --supervised out.")
+
+
+def _check_evaluation(setup: Setup) -> None:
+    """Raise `UsageError` where steps and evaluation are not alike in whether a row holds several sequences."""
+    if setup.evaluation is None:
+        return
+    of_evaluation = replace(setup, micro_batch_size=setup.evaluation.batch)
+    if of_evaluation.has_several_in_a_row != setup.has_several_in_a_row:
+        raise UsageError(
+            "Steps and evaluation are traced with several sequences in a row both, or with one.",
+            f"Give an --eval-batch of 1, or of 2 or more, as --micro-batch {setup.micro_batch_size}.",
+        )
 
 
 def _run(
@@ -110,10 +148,11 @@ def _run(
     from memplan.probes.checkpointing import enable_checkpointing, host_memory, repeated_layers, selective_checkpointing
     from memplan.probes.heads import use_loss
     from memplan.probes.models import PARAMETER_DTYPES
+    from memplan.probes.objectives import find_objective
     from memplan.probes.optimizers import build_optimizer
-    from memplan.probes.preference import find_objective
     from memplan.probes.quantised import num_elements
     from memplan.probes.semantics import cuda_semantics
+    from memplan.probes.smoothing import find_smoother
     from memplan.probes.training import TrainingRun
 
     lower = PRECISIONS[setup.precision][1]
@@ -124,15 +163,23 @@ def _run(
     module = built.module.train()
     _refuse_recurrent(module)
     _load(module, recorder)
-    enable_checkpointing(module, setup.activation_checkpointing, autocast, offload=setup.offload is not None)
+    enable_checkpointing(
+        module,
+        setup.activation_checkpointing,
+        autocast,
+        offload=setup.offload is not None,
+        reentrant=setup.reentrant,
+    )
     objective = find_objective(model, module, setup, autocast)
     if objective is None:
-        use_loss(module, setup.loss, autocast, setup.supervised)
+        unlabelled = setup.num_sequences - 1 if setup.is_flattened else 0
+        use_loss(module, setup.loss, autocast, setup.supervised, unlabelled)
     elif objective.reference is not None:
         _label(objective.reference, recorder, "reference model: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
-    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective)
+    smoother = find_smoother(module, setup)
+    run = TrainingRun(built, optimizer, recorder, region, loop, objective=objective, smoother=smoother)
     with (
         cuda_semantics(autocast=autocast, sdpa_kernel=sdpa_kernel, compute_capability=compute_capability),
         selective_checkpointing(module, setup.activation_checkpointing, autocast),
@@ -150,9 +197,17 @@ def _run(
         layers=tuple(repeated_layers(module)),
         events=recorder.events(),
         spans=recorder.spans(),
-        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions),
+        assumptions=(*(f"inputs: {one}" for one in built.said), *recorder.assumptions, *_mixed(setup, recorder)),
         host_bytes=getattr(optimizer, "host_bytes", 0),
+        unit=model.kind.unit,
     )
+
+
+def _mixed(setup: Setup, recorder: StorageRecorder) -> tuple[str, ...]:
+    """What there is to say where no mask keeps the sequences of a row apart: nobody asked for their position ids."""
+    if not setup.has_several_in_a_row or setup.attention == "flash" or recorder.assumptions:
+        return ()
+    return ("no mask is made by position ids: the sequences of a row attend to each other",)
 
 
 def _refuse_recurrent(module: nn.Module) -> None:

@@ -20,6 +20,8 @@ from torch import nn
 
 from memplan.probes.evaluation import evaluate
 from memplan.probes.faults import TraceError
+from memplan.probes.inputs import flattened
+from memplan.specs.training import PRECISIONS
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from memplan.probes.models import Built
+    from memplan.probes.smoothing import Smoother
     from memplan.specs.training import Setup
 
     Region = Callable[[], AbstractContextManager[Any]]
@@ -62,6 +65,10 @@ class Objective(Protocol):
     def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
         """The loss; the model runs within `autocast`."""
 
+    @property
+    def reference(self) -> nn.Module | None:
+        """A second model that is compared with."""
+
 
 class Loop(NamedTuple):
     """What training loops differ in; the Trainer's choices."""
@@ -93,12 +100,15 @@ class TrainingRun:
         module: Any = None,
         scaler: Any = None,
         objective: Objective | None = None,
+        smoother: Smoother | None = None,
     ) -> None:
         """`module`: what is called, where that is a wrapper of the model; `scaler`: a torch.amp.GradScaler.
 
-        `objective`: what takes the loss, where the model does not do so itself.
+        `objective`: what takes the loss, where the model does not do so itself; `smoother`: the same from what the
+        model returns.
         """
         self.objective = objective
+        self.smoother = smoother
         self.model: Any = built.module
         self.called: Any = built.module if module is None else module
         self.make_inputs = built.make_inputs
@@ -163,8 +173,8 @@ class TrainingRun:
         """One micro-batch."""
         with torch.device(self.device):
             make = self.make_inputs if self.objective is None else self.objective.make_inputs
-            inputs = make(setup.micro_batch_size, setup.seq_len)
-        if setup.padding and "attention_mask" not in inputs:
+            inputs = flattened(make, setup) if setup.is_flattened else make(setup.micro_batch_size, setup.seq_len)
+        if setup.padding and self.objective is None and "attention_mask" not in inputs:
             inputs["attention_mask"] = _mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):
             self.witness.label(tensor, "input", "inputs", name)
@@ -186,7 +196,7 @@ class TrainingRun:
         kept = setup.loss == "full-kept"  # in a loop without accelerate
         if not kept:
             outputs = self.handed_out(outputs)
-        loss = self.loss(outputs)
+        loss = self.loss(outputs, inputs, num_items)
         if self.loop.keep_outputs or kept:
             self._outputs = outputs
         accumulation = setup.gradient_accumulation_steps
@@ -195,12 +205,16 @@ class TrainingRun:
     def call(self, inputs: Any, num_items: torch.Tensor | None) -> Any:
         """What the model returns."""
         if isinstance(inputs, dict):
+            if self.smoother is not None:
+                inputs = {name: x for name, x in inputs.items() if name != "labels"}
             extra = {} if num_items is None else {"num_items_in_batch": num_items}
             return self.called(**inputs, **extra)
         return self.called(*inputs) if isinstance(inputs, (tuple, list)) else self.called(inputs)
 
-    def loss(self, outputs: Any) -> torch.Tensor:
+    def loss(self, outputs: Any, inputs: Any, num_items: torch.Tensor | None) -> torch.Tensor:
         """The loss of what the model returned."""
+        if self.smoother is not None:
+            return self.smoother.loss(outputs, inputs["labels"], num_items)
         return find_loss(outputs, self.loss_of)
 
     def handed_out(self, outputs: Any) -> Any:
@@ -283,6 +297,11 @@ def _mask(ids: torch.Tensor) -> torch.Tensor:
     mask = torch.ones_like(ids)
     mask[:, -1] = 0
     return mask
+
+
+def outputs_to_fp32(outputs: Any, setup: Setup) -> Any:
+    """Outputs of the model as accelerate hands them out under the precision of `setup`."""
+    return outputs if PRECISIONS[setup.precision][1] is None else _to_fp32(outputs)
 
 
 def _to_fp32(outputs: Any) -> Any:

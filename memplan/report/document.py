@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import lora_record
 from memplan.specs.evaluation import evaluation_record
+from memplan.specs.training import PAIRED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -182,6 +183,7 @@ def model_document(model: ModelSummary, origin: str) -> Document:
         "num_trainable_parameters": model.num_trainable_parameters,
         "task": model.task,
         "attentions": list(model.attentions),
+        "unit": model.unit,
         "origin": origin,
     }
 
@@ -202,13 +204,17 @@ def setup_document(setup: Setup) -> Document:
         "attention": setup.attention,
         "loss": setup.loss,
         "objective": setup.objective,
+        "label_smoothing": setup.label_smoothing,
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,
+        "batching": setup.batching,
+        "packed_sequences": setup.sequences_per_row if setup.batching == "packed" else None,
         "lora": None if setup.lora is None else lora_record(setup.lora),
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "offload": setup.offload,
+        "reentrant": setup.reentrant,
         "upcast": setup.upcast,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
@@ -219,9 +225,9 @@ def target_document(target: Target, setup: Setup) -> Document:
     return {
         "global_batch_size": target.global_batch_size,
         "seq_len": setup.seq_len,
-        "tokens_per_step": target.global_batch_size * setup.seq_len,
+        "tokens_per_step": target.global_batch_size * setup.tokens_per_example,
         "target_tokens": target.target_tokens,
-        "rounding": target.rounding(setup.seq_len),
+        "rounding": target.rounding(setup.tokens_per_example, "pair" if setup.objective in PAIRED else "sequence"),
     }
 
 
@@ -277,8 +283,7 @@ def lever_document(lever: Lever) -> Document:
         "flag": lever.flag,
         "delta_bytes": lever.delta_bytes,
         "delta_step_time_s": lever.delta_step_time_s,
-        "peak_process_bytes": lever.candidate.memory.peak_process_bytes,
-        "fits": lever.candidate.fits,
+        "peak_allocated_bytes": lever.candidate.memory.peak_allocated_bytes,
         "same_update": lever.same_update,
         "price": lever.price,
     }

@@ -9,6 +9,7 @@ from memplan.report.ansi import Line
 from memplan.report.layout import bar, plural, wrap
 from memplan.report.plan import way_lines
 from memplan.report.text import (
+    SEQUENCE,
     assumption_lines,
     calibration_lines,
     choices,
@@ -65,8 +66,10 @@ def _asked(estimate: Document) -> Iterator[Line]:
     if estimate["target"] and estimate["target"]["rounding"]:
         yield from paragraph("", f"{estimate['target']['rounding']}.")
     yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
-    yield from paragraph("length", plural(setup["seq_len"], "token"))
-    yield from (Line(line) for line in wrap(equation(setup), first="  "))
+    unit = estimate["model"]["unit"]
+    if unit == SEQUENCE:
+        yield from paragraph("length", plural(setup["seq_len"], "token"))
+    yield from (Line(line) for line in wrap(equation(setup, unit), first="  "))
 
 
 def _by_the_allocator(estimate: Document) -> str:

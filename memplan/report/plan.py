@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.ansi import Line
 from memplan.report.layout import bar, plural, wrap
 from memplan.report.text import (
+    SEQUENCE,
     STAR,
     assumption_lines,
     calibration_lines,
@@ -23,11 +24,19 @@ from memplan.report.text import (
     split_of,
     table,
     title,
+    unit_of,
     unmodelled_lines,
     usable,
     vouched,
 )
-from memplan.report.trainer import LOSSES_OF_TRAINER, OPTIM_BY_OPTIMIZER
+from memplan.report.trainer import (
+    CONFIG_BY_OBJECTIVE,
+    CONFIG_OF_TRAINER,
+    LOSSES_BESIDE_SAVED_ATTENTION,
+    OPTIM_BY_OPTIMIZER,
+    has_loss,
+)
+from memplan.specs.training import SAVE_ATTENTION
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 BAR_CELLS = 24
+MANY_A_SECOND = 100
 MOST_LEVERS = 8
 MOST_REFUSED = 2
 REAL_SAVING = 0.01
@@ -50,7 +60,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
-        *_alternatives(_roomier(plan), bounded=plan["model"]["model_type"] != "traced"),
+        *_alternatives(_roomier(plan), plan["model"]["unit"]),
         *_rejections(plan),
         *lint_lines(plan["lints"]),
         *assumption_lines(plan["assumptions"]),
@@ -65,16 +75,20 @@ def _asked(plan: Document) -> Iterator[Line]:
     yield from model_lines(plan["model"])
     yield from gpu_lines(plan["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
     yield from calibration_lines(plan["calibration"])
-    yield from paragraph(
-        "target",
-        f"{plural(target['global_batch_size'], 'sequence')} of {plural(target['seq_len'], 'token')} = "
-        f"{plural(target['tokens_per_step'], 'token')} per step",
-    )
+    unit = unit_of(setup, plan["model"]["unit"])
+    length = f" of {_length_of(target, setup, unit)} = {plural(target['tokens_per_step'], 'token')}"
+    batch = plural(target["global_batch_size"], unit)
+    yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
     if target["coarseness"]:
         yield from paragraph("", f"{target['coarseness']}.")
     yield from paragraph("setup", choices(setup))
+
+
+def _length_of(target: Document, setup: Document, unit: str) -> str:
+    length = plural(target["seq_len"], "token") + (" on average" if setup["batching"] == "padding-free" else "")
+    return f"2 x {length}" if unit == "pair" else length
 
 
 # -- it fits -----------------------------------------------------------------------------------------------------------
@@ -84,7 +98,7 @@ def _best(plan: Document) -> Iterator[Line]:
     best = plan["best"]
     setup = best["setup"]
     yield from title("The plan", "good")
-    yield from (Line(line, "title") for line in wrap(equation(setup), first="  "))
+    yield from (Line(line, "title") for line in wrap(equation(setup, plan["model"]["unit"]), first="  "))
     yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
     yield from paragraph("free", _free(plan, best))
@@ -98,6 +112,7 @@ def _best(plan: Document) -> Iterator[Line]:
 def _kept(mode: str) -> str:
     meanings = {
         "none": "all activations",
+        "save-attention": "the input of each layer and the result of its attention; all else is computed again",
         "selective": "all activations but those of attention, which is computed again",
         "full": "the input of each layer, which is computed again in the backward pass",
     }
@@ -137,37 +152,49 @@ def _margins(plan: Document, best: Document) -> str:
 
 
 def _time(plan: Document, best: Document) -> str:
-    gpu, source = plan["gpu"], plan["speed_source"]
+    gpu, source, unit = plan["gpu"], plan["speed_source"], plan["model"]["unit"]
     rates = source if source == gpu["label"] else f"{source}, as those of {gpu['name']} are not known"
-    if plan["model"]["model_type"] == "traced":
-        return (
-            f"some {format_seconds(best['step_time_s'])} per step by the rule of 6 FLOPs a parameter and token, at the "
-            f"rates of {rates}: it serves to rank plans and is no bound"
-        )
     calibration = plan["calibration"]
     if calibration is not None and calibration["is_timed"]:
         return (
-            f"about {format_seconds(best['step_time_s'])} per step, {best['tokens_per_s']:,.0f} tokens/s, "
-            "at the speed that was measured"
+            f"about {format_seconds(best['step_time_s'])} per step, {_rate(best, unit)}, at the speed that was measured"
         )
     return (
-        f"at least {format_seconds(best['step_time_s'])} per step, at most {best['tokens_per_s']:,.0f} tokens/s: "
+        f"at least {format_seconds(best['step_time_s'])} per step, at most {_rate(best, unit)}: "
         f"a lower bound, at the rates of {rates}"
     )
 
 
 def _trainer(trainer: Document, model: Document) -> str:
-    shown = {k: v for k, v in trainer["arguments"].items() if v or k == "bf16"}
-    arguments = _arguments(shown)
+    config = trainer["config"]
+    always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout")
+    shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
+    made = f"{config}({_arguments(shown)})"
+    made += f" of {trainer['versions']}" if trainer["versions"] else ""
+    dropout = "" if trainer["dropout"] is None else f"every dropout of its config at {trainer['dropout']:g}, "
     if not model["attentions"]:  # nothing of transformers: how it is loaded is the user's
-        return f"module.to(torch.{trainer['dtype']}), TrainingArguments({arguments})"
+        return f"module.to(torch.{trainer['dtype']}), {dropout}{made}"
     attention = trainer["attn_implementation"]
     default = "sdpa" if "sdpa" in model["attentions"] else "eager"
     asked = "" if attention == default else f", attn_implementation={attention!r}"
+    if config == "RewardConfig":
+        asked += ", num_labels=1"
     if trainer["quantization"]:
         asked += f", quantization_config=BitsAndBytesConfig({_arguments(trainer['quantization'])})"
-    adapters = f"LoraConfig({_arguments(trainer['lora'])}), " if trainer["lora"] else ""
-    return f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {adapters}TrainingArguments({arguments})"
+    loaded = f"from_pretrained(..., dtype={trainer['dtype']!r}{asked}), {dropout}"
+    prepared = "prepare_model_for_kbit_training(model), " if trainer["upcast"] else ""
+    return f"{loaded}{prepared}{_adapters(trainer)}{made}"
+
+
+def _adapters(trainer: Document) -> str:
+    if not trainer["lora"]:
+        return ""
+    adapters = f"LoraConfig({_arguments(trainer['lora'])})"
+    return (
+        f"get_peft_model(..., {adapters}, autocast_adapter_dtype=False), "
+        if trainer["adapters_as_base"]
+        else f"{adapters}, "
+    )
 
 
 def _arguments(given: Document) -> str:
@@ -177,13 +204,15 @@ def _arguments(given: Document) -> str:
 def _no_trainer(setup: Document) -> str:
     """What of a setup no argument of the Trainer asks for."""
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
-    if setup["activation_checkpointing"] == "selective":
-        missing.append("selective checkpointing")
-    if setup["loss"] not in LOSSES_OF_TRAINER:
+    mode = setup["activation_checkpointing"]
+    if mode == "selective" or (mode == SAVE_ATTENTION and setup["loss"] not in LOSSES_BESIDE_SAVED_ATTENTION):
+        missing.append("selective checkpointing" if mode == "selective" else f"{mode} beside {setup['loss']} logits")
+    if not has_loss(setup["loss"], setup["objective"]):
         missing.append(f"the loss {setup['loss']}")
     if setup["freeze"]:
         missing.append("frozen parts")
-    return f"TrainingArguments has no key for {' and '.join(missing)}: it takes a training loop of one's own"
+    config = CONFIG_BY_OBJECTIVE.get(setup["objective"], CONFIG_OF_TRAINER)
+    return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 
 def _roomier(plan: Document) -> list[Document]:
@@ -196,8 +225,21 @@ def _roomier(plan: Document) -> list[Document]:
     return shown
 
 
-def _alternatives(alternatives: Sequence[Document], *, bounded: bool) -> Iterator[Line]:
-    """`bounded`: times are lower bounds."""
+def _rate(candidate: Document, unit: str) -> str:
+    return f"{_examples_per_s(candidate)} {_counted(unit)}/s"
+
+
+def _counted(unit: str) -> str:
+    return "tokens" if unit == SEQUENCE else f"{unit}s"
+
+
+def _examples_per_s(candidate: Document) -> str:
+    """Tokens a second, or images: these have a length of one."""
+    rate = candidate["tokens_per_s"]
+    return f"{rate:,.0f}" if rate >= MANY_A_SECOND else f"{rate:.1f}"
+
+
+def _alternatives(alternatives: Sequence[Document], unit: str) -> Iterator[Line]:
     if not alternatives:
         return
     yield from title("Slower, with more room")
@@ -208,7 +250,8 @@ def _alternatives(alternatives: Sequence[Document], *, bounded: bool) -> Iterato
             "checkpointing",
             "peak GiB",
             "spare GiB",
-            *(("step >=", "tokens/s <=") if bounded else ("step ~",)),
+            "step >=",
+            f"{_counted(unit)}/s <=",
         )
     ]
     rows += [
@@ -219,7 +262,7 @@ def _alternatives(alternatives: Sequence[Document], *, bounded: bool) -> Iterato
             gib(one["peak_process_bytes"]),
             gib(one["headroom_bytes"]),
             format_seconds(one["step_time_s"]),
-            *((f"{one['tokens_per_s']:,.0f}",) if bounded else ()),
+            _examples_per_s(one),
         )
         for one in alternatives
     ]
@@ -297,7 +340,7 @@ def _levers(plan: Document) -> Iterator[Line]:
         return
     of = "the plan" if plan["best"] else "the smallest configuration"
     yield from title(f"Levers: single changes to {of}")
-    rows = [("option", "memory", "step time", "the update")]
+    rows = [("option", "tensors", "step time", "the update")]
     rows += [
         (
             lever["flag"],

@@ -24,6 +24,9 @@ MANY_GIB = 10**5
 HEAD_BY_TASK = {"masked-lm": ", with the head for masked tokens", "features": ", without a head"}
 """What is said of heads that predict no next token."""
 
+SEQUENCE = "sequence"
+"""What a micro-batch counts; others (images) have no length."""
+
 STAR = "* nvidia-smi's total; what torch sees is not known for this card, mostly 0.25 to 0.75 GiB less"
 
 
@@ -84,13 +87,17 @@ def split_of(setup: Document) -> str:
     )
 
 
-def equation(setup: Document) -> str:
-    """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``."""
-    unit = "pair" if setup["objective"] in PAIRED else "sequence"
-    return (
-        f"{split_of(setup)} = {plural(setup['global_batch_size'], unit)} = "
-        f"{plural(setup['tokens_per_step'], 'token')} per step"
-    )
+def equation(setup: Document, unit: str = SEQUENCE) -> str:
+    """``micro 4 x accumulation 8 x 1 GPU = 32 sequences = 65,536 tokens per step``; of images without tokens."""
+    tokens = f" = {plural(setup['tokens_per_step'], 'token')}" if unit == SEQUENCE else ""
+    return f"{split_of(setup)} = {plural(setup['global_batch_size'], unit_of(setup, unit))}{tokens} per step"
+
+
+def unit_of(setup: Document, unit: str = SEQUENCE) -> str:
+    """What a micro-batch counts: ``unit`` is what the model reads one of, a pair what the objective compares."""
+    if setup["batching"] == "packed":
+        return "packed row"
+    return "pair" if setup["objective"] in PAIRED else unit
 
 
 # -- whom it is about --------------------------------------------------------------------------------------------------
@@ -135,15 +142,31 @@ def choices(setup: Document) -> str:
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
     if setup["objective"] != "lm":
         parts.append(f"trained for {setup['objective']}")
+    if setup["label_smoothing"]:
+        parts.append(f"labels smoothed by {setup['label_smoothing']:g}")
     if setup["supervised"] < 1:
         parts.append(f"{100 * setup['supervised']:g} % of the tokens have a label")
     if setup["dropout"] is not None:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["batching"] == "padding-free":
+        parts.append("padding-free batches")
+    if setup["batching"] == "packed":
+        parts.append(f"{setup['packed_sequences']} sequences in a packed row")
     if setup["evaluation"]:
-        parts.append(f"evaluation in batches of {setup['evaluation']['batch']}")
+        parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])
+
+
+def _evaluated(evaluation: Document) -> str:
+    words = f"evaluation in batches of {evaluation['batch']}"
+    if evaluation["samples"] is not None:
+        words += f", the logits of {evaluation['samples']:,} sequences kept"
+        if evaluation["accumulation"] is not None:
+            number = evaluation["accumulation"]
+            words += f" and moved to the host {'batch by batch' if number == 1 else f'every {number:,} batches'}"
+    return words
 
 
 def recipe_words(setup: Document) -> list[str]:
@@ -158,6 +181,7 @@ def recipe_words(setup: Document) -> list[str]:
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []
     parts += [f"{setup['offload']} offloaded"] if setup["offload"] else []
+    parts += ["reentrant checkpointing"] if setup["reentrant"] else []
     parts += ["the rest of it in fp32"] if setup["upcast"] else []
     parts += [f"{', '.join(setup['freeze'])} frozen"] if setup["freeze"] else []
     return parts

@@ -2,7 +2,8 @@
 
 Names as in `TrainingArguments` of transformers 5.23.  Parameters get their dtype when the model is loaded
 (`from_pretrained(..., dtype=...)`); `bf16=True` is autocast and nothing else.  Selective checkpointing is nothing that
-the Trainer offers.
+the Trainer offers.  Objectives of TRL have configs of their own, with other defaults (trainer/base_config.py of TRL
+1.16): checkpointing and ``bf16`` are on, and sequences are cut to 1024 tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import PRECISIONS
+from memplan.specs.training import PRECISIONS, SAVE_ATTENTION
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -53,18 +54,47 @@ TAKES_MODULES = ("galore_adamw", "apollo_adamw")
 LOSSES_OF_TRAINER = ("full", "fused")
 """The others are TRL's, or those of libraries that replace a model's forward."""
 
+CONFIG_OF_TRAINER = "TrainingArguments"
+CONFIG_BY_OBJECTIVE = {
+    "dpo": "DPOConfig",
+    "dpo-precomputed": "DPOConfig",
+    "orpo": "ORPOConfig",
+    "reward": "RewardConfig",
+}
+"""What holds the arguments of TRL's trainers."""
+CONFIG_OF_SFT = "SFTConfig"
+WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE.values())
+"""Those whose trainers switch dropout off unless they are told otherwise (``disable_dropout``)."""
+
+VERSIONS_OF_SFT_BY_LOSS = {
+    "full": "TRL up to 1.6",
+    "chunked": "TRL 1.7 to 1.14",
+    "tiled": "TRL from 1.15 on",
+    "fused": "TRL",
+}
+"""Which SFTTrainer computes its loss like this; padding-free and packed batches are its own."""
+
+LOSSES_BESIDE_SAVED_ATTENTION = ("tiled", "fused")
+"""Losses of those SFTTrainers that can keep what attention gives (``{"selective": True}``)."""
+
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
-    """`dtype` for from_pretrained and `arguments` for TrainingArguments; None where the Trainer cannot do it.
+    """`dtype` for from_pretrained and `arguments` for `config`; None where the Trainer cannot do it.
 
+    `config` is TrainingArguments, or the class of arguments of the trainer in TRL that has the objective, the loss or
+    the batches; `versions` are those of TRL that take the loss like this, empty for any.
     `lora` is for peft's LoraConfig and `quantization` for BitsAndBytesConfig, None where there is none.
+    `adapters_as_base` is get_peft_model's ``autocast_adapter_dtype=False``, `upcast` asks for
+    prepare_model_for_kbit_training first, and `dropout` is for every probability of the model's config, None to leave
+    them.
     """
     optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
     mode = setup.activation_checkpointing
-    if optim is None or mode == "selective" or setup.loss not in LOSSES_OF_TRAINER or setup.freeze:
+    if optim is None or not _checkpoints(setup) or not has_loss(setup.loss, setup.objective) or setup.freeze:
         return None
+    config = config_of(setup)
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": setup.micro_batch_size,
@@ -73,11 +103,10 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     }
     if mode.startswith("every-"):
         arguments["activation_checkpointing_kwargs"] = {"every_n_layers": int(mode[6:])}
-    if setup.offload is not None:
-        arguments["activation_checkpointing_kwargs"] = {
-            **arguments.get("activation_checkpointing_kwargs", {}),
-            "offload": True,
-        }
+    switches = {"selective": mode == SAVE_ATTENTION, "offload": bool(setup.offload), "use_reentrant": setup.reentrant}
+    how = {name: True for name, on in switches.items() if on}
+    if how:
+        arguments["activation_checkpointing_kwargs"] = arguments.get("activation_checkpointing_kwargs", {}) | how
     arguments["optim"] = optim
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"
@@ -89,17 +118,73 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         arguments["use_liger_kernel"] = True
         others = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy"), False)
         arguments["liger_kernel_config"] = {"fused_linear_cross_entropy": True, **others}
+    if setup.label_smoothing:
+        arguments["label_smoothing_factor"] = setup.label_smoothing
+    arguments |= _of_evaluation(setup)
+    if config != CONFIG_OF_TRAINER:
+        arguments |= _of_trl(setup, config)
     return {
+        "config": config,
+        "versions": _versions(setup) if config == CONFIG_OF_SFT else "",
         "dtype": DTYPE_NAMES[parameters],
         "attn_implementation": _attention(setup),
         "arguments": arguments,
         "lora": None if setup.lora is None else _lora(setup.lora),
         "quantization": _quantization(setup),
+        "adapters_as_base": setup.lora is not None and setup.lora.dtype == "base",
+        "upcast": setup.upcast,
+        "dropout": None if setup.dropout == 0 and config in WITHOUT_DROPOUT else setup.dropout,
     }
 
 
+def config_of(setup: Setup) -> str:
+    """The class of arguments of the trainer that has this objective, its batches and its loss."""
+    if setup.objective in CONFIG_BY_OBJECTIVE:
+        return CONFIG_BY_OBJECTIVE[setup.objective]
+    of_sft = setup.is_flattened or setup.activation_checkpointing == SAVE_ATTENTION
+    return CONFIG_OF_SFT if of_sft or setup.loss not in LOSSES_OF_TRAINER else CONFIG_OF_TRAINER
+
+
+def has_loss(loss: str, objective: str) -> bool:
+    """Whether a trainer takes its loss in this way: TRL's trainers of pairs have one way alone."""
+    return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER or loss in VERSIONS_OF_SFT_BY_LOSS
+
+
+def _of_evaluation(setup: Setup) -> dict[str, Any]:
+    found = setup.evaluation
+    if found is None:
+        return {}
+    moved = {} if found.accumulation is None else {"eval_accumulation_steps": found.accumulation}
+    return {"eval_strategy": "steps", "per_device_eval_batch_size": found.batch} | moved
+
+
+def _checkpoints(setup: Setup) -> bool:
+    """Whether a trainer checkpoints like this: all but attention is SFTTrainer's, in versions that hold no logits."""
+    mode = setup.activation_checkpointing
+    if mode == SAVE_ATTENTION:
+        return setup.objective not in CONFIG_BY_OBJECTIVE and setup.loss in LOSSES_BESIDE_SAVED_ATTENTION
+    return mode != "selective"
+
+
+def _versions(setup: Setup) -> str:
+    saved = setup.activation_checkpointing == SAVE_ATTENTION
+    return "TRL 1.16" if saved else VERSIONS_OF_SFT_BY_LOSS[setup.loss]
+
+
+def _of_trl(setup: Setup, config: str) -> dict[str, Any]:
+    """What TRL's trainers take besides."""
+    found: dict[str, Any] = {"max_length": setup.seq_len}
+    if config in WITHOUT_DROPOUT and setup.dropout != 0:
+        found["disable_dropout"] = False
+    if setup.objective == "dpo-precomputed":
+        found["precompute_ref_log_probs"] = True
+    if setup.is_flattened:
+        found |= {"packing": True} if setup.batching == "packed" else {"padding_free": True}
+    return found
+
+
 def _lora(lora: Lora) -> dict[str, Any]:
-    """Arguments of LoraConfig; ``autocast_adapter_dtype`` is one of get_peft_model."""
+    """Arguments of LoraConfig."""
     targets = ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets)
     found: dict[str, Any] = {"r": lora.rank, "target_modules": targets}
     found |= {"lora_dropout": lora.dropout} if lora.dropout else {}

@@ -29,19 +29,25 @@ class Choices(TypedDict, total=False):
     optimizer: str | None
     """Key of `memplan.specs.training.OPTIMIZERS` (adamw)."""
     checkpointing: str | None
-    """none, selective, full or every-N (none)."""
+    """none, selective, save-attention, full or every-N (none)."""
     attention: str | None
     """eager, sdpa or flash (sdpa)."""
     loss: str | None
     """Key of `memplan.specs.training.LOSSES` (full, or the first that the objective has)."""
     objective: str | None
     """Key of `memplan.specs.training.OBJECTIVES` (lm)."""
+    label_smoothing: float | None
+    """Share of the probability that is spread over all words (0)."""
     supervised: float | None
     """Share of the tokens that have a label (1)."""
     dropout: float | None
     """Overrides every dropout probability of the config."""
     padding: bool | None
     """Micro-batches hold padding, so that an attention mask is passed."""
+    batching: str | None
+    """Key of `memplan.specs.training.BATCHINGS` (rows)."""
+    packed_sequences: int | None
+    """Sequences in a packed row, on average (2)."""
     lora_rank: int | None
     """Rank of adapters that are trained in place of the weights."""
     lora_targets: Names | None
@@ -60,6 +66,8 @@ class Choices(TypedDict, total=False):
     """How the frozen weights of linear layers are stored: nf4, nf4-double or int8 (as loaded)."""
     offload: str | None
     """activations: what checkpointing keeps waits in the host's memory (nothing is offloaded)."""
+    reentrant: bool | None
+    """Checkpointing by use_reentrant=True, the default of transformers 4."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
     eval_batch: int | None
@@ -82,12 +90,16 @@ FIELD_BY_ARGUMENT = {
     "attention": "attention",
     "loss": "loss",
     "objective": "objective",
+    "label_smoothing": "label_smoothing",
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
+    "batching": "batching",
+    "packed_sequences": "packed_sequences",
     "freeze": "freeze",
     "quantize": "quantize",
     "offload": "offload",
+    "reentrant": "reentrant",
     "upcast": "upcast",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""
@@ -112,7 +124,7 @@ EVALUATION_FIELD_BY_ARGUMENT = {
 
 ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_ARGUMENT)
 
-COUNTS = ("micro_batch", "accumulation", "seq_len", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
+COUNTS = ("micro_batch", "accumulation", "seq_len", "packed_sequences", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
 
 
@@ -159,7 +171,7 @@ def _defaults_of(objective: object) -> dict[str, Any]:
 def dropout_of(choices: Mapping[str, Any]) -> float | None:
     """What takes the place of all dropout of a model's config, None where it is kept.
 
-    DPOTrainer switches dropout off unless it is told otherwise (``disable_dropout=True``).
+    TRL's trainers of pairs switch dropout off unless they are told otherwise (``disable_dropout=True``).
     """
     given: float | None = choices.get("dropout")
     return 0.0 if given is None and choices.get("objective") in PAIRED else given

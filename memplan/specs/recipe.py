@@ -12,10 +12,11 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from memplan.specs.adapter import Lora
 
@@ -54,13 +55,13 @@ class Recipe(NamedTuple):
         return self._has_copy(module) and not self.disabled
 
     def _has_copy(self, module: str) -> bool:
-        return self.lora is not None and _is_named(module, self.lora.modules_to_save)
+        return self.lora is not None and any(is_named(name, module) for name in self.lora.modules_to_save)
 
     def adapts(self, module: str) -> bool:
         """Whether the linear layer `module` gets an adapter."""
         if self.lora is None or self.disabled or self.copies(module):
             return False
-        return self.lora.targets == (ALL_LINEAR,) or _is_named(module, self.lora.targets)
+        return self.lora.targets == (ALL_LINEAR,) or any(is_named(name, module) for name in self.lora.targets)
 
     def adapts_head(self, module: str) -> bool:
         """The same of the layer that makes the logits: ``all-linear`` leaves it out."""
@@ -75,10 +76,41 @@ EVERYTHING = Recipe()
 """All weights are trained as they were loaded."""
 
 
-def _is_named(module: str, names: Sequence[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def is_named(name: str, module: str) -> bool:
+    """Whether `name` is the path of the module or how it ends, from a dot on."""
+    return module == name or module.endswith(f".{name}")
 
 
 def covers(pattern: str, name: str) -> bool:
-    """Whether `pattern` (with ``*``, ``?`` and ``[0-9]``) names the parameter, or a module that holds it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    """Whether `pattern` (with ``*``, ``?`` and ``[0-9]``) names the parameter, or a module that holds it.
+
+    By its whole path or by the end of it, from a dot on.
+    """
+    return any(fnmatchcase(f".{name}", tried) for tried in (f"*.{pattern}", f"*.{pattern}.*"))
+
+
+MOST_NAMED = 12
+
+
+def check_known(
+    option: str, names: Sequence[str], known: Collection[str], means: Callable[[str, str], bool], *, also: str = ""
+) -> None:
+    """Raise `UsageError` for the first of `names` that means nothing that is `known`: peft and PyTorch say nothing.
+
+    `means`: (name, path) -> whether it does; `also`: a further word that the option takes.
+    """
+    for name in names:
+        if any(means(name, path) for path in known):
+            continue
+        ends = sorted(
+            end for end in {_without_parameter(path).rpartition(".")[2] for path in known} if end.isidentifier()
+        )
+        shown = ", ".join(
+            (*ends[:MOST_NAMED], *(("...",) if len(ends) > MOST_NAMED else ()), *((also,) if also else ()))
+        )
+        raise UsageError(f"{option} {name}: the model has nothing of its own by this name.", f"Known: {shown}.")
+
+
+def _without_parameter(path: str) -> str:
+    module, _, last = path.rpartition(".")
+    return module if last in {"weight", "bias"} and module else path

@@ -54,8 +54,11 @@ SETUP_FIELDS = (
     "attention",
     "loss",
     "objective",
+    "label_smoothing",
     "dropout",
     "padding",
+    "batching",
+    "packed_sequences",
 )
 
 
@@ -76,6 +79,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "freeze": list(setup.freeze),
         "quantize": setup.quantize,
         "offload": setup.offload,
+        "reentrant": setup.reentrant,
         "upcast": setup.upcast,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
@@ -137,6 +141,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         freeze=tuple(record.get("freeze", ())),
         quantize=record.get("quantize"),
         offload=record.get("offload"),
+        reentrant=record.get("reentrant", False),
         upcast=record.get("upcast", False),
         evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
     )
@@ -223,6 +228,8 @@ FIELD_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "role": (TEXT, False),
     "alloc_conf": (TEXT, False),
     "padding": ((bool,), False),
+    "batching": (TEXT, False),
+    "packed_sequences": (COUNT, True),
     "targets": ((list,), False),
     # of a card
     "device": (TEXT, False),

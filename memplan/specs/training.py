@@ -88,15 +88,26 @@ LIBRARY_BY_PART = {
 ATTENTIONS = ("eager", "sdpa", "flash")
 LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
 OFFLOADS = ("activations",)
+SAVE_ATTENTION = "save-attention"
+"""Checkpointing of all but what attention gives."""
+BATCHINGS = ("rows", "padding-free", "packed")
+LEAST_PACKED = 2
+"""Sequences that a packed row holds at the least."""
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
-OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "sequence-classification", "token-classification")
+OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "orpo", "reward", "sequence-classification", "token-classification")
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
-PAIRED = ("dpo", "dpo-precomputed")
+SCORED = ("reward", *CLASSIFICATIONS)
+"""Objectives of models that have a layer of scores in place of the words' output layer."""
+PREFERRED = ("dpo", "dpo-precomputed")
+"""Those of direct preference optimisation."""
+PAIRED = (*PREFERRED, "orpo", "reward")
 """Objectives whose micro-batch counts pairs of a chosen and a rejected sequence."""
 LOSSES_BY_OBJECTIVE = {
     "dpo": ("tiled",),
     "dpo-precomputed": ("tiled",),
+    "orpo": ("full",),
+    "reward": ("full",),
     "sequence-classification": ("full",),
     "token-classification": ("full",),
 }
@@ -104,6 +115,16 @@ LOSSES_BY_OBJECTIVE = {
 
 DPOTrainer of TRL up to 1.14 had all logits, and kernels of its own for them, which are not modelled.
 """
+
+TRAINER_BY_OBJECTIVE = {
+    "dpo": "DPOTrainer",
+    "dpo-precomputed": "DPOTrainer",
+    "orpo": "ORPOTrainer",
+    "reward": "RewardTrainer",
+}
+"""TRL's, of objectives that are not transformers' own."""
+UNEVALUATED = ("orpo", "reward")
+"""Objectives whose trainer has an evaluation of its own, which is not modelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +144,8 @@ class Setup:
     optimizer: str = "adamw"
     """Key of `OPTIMIZERS`."""
     activation_checkpointing: str = "none"
-    """``none``, ``selective`` (attention recomputed), ``full``, or ``every-N`` (each N-th layer, from the first)."""
+    """``none``, ``selective`` (attention recomputed), ``save-attention`` (all but attention recomputed: SFTTrainer's
+    ``{"selective": True}`` of TRL 1.16), ``full``, or ``every-N`` (each N-th layer, from the first)."""
     attention: str = "sdpa"
     """``eager``, ``sdpa`` or ``flash``."""
     loss: str = "full"
@@ -143,15 +165,33 @@ class Setup:
     ``dpo``              direct preference optimisation (DPOTrainer of TRL from 1.15 on): the reference is a second
                          model, or with adapters the same one without them; it runs after each pass of the policy
     ``dpo-precomputed``  the same with ``precompute_ref_log_probs=True``: no reference while training
+    ``orpo``             odds-ratio preference optimisation (ORPOTrainer of TRL 1.16): likelihood of the chosen sequence
+                         and odds against the rejected one, from all logits; no reference
+    ``reward``           a score of each sequence, compared within pairs (RewardTrainer of TRL 1.16)
     ``sequence-classification``, ``token-classification``
                          classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
+    label_smoothing: float = 0.0
+    """Share of the probability that is spread over all words (`label_smoothing_factor` of TrainingArguments); above 0
+    the Trainer takes the loss from all logits itself."""
     supervised: float = 1.0
     """Share of the tokens that have a label; the others (prompts, padding) are ignored by the loss."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config; None keeps them."""
     padding: bool = False
     """Micro-batches hold padding, so that the model is given an attention mask; packed or equally long ones do not."""
+    batching: str = "rows"
+    """How sequences become a micro-batch, one of `BATCHINGS`:
+
+    ``rows``          a row for each, as long as the longest (sequences cut out of one stream of tokens, without regard
+                      to documents, are rows, too: ``packing_strategy="wrapped"`` of TRL)
+    ``padding-free``  end to end in one row of as many tokens as they have: `seq_len` is their mean length
+                      (``padding_free=True`` of TRL 1.16, DataCollatorWithFlattening of transformers)
+    ``packed``        each row of `seq_len` tokens is full of shorter sequences, and the rows lie end to end in one
+                      (``packing=True`` of TRL 1.16 with its default strategy, ``bfd``)
+    """
+    packed_sequences: int | None = None
+    """Sequences in a packed row, on average; None: `LEAST_PACKED`."""
     lora: Lora | None = None
     """Adapters that are trained in place of the weights; None: all weights are trained."""
     freeze: tuple[str, ...] = ()
@@ -161,6 +201,9 @@ class Setup:
     offload: str | None = None
     """``activations``: what checkpointing keeps waits in the host's memory (`activation_checkpointing_kwargs`
     ``{"offload": True}`` of transformers 5.23, Unsloth's checkpointing); None: all is kept on the device."""
+    reentrant: bool = False
+    """Layers are checkpointed by ``use_reentrant=True`` of torch.utils.checkpoint, the default of transformers 4;
+    False: as transformers 5 does it."""
     upcast: bool = False
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
@@ -174,11 +217,14 @@ class Setup:
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("loss", self.loss, LOSSES)
         self._check_objective()
+        self._check_smoothing()
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
         check_share("supervised", self.supervised)
+        self._check_batching()
         self._check_quantization()
         self._check_offload()
+        self._check_reentrant()
         self._check_updates()
 
     def _check_objective(self) -> None:
@@ -190,14 +236,65 @@ class Setup:
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
             )
-        if self.objective in CLASSIFICATIONS and self.lora is not None:
+        if self.objective in SCORED and self.lora is not None:
             raise UsageError(
                 "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
             )
-        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+        if self.objective in UNEVALUATED and self.evaluation is not None:
             raise UsageError(
-                "DPOTrainer switches dropout off, that of adapters, too (disable_dropout=True).",
+                f"What TRL evaluates for {self.objective} is not modelled.", "Leave --eval-batch and --objective apart."
+            )
+        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
+            trainer = TRAINER_BY_OBJECTIVE[self.objective]
+            raise UsageError(
+                f"{trainer} switches dropout off, that of adapters, too (disable_dropout=True).",
                 "Leave --lora-dropout out.",
+            )
+
+    def _check_smoothing(self) -> None:
+        """Raise `UsageError` where no smoothed loss is taken from the logits."""
+        check_label_smoothing(self.label_smoothing)
+        if not self.label_smoothing:
+            return
+        if self.objective != "lm":
+            raise UsageError(
+                f"Label smoothing is modelled for language models, not for --objective {self.objective}.",
+                "Leave --label-smoothing out.",
+            )
+        if self.loss != "full":
+            raise UsageError(
+                f"The Trainer smooths labels with all logits at hand, and --loss {self.loss} has none.",
+                "Use --loss full, or leave --label-smoothing out.",
+            )
+
+    def _check_batching(self) -> None:
+        """Raise `UsageError` where sequences do not become a micro-batch like this."""
+        check_choice("batching", self.batching, BATCHINGS)
+        num = self.packed_sequences
+        if num is not None:
+            check_count("packed_sequences", num)
+            if self.batching != "packed":
+                raise UsageError(
+                    "--packed-sequences is about rows that hold several sequences.", "Give --batching packed."
+                )
+            if num < LEAST_PACKED:
+                raise UsageError(
+                    "A packed row holds several sequences.",
+                    "Give --packed-sequences 2 or more, or leave --batching out.",
+                )
+        if not self.is_flattened:
+            return
+        if self.padding:
+            raise UsageError(f"A {self.batching} batch holds no padding.", "Leave --padding or --batching out.")
+        if self.objective != "lm":
+            raise UsageError(
+                f"--batching {self.batching} is modelled for language models' own loss, not for {self.objective}.",
+                "Leave --batching or --objective out.",
+            )
+        if self.evaluation is not None and self.evaluation.samples is not None:
+            raise UsageError(
+                f"What an evaluation of {self.batching} batches keeps of the logits is not modelled.",
+                "Leave --eval-samples or --batching out.",
             )
 
     def _check_quantization(self) -> None:
@@ -212,10 +309,27 @@ class Setup:
         if self.offload is None:
             return
         check_choice("offload", self.offload, OFFLOADS)
+        if self.activation_checkpointing == SAVE_ATTENTION:
+            raise UsageError(
+                "What attention gives is saved on the device: --offload activations with it is not modelled.",
+                "Give --checkpointing full or every-2.",
+            )
         if self.activation_checkpointing in {"none", "selective"}:
             raise UsageError(
                 "What is offloaded is what checkpointing keeps, and no layer is checkpointed.",
                 "Give --checkpointing full or every-2.",
+            )
+
+    def _check_reentrant(self) -> None:
+        if self.reentrant and self.activation_checkpointing == SAVE_ATTENTION:
+            raise UsageError(
+                "What attention gives is saved by non-reentrant checkpointing alone.",
+                "Give --checkpointing full, or leave --reentrant out.",
+            )
+        if self.reentrant and self.activation_checkpointing in {"none", "selective"}:
+            raise UsageError(
+                "Reentrant is a way of checkpointing whole layers, and no layer is checkpointed.",
+                "Give --checkpointing full or every-2, or leave --reentrant out.",
             )
 
     def _check_updates(self) -> None:
@@ -254,6 +368,39 @@ class Setup:
     def sequences_per_micro_batch(self) -> int:
         """Sequences in one forward pass on one rank: two a pair."""
         return self.micro_batch_size * sequences_of(self.objective)
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Tokens of a sequence, or of the two of a pair."""
+        return sequences_of(self.objective) * self.seq_len
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether all sequences of the micro-batch lie end to end in one row, with position ids for each."""
+        return self.batching != "rows"
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences in what the micro-batch counts: several where rows are packed."""
+        return (self.packed_sequences or LEAST_PACKED) if self.batching == "packed" else 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in one forward pass on one rank, those in packed rows one by one."""
+        return self.sequences_per_micro_batch * self.sequences_per_row
+
+    @property
+    def has_several_in_a_row(self) -> bool:
+        """Whether a row holds several sequences, so that a mask or the kernel has to keep them apart."""
+        return self.is_flattened and self.num_sequences > 1
+
+    def check_packing(self) -> None:
+        """Raise `UsageError` where a row has fewer tokens than sequences."""
+        if self.sequences_per_row > self.seq_len:
+            raise UsageError(
+                f"A row of {self.seq_len} tokens does not hold {self.sequences_per_row} sequences.",
+                "Give a longer --seq-len or fewer --packed-sequences.",
+            )
 
     @property
     def has_reference(self) -> bool:
@@ -309,13 +456,13 @@ def check_choice(name: str, value: object, known: object) -> None:
 
 def check_checkpointing(value: object) -> None:
     """Raise `UsageError` unless `value` is none, selective, full or every-N."""
-    if value in {"none", "selective", "full"}:
+    if value in {"none", "selective", SAVE_ATTENTION, "full"}:
         return
     every = value[6:] if isinstance(value, str) and value.startswith("every-") else ""
     if not (every.isascii() and every.isdigit() and len(every) <= 10 and 1 <= int(every) <= LARGEST_COUNT):
         raise UsageError(
             f"activation_checkpointing {_shown(value)} is not known.",
-            "Known: none, selective, full, every-2, every-3, ...",
+            "Known: none, selective, save-attention, full, every-2, every-3, ...",
         )
 
 
@@ -323,6 +470,12 @@ def check_share(name: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a share above 0 and up to 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise UsageError(f"{name} is {_shown(value)}.", "Give a share above 0 and up to 1.")
+
+
+def check_label_smoothing(value: object) -> None:
+    """Raise `UsageError` unless `value` is a share below 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UsageError(f"label_smoothing is {_shown(value)}.", "Give a number from 0 up to, but not including, 1.")
 
 
 def check_dropout(value: object) -> None:
@@ -334,7 +487,7 @@ def check_dropout(value: object) -> None:
 
 
 def checkpointed_layers(activation_checkpointing: str, num_layers: int) -> tuple[str, ...]:
-    """For each layer ``none``, ``selective`` or ``full``.
+    """For each layer ``none``, ``selective``, ``save-attention`` or ``full``.
 
     ``every-N`` checkpoints layers 0, N, 2N, ... (`every_n_layers` of transformers 5.23).
     """

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import Size
+from memplan.operators.tape import ATTENTION_KERNEL
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Timed(NamedTuple):
     backward: tuple[Work, ...]
     spans: tuple[Work, ...]
     """What selective checkpointing computes twice."""
+    saved: tuple[Work, ...]
+    """The forward pass without fused attention: what checkpointing computes twice that saves what attention gives."""
 
 
 def timed(tape: Tape) -> Timed:
@@ -73,6 +76,7 @@ def timed(tape: Tape) -> Timed:
             *(_inside(op.loop.dtype, op.loop.backward_moved) for op in real if op.loop and op.gradients),
         ),
         tuple(_forward(op) for op in real if id(op) in in_span),
+        tuple(_forward(op) for op in real if op.name != ATTENTION_KERNEL),
     )
 
 
@@ -91,7 +95,7 @@ def _backward(op: Op) -> Work:
     if op.name in {"linear", "bmm", "grouped_mm"}:
         factor: float = sum(1 for g in op.gradients if g.of.number in {x.number for x in op.inputs[:2]})
     else:
-        factor = ATTENTION_BACKWARD if op.name == "attention kernel" else 1
+        factor = ATTENTION_BACKWARD if op.name == ATTENTION_KERNEL else 1
     kept = (x.bytes for x in (*op.keeps, *op.pins))
     moved = [op.outputs[0].bytes, *kept, *(g.of.bytes for g in op.gradients if not g.alias)]
     if op.loop:

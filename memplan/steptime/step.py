@@ -103,7 +103,7 @@ class TimedModel:
         self.kinds = tuple(timed(kind.tape) for kind in recording.kinds)
         self.order = recording.order
         self.reference = () if reference is None else tuple(timed(piece.tape) for piece in _each_run(reference))
-        self._known: dict[tuple[int, int, int, int], tuple[float, float, float]] = {}
+        self._known: dict[tuple[int, int, int, int], tuple[float, float, dict[str, float]]] = {}
 
     def step(
         self,
@@ -119,19 +119,19 @@ class TimedModel:
 
         Args:
             env: The dimensions of one micro-batch.
-            modes: For each layer ``none``, ``selective`` or ``full``.
+            modes: For each layer ``none``, ``selective``, ``save-attention`` or ``full``.
             accumulation: Micro-steps in the step.
             optimizer: Its implementation.
             trained_bytes: Bytes of the parameters that are trained.
             trained: Number of them.
         """
 
-        def of(piece: Timed) -> tuple[float, float, float]:
+        def of(piece: Timed) -> tuple[float, float, dict[str, float]]:
             key = (id(piece), env["b"], env["s"], env["n"])
             if key not in self._known:
-                works = (piece.forward, piece.backward, piece.spans)
-                forward, backward, spans = (seconds(work, self.speed, env) for work in works)
-                self._known[key] = (forward, backward, spans)
+                works = (piece.forward, piece.backward, piece.spans, piece.saved)
+                forward, backward, spans, saved = (seconds(work, self.speed, env) for work in works)
+                self._known[key] = (forward, backward, {"full": forward, "selective": spans, "save-attention": saved})
             return self._known[key]
 
         speed = self.speed
@@ -142,7 +142,7 @@ class TimedModel:
         backward = stem[1] + head[1] + sum(pieces[kind][1] for kind in self.order)
         again = 0.0
         for kind, mode in zip(self.order, modes, strict=True):
-            again += pieces[kind][0] if mode == "full" else pieces[kind][2] if mode == "selective" else 0.0
+            again += pieces[kind][2].get(mode, 0.0)
         later = _accumulated(accumulation, trained_bytes) / speed.bytes_per_s
         update = bytes_of_update(optimizer, trained_bytes, trained) / speed.bytes_per_s
         return StepTime(accumulation * forward, accumulation * backward + later, accumulation * again, update)
@@ -169,6 +169,7 @@ class TimedModel:
             found += terms(kind.forward, self.speed, env, accumulation * (len(layers) + layers.count("full")))
             found += terms(kind.backward, self.speed, env, accumulation * len(layers))
             found += terms(kind.spans, self.speed, env, accumulation * layers.count("selective"))
+            found += terms(kind.saved, self.speed, env, accumulation * layers.count("save-attention"))
         moved = _accumulated(accumulation, trained_bytes) + bytes_of_update(optimizer, trained_bytes, trained)
         return (*(term for term in found if term.num), Term(0.0, moved / self.speed.bytes_per_s, 1, launches=False))
 

@@ -166,6 +166,46 @@ def test_padding_is_assumed_away_or_counted(run) -> None:
     assert "padded batches" in run("suggest gpt2 --gpu t4 --target-batch 8 --padding").out
 
 
+def test_sequences_in_one_row(run) -> None:
+    """GIVEN a batching, THEN bytes follow the tokens, and the plan says whose arguments ask for it."""
+    base = "estimate qwen2.5-0.5b --seq-len 512 --micro-batch 4 --attention flash --json"
+    rows, free, packed = (
+        json.loads(run(f"{base} {flags}").out)
+        for flags in ("", "--batching padding-free", "--batching packed --packed-sequences 16")
+    )
+    assert [one["setup"]["packed_sequences"] for one in (rows, free, packed)] == [None, None, 16]
+    assert free["kept_activation_bytes"] == packed["kept_activation_bytes"]
+    assert free["peak_allocated_bytes"] <= packed["peak_allocated_bytes"]
+    (assumed,) = (one for one in free["assumptions"] if one["what"] == "batching")
+    assert assumed["effect_bytes"] == rows["peak_allocated_bytes"] - free["peak_allocated_bytes"]
+    plan = "suggest qwen2.5-0.5b --gpu 24GB --target-batch 32 --attention flash --loss tiled --seq-len 512"
+    said = " ".join(run(f"{plan} --batching padding-free").out.split())
+    assert "padding_free=True) of TRL from 1.15 on" in said
+    assert "32 sequences of 512 tokens on average" in said
+    said = " ".join(run(f"{plan} --batching packed").out.split())
+    assert "packing=True, max_length=512) of TRL from 1.15 on" in said
+    assert "32 packed rows of 512 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--batching packed --padding", "holds no padding"),
+        ("--packed-sequences 4", "Give --batching packed"),
+        ("--batching packed --packed-sequences 1", "holds several sequences"),
+        ("--batching packed --packed-sequences 9 --seq-len 8", "does not hold 9 sequences"),
+        ("--batching packed --objective dpo", "not for dpo"),
+        ("--batching packed --eval-samples 9", "Leave --eval-samples or --batching out"),
+        ("--batching paked", "Did you mean"),
+    ],
+)
+def test_what_does_not_go_with_one_row(run, flags: str, words: str) -> None:
+    """Contradictions are faults of usage, which say what to leave out."""
+    outcome = run(f"estimate gpt2 {flags}")
+    assert outcome.status == 2
+    assert words in outcome.err
+
+
 def test_the_cards_that_hold_it_do(run) -> None:
     """GIVEN nothing fits 24 GB, THEN the cards named hold the same configuration."""
     command = "suggest qwen2.5-1.5b --gpu {} --target-batch 32 --precision bf16-mixed"

@@ -18,6 +18,8 @@ COMMANDS = [
     ("estimate", "estimate qwen2.5-0.5b --gpu 2xa100-80gb --target-tokens 64k --optimizer adamw-8bit --dropout 0.1"),
     ("plan", "suggest gpt2 --gpu t4 --target-batch 32"),
     ("plan", "suggest gpt2 --gpu t4 --target-batch 32 --padding"),
+    ("plan", "suggest gpt2 --gpu t4 --target-batch 32 --batching packed --packed-sequences 3"),
+    ("sweep", "sweep gpt2 --batching padding-free"),
     ("plan", "suggest qwen2.5-0.5b --gpu 2xa100-80gb --target-tokens 4M --reserve 1GiB --optimizer sgd-momentum"),
     ("plan", "suggest llama-3-8b --gpu 24GB --target-batch 32"),
     ("plan", "suggest qwen2.5-1.5b --gpu 24GB --target-batch 32 --precision bf16-mixed"),

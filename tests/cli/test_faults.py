@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -68,6 +69,14 @@ USAGE = [
     ("suggest gpt2 --gpu 24GB --target-batch 32 --loss fused", "no fused loss for gpt2", "chunked"),
     ("estimate bert-base --loss chunked", "causal language models", "--loss full"),
     ("estimate llama-3-8b --loss cut --precision fp32", "hidden states in fp32", "--loss full"),
+    ("estimate llama-3-8b --objective orpo --loss tiled", "orpo is not modelled as --loss tiled", "--loss full"),
+    ("estimate llama-3-8b --objective reward --lora-rank 8", "Adapters beside the layers of a classifier", "Leave"),
+    ("estimate opt-1.3b --objective reward", "reward is not modelled for opt", "Known: bert"),
+    ("estimate llama-3-8b --objective orpo --eval-batch 4", "What TRL evaluates for orpo", "--eval-batch"),
+    ("estimate llama-3-8b --label-smoothing 0.1 --loss tiled", "and --loss tiled has none", "--loss full"),
+    ("estimate llama-3-8b --label-smoothing 0.1 --objective dpo", "not for --objective dpo", "Leave"),
+    ("estimate bert-base --label-smoothing 0.1", "causal language models", "memplan trace"),
+    ("estimate llama-3-8b --label-smoothing 1", "--label-smoothing is '1'", "below 1"),
 ]
 
 FAULTS = [
@@ -81,11 +90,11 @@ FAULTS = [
     *[
         (f"{command} gpt2 --gpu 24GB --target-batch 32 {flag} 8", f"{flag} is not modelled yet", "Leave it out")
         for command in ("estimate", "suggest")
-        for flag in ("--zero-stage", "--label-smoothing")
+        for flag in ("--zero-stage",)
     ],
     *[
         (f"estimate gpt2 --objective {name}", f"--objective {name} is not modelled yet", "Known: lm, dpo")
-        for name in ("reward", "orpo", "distillation", "contrastive")
+        for name in ("kto", "distillation", "contrastive")
     ],
 ]
 
@@ -137,6 +146,18 @@ def test_heads_that_do_not_divide_the_hidden_size(run, tmp_path) -> None:
     values |= {"intermediate_size": 64, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert_two_lines(run("estimate", str(tmp_path)), 1, "hidden_size", "heads")
+
+
+def test_a_terminal_gets_lines_broken_between_words(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GIVEN a terminal of 60 columns THEN no line is longer and no word is lost; a pipe gets the sentences whole."""
+    command = "estimate llama-3-8b --label-smoothing 0.1 --loss tiled"
+    whole = run(command).err
+    assert max(map(len, whole.splitlines())) > 60
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    broken = run(command).err
+    assert max(map(len, broken.splitlines())) <= 60
+    assert broken.split() == whole.split()
 
 
 def test_an_empty_model(run) -> None:

@@ -27,6 +27,14 @@ def words(text: str) -> str:
         ("gpt2", "--attention flash", "attn_implementation='flash_attention_2'"),
         ("gpt2", "--optimizer adamw-forloop", "no key for the optimizer adamw-forloop"),
         ("gpt2", "--checkpointing selective", "no key for selective checkpointing"),
+        ("gpt2", "--label-smoothing 0.1", "label_smoothing_factor=0.1"),
+        ("gpt2", "--objective orpo", "ORPOConfig(per_device_train_batch_size="),
+        ("gpt2", "--objective orpo", "activation_checkpointing=False"),
+        ("gpt2", "--objective reward", "num_labels=1), RewardConfig("),
+        ("gpt2", "--objective reward --dropout 0.1", "disable_dropout=False"),
+        ("gpt2", "--objective dpo", "DPOConfig("),
+        ("gpt2", "--objective dpo --checkpointing selective", "DPOConfig has no key for selective checkpointing"),
+        ("gpt2", "--objective dpo-precomputed", "max_length=128, precompute_ref_log_probs=True"),
     ],
 )
 def test_the_trainer_line_says_what_is_not_the_default(run, model: str, options: str, said: str) -> None:

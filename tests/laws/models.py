@@ -7,9 +7,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from memplan.architectures.registry import read_architecture
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.specs.training import IN_BACKWARD, OPTIMIZERS, Setup
 
 LLAMA: dict[str, Any] = {
@@ -44,22 +44,37 @@ choices = {
     "micro_batch_size": st.integers(1, 9),
     "seq_len": st.integers(1, 700),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"]),
-    "activation_checkpointing": st.sampled_from(["none", "selective", "full", "every-2", "every-3"]),
     "attention": st.sampled_from(["eager", "sdpa", "flash"]),
 }
-setups = st.builds(
-    Setup,
+checkpointings = {
+    "activation_checkpointing": st.sampled_from(["none", "selective", "save-attention", "full", "every-2", "every-3"])
+}
+reentrant = {"activation_checkpointing": st.sampled_from(["full", "every-2"]), "reentrant": st.just(True)}
+
+
+def _any(**settings: Any) -> st.SearchStrategy[Setup]:
+    settings = choices | settings
+    return st.builds(Setup, **settings, **checkpointings) | st.builds(Setup, **settings, **reentrant)
+
+
+setups = _any(
     gradient_accumulation_steps=st.integers(1, 4),
     data_parallel_size=st.sampled_from([1, 2]),
     optimizer=st.sampled_from(sorted(set(OPTIMIZERS) - set(IN_BACKWARD))),
-    **choices,
 )
 """Those whose gradients can be accumulated and exchanged."""
-all_setups = setups | st.builds(Setup, optimizer=st.sampled_from(IN_BACKWARD), **choices)
+flattened = _any(
+    gradient_accumulation_steps=st.integers(1, 4),
+    batching=st.sampled_from(["padding-free", "packed"]),
+    micro_batch_size=st.integers(2, 9),
+    seq_len=st.integers(2, 700),
+)
+"""Several sequences end to end in one row."""
+all_setups = setups | flattened | _any(optimizer=st.sampled_from(IN_BACKWARD))
 
 
 def peaks(model: str, setup: Setup, *, first_step: bool = False) -> Any:
     """The closed-form peaks of a setup."""
     program = RECORDINGS[model].program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(dimensions(setup))
     return program.peaks(sizes, setup.gradient_accumulation_steps, first_step=first_step)

@@ -20,9 +20,9 @@ from memplan.allocator.layout import ACTIVE, INACTIVE, segments
 from memplan.allocator.replay import new_allocator, replay
 from memplan.allocator.rounding import fitting, round_up
 from memplan.allocator.settings import AllocatorSettings, parse_alloc_conf
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.units import MIB
 from tests.laws.models import RECORDINGS, all_setups, models
 
@@ -120,7 +120,7 @@ def test_at_any_time(events: list[Event], settings: AllocatorSettings, capacity:
 def test_a_run_reserves_at_least_its_peak(model: str, setup: Setup) -> None:
     """The formula's own timeline, replayed: requested is its peak, and allocated and reserved are no less."""
     program = RECORDINGS[model].program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(dimensions(setup))
     events = [
         (moment.key, moment.num_bytes, moment.sign)
         for moment in timeline(program, sizes, setup.gradient_accumulation_steps)

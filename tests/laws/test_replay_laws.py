@@ -8,9 +8,9 @@ from hypothesis import given
 
 from memplan.allocator.replay import replay
 from memplan.estimation import replaying
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.specs.values import replace
 from tests.laws.models import RECORDINGS, all_setups, models
 
@@ -23,7 +23,7 @@ def test_the_fast_replay_is_the_replay_of_the_timeline(model: str, setup: Setup)
     """Translated segment by segment, a run makes the very calls of its timeline, and comes to the same peaks."""
     setup = replace(setup, gradient_accumulation_steps=min(setup.gradient_accumulation_steps, 2))
     program = RECORDINGS[model].program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(dimensions(setup))
     steps = setup.gradient_accumulation_steps
     slow = replay((moment.key, moment.num_bytes, moment.sign) for moment in timeline(program, sizes, steps))
     fast = replaying.replay(program, sizes, steps)
@@ -36,7 +36,7 @@ def test_the_fast_replay_is_the_replay_of_the_timeline(model: str, setup: Setup)
 def test_a_replay_in_too_little_memory_runs_out(model: str, setup: Setup) -> None:
     """Less than the peak of the tensors cannot do, whatever the allocator gives back; its own peak always does."""
     program = RECORDINGS[model].program(setup)
-    sizes = Sizes(bind(setup.micro_batch_size, setup.seq_len))
+    sizes = Sizes(dimensions(setup))
     steps = setup.gradient_accumulation_steps
     free = replaying.replay(program, sizes, steps)
     enough = replaying.replay(program, sizes, steps, capacity_bytes=free.reserved_bytes)

@@ -84,7 +84,7 @@ def test_a_step_of_it(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "flux"])
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "sdxl", "flux"])
 def test_a_network_of_a_diffusion_model(name: str) -> None:
     """The same with diffusers' networks."""
     pytest.importorskip("diffusers")

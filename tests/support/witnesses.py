@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.architectures.registry import read_architecture
+from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
-from memplan.operators.sizes import bind
 from memplan.probes.trace import trace_training
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Both(NamedTuple):
 def compare(config: dict[str, Any], setup: Setup, *, sdpa_kernel: str | None = None) -> Both:
     """Evaluate and trace one setup."""
     program = Recordings(read_architecture(config, "config", dropout=setup.dropout)).program(setup)
-    sizes = Sizes(bind(setup.sequences_per_micro_batch, setup.seq_len, setup.supervised))
+    sizes = Sizes(dimensions(setup))
     peaks = program.peaks(sizes, setup.gradient_accumulation_steps)
     trace = trace_training(config, setup, sdpa_kernel=sdpa_kernel)
     return Both(

@@ -95,10 +95,11 @@ def test_how_many_classes() -> None:
     [
         (LLAMA, {"loss": "tiled"}, "not modelled as --loss tiled"),
         (LLAMA, {"lora": Lora(rank=4)}, "Adapters beside the layers of a classifier"),
-        (LLAMA | {"model_type": "gpt2"}, {}, "not modelled for gpt2"),
+        (LLAMA | {"model_type": "opt", "ffn_dim": 128}, {}, "not modelled for opt"),
+        (BERT | {"model_type": "gpt2"}, {"objective": TOKEN}, "not modelled for gpt2"),
     ],
 )
 def test_what_is_refused(config: dict[str, Any], choices: dict[str, Any], said: str) -> None:
     """By name."""
     with pytest.raises(UsageError, match=said):
-        estimator(config).memory(Setup(objective=SEQUENCE, seq_len=64, **choices))
+        estimator(config).memory(Setup(**{"objective": SEQUENCE, "seq_len": 64} | choices))

@@ -12,6 +12,8 @@ from memplan.planner.goal import Target
 from memplan.report.cards import cards_that_hold
 from memplan.report.document import estimate_document, options_of, plan_document
 from memplan.report.trainer import trainer_arguments
+from memplan.specs.adapter import Lora
+from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import Setup
 
 
@@ -216,6 +218,30 @@ def test_checkpointing_of_the_trainer() -> None:
     assert "activation_checkpointing_kwargs" not in full
     assert every["activation_checkpointing_kwargs"] == {"every_n_layers": 3}
     assert trainer_arguments(Setup(activation_checkpointing="selective")) is None
+
+
+def test_checkpointing_that_keeps_attention_is_of_trl() -> None:
+    kept = trainer_arguments(Setup(activation_checkpointing="save-attention", loss="tiled"))
+    assert (kept["config"], kept["versions"]) == ("SFTConfig", "TRL 1.16")
+    assert kept["arguments"]["activation_checkpointing_kwargs"] == {"selective": True}
+    assert trainer_arguments(Setup(activation_checkpointing="save-attention")) is None
+
+
+def test_evaluation_in_the_arguments() -> None:
+    evaluation = Evaluation(batch=4, samples=100, accumulation=2)
+    arguments = trainer_arguments(Setup(evaluation=evaluation))["arguments"]
+    assert arguments["per_device_eval_batch_size"] == 4
+    assert arguments["eval_accumulation_steps"] == 2
+    assert "per_device_eval_batch_size" not in trainer_arguments(Setup())["arguments"]
+
+
+def test_how_a_model_is_made_ready() -> None:
+    """What no class of arguments says: the adapters' dtype, the casts of k-bit training, dropout of the config."""
+    lora = Lora(rank=8, dtype="base")
+    made = trainer_arguments(Setup(lora=lora, quantize="nf4", upcast=True, dropout=0.0))
+    assert (made["adapters_as_base"], made["upcast"], made["dropout"]) == (True, True, 0.0)
+    usual = trainer_arguments(Setup(lora=Lora(rank=8), quantize="nf4"))
+    assert (usual["adapters_as_base"], usual["upcast"], usual["dropout"]) == (False, False, None)
 
 
 def test_what_the_trainer_does_not_offer() -> None:

@@ -32,7 +32,25 @@ CASES = [
         {"lora_rank": 16, "quantize": "int8", "checkpointing": "full"},
         {"quantize": "nf4"},
     ),
+    (
+        "reentrant checkpointing",
+        GPT2,
+        {"checkpointing": "full", "reentrant": True, "micro_batch": 8, "loss": "tiled", "optimizer": "sgd"},
+        {"reentrant": False},
+    ),
     ("a mask rules flash attention out", "qwen2.5-0.5b", {"padding": True}, {"padding": False}),
+    (
+        "sequences in one row without flash attention",
+        "qwen2.5-0.5b",
+        {"batching": "padding-free", "micro_batch": 4},
+        {"attention": "flash"},
+    ),
+    (
+        "sequences in one row without flash attention",
+        "qwen2.5-0.5b",
+        {"batching": "packed"},
+        {"attention": "flash"},
+    ),
 ]
 
 
@@ -43,6 +61,11 @@ def test_a_lint_and_its_effect(what: str, model: str, given: dict[str, object], 
     assert lint.effect_bytes == peak(model, **{**given, **heeded}) - peak(model, **given)
     assert lint.source
     assert what not in said(model, **{**given, **heeded})
+
+
+def test_one_sequence_in_a_row_needs_no_mask() -> None:
+    """One sequence by itself is as many tokens in a row as it ever was."""
+    assert "sequences in one row without flash attention" not in said("qwen2.5-0.5b", batching="padding-free")
 
 
 def test_checkpointing_that_saves_little() -> None:
@@ -61,6 +84,15 @@ def test_8_bit_states_that_are_not() -> None:
     """bert-base has a quarter of its numbers in embeddings, which the Trainer registers with 32 bits."""
     assert "8-bit states that are not" in said("bert-base-uncased", optimizer="adamw-8bit", seq_len=128)
     assert "8-bit states that are not" not in said("llama-2-7b", optimizer="adamw-8bit", seq_len=128)
+
+
+def test_reentrant_checkpointing_after_a_frozen_embedding() -> None:
+    """Not where a copy of the embedding is trained, not where all is, and not without reentrant checkpointing."""
+    what, lora = "reentrant checkpointing after a frozen embedding", {"lora_rank": 8, "checkpointing": "full"}
+    assert what in said("qwen2.5-0.5b", **lora, reentrant=True)
+    assert what not in said("qwen2.5-0.5b", **lora)
+    assert what not in said("qwen2.5-0.5b", **lora, reentrant=True, modules_to_save="embed_tokens")
+    assert what not in said("qwen2.5-0.5b", checkpointing="full", reentrant=True)
 
 
 def test_nothing_to_say() -> None:

@@ -122,3 +122,38 @@ def test_setups_that_have_no_meaning(wrong: dict[str, object]) -> None:
         Setup(**wrong)  # type: ignore[arg-type]
     assert fault.value.cause
     assert fault.value.cure
+
+
+@pytest.mark.parametrize("objective", ["sequence-classification", "token-classification"])
+def test_levers_that_the_objective_does_not_have_are_left_out(objective: str) -> None:
+    """GIVEN classes in place of words, THEN no loss of words is a lever, where it fits and where it does not."""
+    for gpu in ("24GB", "1GB"):
+        plan = memplan.suggest("bert-base-uncased", gpu=gpu, target_batch=64, objective=objective)
+        assert not [lever for lever in plan.levers if "--loss" in lever.flag]
+        assert (plan.best is None) == (gpu == "1GB")
+
+
+def test_offloading_leaves_only_checkpointing_to_choose_from() -> None:
+    plan = memplan.suggest("qwen3-0.6b", gpu="24GB", target_batch=8, offload="activations")
+    assert plan.best is not None
+    assert plan.best.setup.activation_checkpointing not in {"none", "selective"}
+    assert not [lever for lever in plan.levers if lever.flag == "--checkpointing none"]
+
+
+def test_an_evaluation_that_is_the_peak_has_levers() -> None:
+    """GIVEN an evaluation that takes more than the step THEN a smaller batch of it is among the ways to need less."""
+    plan = memplan.suggest("qwen2.5-0.5b", gpu="24GB", target_batch=1, seq_len=512, eval_batch=16, eval_samples=64)
+    levers = {lever.flag: lever for lever in plan.levers}
+    for flag in ("--eval-batch 1", "--eval-accumulation 1"):
+        assert levers[flag].delta_bytes < 0
+        assert levers[flag].delta_step_time_s == 0
+
+
+def test_a_lever_is_priced_in_tensors() -> None:
+    """GIVEN a lever, THEN its bytes are those of an estimate of the setup with it."""
+    plan = memplan.suggest("gpt2", gpu="24GB", target_batch=32)
+    assert plan.best is not None
+    for lever in plan.levers:
+        assert lever.delta_bytes == (
+            lever.candidate.memory.peak_allocated_bytes - plan.best.memory.peak_allocated_bytes
+        ), lever.flag

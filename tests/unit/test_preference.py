@@ -15,7 +15,7 @@ from memplan.memory.events import Sizes
 from memplan.operators.sizes import allocated, bind
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import dropout_of, setup_fields
-from memplan.specs.training import OBJECTIVES, PAIRED, Setup
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, OBJECTIVES, PAIRED, Setup
 
 WIDTH, WORDS, LENGTH, PAIRS = 64, 40000, 256, 3
 SEQUENCES = 2 * PAIRS
@@ -116,9 +116,10 @@ def test_the_high_point_of_a_run_without_a_graph() -> None:
 def test_a_grid_counts_pairs() -> None:
     """GIVEN several micro-batches THEN each is the estimate of as many pairs."""
     for objective in PAIRED:
-        grid = estimate_grid(estimator(), pairs(objective), [1, 4], [64, 128])
+        setup = pairs(objective, loss=LOSSES_BY_OBJECTIVE[objective][0])
+        grid = estimate_grid(estimator(), setup, [1, 4], [64, 128])
         for b, s, peak in zip((1, 4), (64, 128), grid.peak_allocated_bytes.tolist(), strict=True):
-            one = pairs(objective, micro_batch_size=b, seq_len=s)
+            one = pairs(objective, micro_batch_size=b, seq_len=s, loss=LOSSES_BY_OBJECTIVE[objective][0])
             assert peak == estimator().memory(one).peak_allocated_bytes
 
 

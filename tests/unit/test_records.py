@@ -72,6 +72,10 @@ setups = st.builds(
     dropout=st.none() | probabilities,
     padding=st.booleans(),
     lora=st.none() | adapters,
+) | st.builds(
+    Setup,
+    batching=st.just("packed"),
+    packed_sequences=st.none() | st.integers(2, 10**9),
 )
 trials = st.builds(
     Trial,

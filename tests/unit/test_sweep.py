@@ -97,6 +97,8 @@ def test_positions_that_are_spread() -> None:
         ("qwen2.5-0.5b", {"lora_rank": 8, "quantize": "nf4", "checkpointing": "full"}),
         ("llama-3.2-3b", {"precision": "bf16-mixed", "accumulation": 4, "optimizer": "adamw-8bit", "gpus": 2}),
         ("gemma-2-9b", {"attention": "eager", "padding": True, "seq_lens": (1024, 4095, 4096, 4097)}),
+        ("mistral-7b", {"batching": "padding-free", "seq_lens": (512, 4097)}),
+        ("llama-3.2-3b", {"batching": "packed", "packed_sequences": 7, "attention": "flash"}),
     ],
 )
 def test_every_point_is_the_estimate_of_it(model: str, choices: dict) -> None:

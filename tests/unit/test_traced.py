@@ -90,13 +90,13 @@ def traced(module: Any = Model, **sizes: Any) -> Any:
     return trace_training(module_model(module), replace(SETUP, **sizes))
 
 
-def events(b: int, s: int, module: Any = Model) -> Any:
-    return traced(module, micro_batch_size=b, seq_len=s).events
+def run(b: int, s: int, module: Any = Model) -> Any:
+    return traced(module, micro_batch_size=b, seq_len=s)
 
 
 @cache
 def program(*, one: bool) -> Any:
-    return traced_at(points_for(1 if one else 2, 100), events)
+    return traced_at(points_for(1 if one else 2, 100), run)
 
 
 @pytest.mark.parametrize("size", [(1, 20), (1, 200), (2, 33), (5, 64), (7, 130)])
@@ -118,6 +118,15 @@ def test_a_size_that_was_not_traced(size: tuple[int, int], accumulation: int) ->
         assert found.first_step[name] == pytest.approx(exact[name].first_step_allocated_bytes, abs=slack), name
 
 
+@pytest.mark.parametrize(("b", "s"), [(1, 16), (2, 33), (5, 300)])
+def test_flops(b: int, s: int) -> None:
+    """Two for each multiplication of the matrices; twice as many for the gradients of both factors."""
+    layer = 2 * b * s * 4 * H * H + 2 * 2 * b * s * s * H
+    by_hand = 3 * layer + 2 * b * s * H * 100
+    fitted = tuple(one.value(b, s) for one in program(one=b == 1).flops)
+    assert fitted == run(b, s).flops == (by_hand, 2 * by_hand)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_rows_at_the_peak_add_up(accumulation: int) -> None:
     found = program(one=False)
@@ -129,7 +138,7 @@ def test_rows_at_the_peak_add_up(accumulation: int) -> None:
 @pytest.mark.parametrize("module", [Branching, Windowed])
 def test_another_path_at_larger_sizes(module: Any) -> None:
     with pytest.raises(MemplanError, match=r"another path|no polynomial"):
-        traced_at(points_for(2, 100), lambda b, s: events(b, s, module))
+        traced_at(points_for(2, 100), lambda b, s: run(b, s, module))
 
 
 def test_a_program_as_values() -> None:
@@ -239,7 +248,7 @@ def test_a_changed_module_is_traced_anew(environment) -> None:
 
         def trace(setup: Setup) -> Any:
             sizes.append((setup.micro_batch_size, setup.seq_len))
-            return trace_training(module_model(module), setup).events
+            return trace_training(module_model(module), setup)
 
         return TracedEstimator("own", trace, lambda setup: (1, 1), programs=RememberedPrograms(environment)), sizes
 
@@ -261,10 +270,10 @@ def test_a_changed_module_is_traced_anew(environment) -> None:
 
 
 def test_a_digest_names_the_content() -> None:
-    assert digest(events(2, 16)) == digest(events(2, 16))
-    assert digest(events(2, 16)) != digest(events(2, 17))
+    assert digest(run(2, 16).events) == digest(run(2, 16).events)
+    assert digest(run(2, 16).events) != digest(run(2, 17).events)
     with pytest.raises(MemplanError):
-        fit_program({(2, 16): events(2, 16)})
+        fit_program({(2, 16): run(2, 16)})
 
 
 @pytest.mark.parametrize("size", [(1, 1, 432), (2, 100, 512), (4, 419, 431)])
@@ -280,6 +289,6 @@ def test_lengths_of_the_traces_stay_below_the_one_that_is_asked_for(size: tuple[
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_kernels_of_tiles(seq_len: int, micro_batch: int) -> None:
     """GIVEN a module with fused attention, whose backward rounds lengths up to 128, THEN the fit is exact."""
-    program = traced_at(points_for(micro_batch, seq_len), lambda b, s: events(b, s, Attentive))
+    program = traced_at(points_for(micro_batch, seq_len), lambda b, s: run(b, s, Attentive))
     exact = traced(Attentive, micro_batch_size=micro_batch, seq_len=seq_len, gradient_accumulation_steps=2)
     assert program.peaks(micro_batch, seq_len, 2).peak == exact.peak_allocated_bytes

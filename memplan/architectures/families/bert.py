@@ -22,8 +22,9 @@ from memplan.operators.layout import take
 from memplan.operators.losses import cross_entropy, masked_lm_loss
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
+from memplan.operators.preference import reward_loss
 from memplan.operators.products import project
-from memplan.specs.training import CLASSIFICATIONS
+from memplan.specs.training import SCORED
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def layer(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
 
 def head(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
     """Transform, logits, loss; or classes of the sequence, or of its tokens."""
-    if t.objective in CLASSIFICATIONS:
-        return (sequence_head if t.objective == "sequence-classification" else token_head)(m, t, x)
+    if t.objective in SCORED:
+        return (token_head if t.objective == "token-classification" else sequence_head)(m, t, x)
     scope, inner, norm = (
         ("lm_head", "", "layer_norm") if m.positions_from_ids else ("cls.predictions", "transform", "LayerNorm")
     )
@@ -158,6 +159,9 @@ def sequence_head(m: Bert, t: Tape, x: Tensor) -> Tensor:
     name = "classifier.out_proj" if m.positions_from_ids else "classifier"
     logits = linear(t, dropped, t.classes.num, name, bias=True, makes_logits=True)
     with t.scope("loss"):
+        if t.objective == "reward":
+            t.keep_alive(x)
+            return reward_loss(t, logits)
         loss = cross_entropy(t, logits, sequence_labels(t))
         t.keep_alive(x, logits)
     return loss

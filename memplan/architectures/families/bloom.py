@@ -105,6 +105,7 @@ def self_attention(m: Bloom, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -
     weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), q.dtype), m.attention_dropout)
     t.hold_in_module(joint, q, k, v, unbiased, scores)
     t.hold_into_next(weights)
+    t.also_returns(weights)
     out = copy(t, matmul(t, weights, v, by_head, "s"), ("b", "s", m.num_heads, m.head_dim))
     return dropout(t, linear(t, merged(t, out), m.hidden_size, "dense", bias=True), m.hidden_dropout)
 

@@ -130,6 +130,7 @@ def written_out(
         q, k, v = factors(m, t, q, k, v)
     product = matmul(t, q, k, ("b", m.num_heads, "s", "s"), m.head_dim)
     weights = softmax(t, add(t, product, shared["mask"]), dtype=dtype)
+    t.also_returns(weights)
     if single:
         (v,) = factors(m, t, v)
     out = matmul(t, weights, v, ("b", m.num_heads, "s", m.head_dim), "s")

@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.architectures.architecture import Architecture, int64
-from memplan.architectures.blocks import HIDDEN, causal_mask, merged, positions, split_heads
+from memplan.architectures.blocks import HIDDEN, causal_mask, counted_positions, merged, split_heads
 from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.attention import attention
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout
 from memplan.operators.matrix import conv1d, embedding
 from memplan.operators.normalisation import layer_norm
 from memplan.specs.values import dataclass
@@ -51,7 +51,7 @@ def stem(m: GPT2, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
     """Token and position embeddings."""
     with t.scope("transformer"):
         tokens = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "wte")
-        position_ids = add_scalar(t, positions(t))
+        position_ids = counted_positions(t)
         places = embedding(t, position_ids, m.max_positions, m.hidden_size, "wpe")
         x = add(t, tokens, places)
         shared = causal_mask(t, tokens)

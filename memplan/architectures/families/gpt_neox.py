@@ -91,7 +91,9 @@ def layer(m: GPTNeoX, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tenso
         attended = self_attention(m, t, normed, shared)
     attended = dropout(t, attended, m.hidden_dropout)
     if m.parallel:
-        return add(t, add(t, feed_forward(m, t, x), attended), x)
+        fed = feed_forward(m, t, x)
+        t.keep_alive(result := add(t, add(t, fed, attended), x), fed, attended)
+        return result
     attended = add(t, attended, x)
     return add(t, feed_forward(m, t, attended), attended)
 

@@ -15,10 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import Architecture, Buffer, int64
-from memplan.architectures.blocks import HIDDEN, causal_mask, heads, merged, positions
+from memplan.architectures.blocks import HIDDEN, causal_mask, counted_positions, heads, merged
 from memplan.architectures.heads import causal_head
 from memplan.operators.attention import attention
-from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_scalar, dropout, mul, neg
+from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, mul, neg
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import layer_norm
@@ -54,7 +54,7 @@ def stem(m: GPTJ, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding, position ids and the mask."""
     with t.scope("transformer"):
         tokens = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "wte")
-        position_ids = add_scalar(t, positions(t))
+        position_ids = counted_positions(t)
         shared = causal_mask(t, tokens)
         x = dropout(t, tokens, m.embedding_dropout)
     return x, shared | {"position_ids": position_ids}

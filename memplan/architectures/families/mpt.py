@@ -83,6 +83,7 @@ def self_attention(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
     weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), joint.dtype), m.dropout)
     t.hold_in_module(joint, scores)
     t.hold_into_next(weights)
+    t.also_returns(weights)
     out = copy(t, matmul(t, weights, next(batched), (b, num, s, head_dim), s), (b, s, num, head_dim))
     return linear(t, merged(t, out), m.hidden_size, "out_proj")
 
