@@ -81,6 +81,8 @@ class Model(NamedTuple):
     """Its config."""
     origin: str
     """Why it is this one: as asked for, from a file of the project, or the default."""
+    teacher: Model | None = None
+    """The model that is distilled into it."""
 
 
 class UserModule(NamedTuple):
@@ -95,6 +97,8 @@ class UserModule(NamedTuple):
     """Told what is being traced."""
     values: dict[str, Any] | None = None
     """Its config; None: a module of the user's own."""
+    teacher: Model | None = None
+    """The model that is distilled into it."""
 
     @property
     def model_type(self) -> str:
@@ -192,9 +196,55 @@ def _check_runs(values: dict[str, Any], name: str) -> None:
         )
 
 
+def find_trained(
+    model: str | os.PathLike[str] | Model | UserModule | None, choices: Mapping[str, Any]
+) -> Model | UserModule:
+    """The model that is trained like this, with its teacher where it has one.
+
+    Raises:
+        UsageError: one of the two is not described, so that there is no formula.
+        MemplanError: one cannot be found, read or modelled.
+    """
+    found = find_model(model, dropout=dropout_of(choices))
+    teacher = find_teacher(choices)
+    if teacher is not None and isinstance(found, UserModule):
+        raise UsageError(
+            f"Distillation into {found.name} is not modelled: memplan does not describe it.",
+            "Ask memplan trace, which runs both models.",
+        )
+    return found if teacher is None else found._replace(teacher=teacher)
+
+
+def find_teacher(choices: Mapping[str, Any]) -> Model | None:
+    """The teacher that is named, without dropout, as it is only asked.
+
+    Raises:
+        UsageError: memplan does not describe it.
+    """
+    named: str | os.PathLike[str] | None = choices.get("teacher")
+    if named is None:
+        return None
+    teacher: Model | UserModule = find_model(named, dropout=0.0)
+    if isinstance(teacher, UserModule):
+        raise UsageError(
+            f"{teacher.name} is no teacher: memplan does not describe it.", "Name a model that memplan models lists."
+        )
+    return teacher
+
+
+def estimator_of(
+    model: Model, gpu: GpuSpec | None, speed: GpuSpec | None = None, *, remembers: bool = True
+) -> Estimator:
+    """The formula of a model on a card; `remembers`: earlier replays."""
+    teacher = None if model.teacher is None else model.teacher.architecture
+    replays = remembered(model) if remembers else None
+    return Estimator(model.architecture, model.name, gpu, speed, replays=replays, teacher=teacher)
+
+
 def remembered(model: Model) -> RememberedReplays:
-    """Earlier replays of this model by this code."""
-    fingerprint = json.dumps([code_stamp(), model.values], sort_keys=True)
+    """Earlier replays of this model, and of its teacher, by this code."""
+    taught = () if model.teacher is None else (model.teacher.values,)
+    fingerprint = json.dumps([code_stamp(), model.values, *taught], sort_keys=True)
     return RememberedReplays(fingerprint, os.environ)
 
 
@@ -242,6 +292,8 @@ def default_attention(model: Model | UserModule) -> str:
 def make_setup(model: Model | UserModule, data_parallel_size: int, choices: Mapping[str, object]) -> Setup:
     """A setup of what was given; what is None takes its default."""
     fields = setup_fields(choices)
+    if model.teacher is not None:
+        fields["teacher"] = model.teacher.name
     fields.setdefault("seq_len", default_seq_len(model))
     fields.setdefault("attention", default_attention(model))
     return Setup(data_parallel_size=as_count("gpus", data_parallel_size), **fields)
@@ -315,7 +367,7 @@ def estimate(
         UsageError: a value or a combination has no meaning.
         MemplanError: the model cannot be read or modelled.
     """
-    found = find_model(model, dropout=dropout_of(choices))
+    found = find_trained(model, choices)
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     setup = make_setup(found, num, choices)
     target = find_target(setup, target_batch, target_tokens)
@@ -327,7 +379,7 @@ def estimate(
         module = _module(found, spec)
         setup = _settled(found, module, setup, choices)
         return module.estimate(setup, margin, model_type=found.model_type)[1]
-    estimator = Estimator(found.architecture, found.name, spec, replays=remembered(found))
+    estimator = estimator_of(found, spec)
     return vouched(estimator.estimate(setup, margin=margin), as_bytes(reserve))
 
 
@@ -350,12 +402,12 @@ def estimate_grid(
     """
     from memplan.estimation.grid import estimate_grid as evaluate
 
-    found = find_model(model, dropout=dropout_of(choices))
+    found = find_trained(model, choices)
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     if isinstance(found, UserModule):
         raise UsageError(f"{found.name} is not described: there is no grid of it.", "Ask for one size at a time.")
     return evaluate(
-        Estimator(found.architecture, found.name, spec),
+        estimator_of(found, spec, remembers=False),
         make_setup(found, num, {**choices, "seq_len": 1}),
         micro_batch,
         seq_len,
@@ -385,7 +437,7 @@ def sweep(
     """
     from memplan.estimation.sweep import sweep as evaluate
 
-    found = find_model(model, dropout=choices.get("dropout"))
+    found = find_trained(model, choices)
     if isinstance(found, UserModule):
         raise UsageError(
             f"{shown(found.name)} has no formula, only traces of one size at a time: there is no sweep of it.",
@@ -394,7 +446,7 @@ def sweep(
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     lengths = default_seq_lens(found) if seq_lens is None else seq_lens
     return evaluate(
-        Estimator(found.architecture, found.name, spec, replays=remembered(found)),
+        estimator_of(found, spec),
         make_setup(found, num, {**choices, "micro_batch": 1, "seq_len": min(lengths)}),
         DEFAULT_SWEEP[0] if micro_batches is None else micro_batches,
         lengths,
@@ -441,7 +493,7 @@ def suggest(
         raise UsageError(
             "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."
         )
-    found = find_model(model, dropout=dropout_of(choices))
+    found = find_trained(model, choices)
     spec, num = find_gpu(gpu, gpus)
     micro_batch, accumulation = choices.pop("micro_batch", None), choices.pop("accumulation", None)
     checkpointing = choices.get("checkpointing")
@@ -464,7 +516,7 @@ def suggest(
     speed = find_speed(spec)
     if isinstance(found, UserModule):
         return _plan_of_module(found, goal, choices, spec, speed)
-    estimator = Estimator(found.architecture, found.name, spec, speed, replays=remembered(found))
+    estimator = estimator_of(found, spec, speed)
     plan = search(estimator, goal, spec, speed.label)
     return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
 
@@ -499,6 +551,9 @@ def trace(
         MemplanError: a library is not installed, or the module cannot be traced.
     """
     asked, origin, described = _find_traced(model, dropout=dropout_of(choices), diff=diff)
+    teacher = find_teacher(choices)
+    asked = asked._replace(teacher=teacher)
+    described = None if described is None else described._replace(teacher=teacher)
     spec, num = find_gpu(gpu, gpus) if gpu is not None else (None, 1 if gpus is None else gpus)
     setup = make_setup(described or asked, num, choices)
     target = find_target(setup, target_batch, target_tokens)
@@ -516,7 +571,7 @@ def trace(
     from memplan.probes.differences import difference
 
     assert described is not None
-    formula = Estimator(described.architecture, described.name, spec)
+    formula = estimator_of(described, spec, remembers=False)
     return Traced(found, answer, difference(formula, found, answer, setup), origin)
 
 
@@ -574,6 +629,8 @@ def _traced_module(
     from memplan.probes.modules import TracedModule, own_module
 
     model = own_module(asked.name) if asked.values is None else model_of(asked.values, asked.name)
+    if asked.teacher is not None:
+        model = replace(model, teacher=model_of(asked.teacher.values, asked.teacher.name))
     return TracedModule(model, gpu=gpu, sdpa_kernel=sdpa_kernel, notify=notify)
 
 

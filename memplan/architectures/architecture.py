@@ -180,6 +180,7 @@ def record(
     evaluation: bool = False,
     generating: bool = False,
     leaves: bool = False,
+    caches: bool = False,
 ) -> Recording:
     """Record every distinct piece of the model once.
 
@@ -189,7 +190,8 @@ def record(
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
     in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
     ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `generating`:
-    tokens from a key-value cache, "s" of them at a time; `leaves`: what comes into a layer is a leaf of its graph.
+    tokens from a key-value cache, "s" of them at a time; `leaves`: what comes into a layer is a leaf of its graph;
+    `caches`: the model hands out a cache of keys and values.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -220,6 +222,7 @@ def record(
             generating=generating,
             window=window,
             enters_a_leaf=leaves,
+            caches=caches,
         )
 
     stem_tape = tape()

@@ -13,13 +13,14 @@ from memplan.architectures.blocks import HIDDEN, lm_head, output_parameters
 from memplan.architectures.classifiers import classifiers_for, generic_head
 from memplan.errors import UsageError
 from memplan.operators.attention import softcapped
+from memplan.operators.distillation import distillation_loss, handed_out
 from memplan.operators.elementwise import scale
 from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
 from memplan.operators.layout import take
 from memplan.operators.losses import causal_lm_loss, smoothed_loss
 from memplan.operators.odds import odds_loss
 from memplan.operators.preference import dpo_loss
-from memplan.specs.training import PAIRED, PREFERRED, SCORED
+from memplan.specs.training import DISTILLATION, PAIRED, PREFERRED, SCORED
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -45,6 +46,12 @@ def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> 
         raise UsageError(
             f"--objective {objective} trains causal language models; {model_type} is trained on another task ({task}).",
             "Leave --objective out.",
+        )
+    if objective == DISTILLATION and task != "causal-lm":
+        raise UsageError(
+            f"--objective {objective} takes causal language models as student and as teacher; {model_type} is trained "
+            f"on another task ({task}).",
+            "Name two language models of one vocabulary.",
         )
     if objective in SCORED and model_type not in classifiers_for(objective):
         raise UsageError(
@@ -97,19 +104,9 @@ def causal_head(
         return generic_head(t, hidden)
     if t.objective not in PREFERRED and t.loss in (*ALL_LOGITS, SMOOTHED):
         made = _bent(t, lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias), name, logits)
-        if t.objective == "orpo":
-            with t.scope("loss"):
-                return odds_loss(t, made, hidden)
-        labels, num_items = _targets(t)
-        with t.scope("loss"):
-            if t.loss == SMOOTHED:
-                return smoothed_loss(t, made, hidden, labels, num_items)
-            loss = causal_lm_loss(t, made, labels, num_items)
-            if holds_hidden:
-                t.keep_alive(hidden)
-            if t.loss == "full-kept":
-                t.outlive.append(made)
-        return loss
+        if t.objective == DISTILLATION:
+            return _distilled(t, hidden, made, name)
+        return _of_all_logits(t, hidden, made, holds_hidden=holds_hidden)
     if t.ask("adapts_head", name):
         raise UsageError(
             f"--loss {t.loss} takes the weight of {name} alone and would leave its adapter out.",
@@ -149,6 +146,35 @@ def _next_token(
     scores = t.op("to", (made,), (b, vocab_size), dtype="fp32")
     t.keep_alive(made)
     return scores
+
+
+def _of_all_logits(t: Tape, hidden: Tensor, logits: Tensor, *, holds_hidden: bool) -> Tensor:
+    """The loss that is taken from the logits of all tokens at once."""
+    if t.objective == "orpo":
+        with t.scope("loss"):
+            return odds_loss(t, logits, hidden)
+    labels, num_items = _targets(t)
+    with t.scope("loss"):
+        if t.loss == SMOOTHED:
+            return smoothed_loss(t, logits, hidden, labels, num_items)
+        loss = causal_lm_loss(t, logits, labels, num_items)
+        if holds_hidden:
+            t.keep_alive(hidden)
+        if t.loss == "full-kept":
+            t.outlive.append(logits)
+    return loss
+
+
+def _distilled(t: Tape, hidden: Tensor, logits: Tensor, name: str) -> Tensor:
+    """The loss of a student; of a teacher (a tape without a graph) its logits."""
+    t.keep_alive(hidden)
+    with t.scope(name):
+        made = handed_out(t, logits)
+    if not t.grad:
+        return made
+    labels, num_items = _targets(t)
+    with t.scope("loss"):
+        return distillation_loss(t, made, labels, num_items)
 
 
 def _targets(t: Tape) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from memplan import api
 from memplan.cli.output import DOES_NOT_FIT, say, say_bound, say_every, write_answer
 from memplan.report.document import estimate_document
+from memplan.specs.choices import dropout_of
 from memplan.specs.training import LARGEST_COUNT
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def answer(options: Options) -> int:
     say_bound(options)
     if options.headroom is not None and options.gpu is None:
         say("--headroom has no effect without --gpu", quiet=options.quiet)
-    model = api.find_model(options.model, dropout=options.dropout)
+    model = api.find_model(options.model, dropout=dropout_of(options.choices()))
     if isinstance(model, api.UserModule):
         from memplan.cli.progress import Progress
 

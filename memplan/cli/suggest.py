@@ -9,6 +9,7 @@ from memplan.cli.output import DOES_NOT_FIT, say, say_bound, say_every, write_an
 from memplan.errors import UsageError
 from memplan.report.document import plan_document
 from memplan.report.plan import render_plan
+from memplan.specs.choices import dropout_of
 
 if TYPE_CHECKING:
     from memplan.cli.values import Options
@@ -24,7 +25,7 @@ def answer(options: Options) -> int:
             "A plan needs a target: --target-batch or --target-tokens is missing.", "Say for example --target-batch 32."
         )
     say_bound(options)
-    model = api.find_model(options.model, dropout=options.dropout)
+    model = api.find_model(options.model, dropout=dropout_of(options.choices()))
     if isinstance(model, api.UserModule):
         from memplan.cli.progress import Progress
 

@@ -14,6 +14,7 @@ from memplan.cli.output import DOES_NOT_FIT, say, say_bound, say_every, write_an
 from memplan.cli.progress import Progress
 from memplan.cli.values import BATCH, FORMATS, OUTPUT, SETUP_ROWS, Options, Row, one_of
 from memplan.errors import MemplanError, UsageError
+from memplan.specs.choices import dropout_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +75,7 @@ def answer(options: Options, micro_batches: Sequence[int] | None, seq_lens: Sequ
     for name in ("headroom", "reserve"):
         if getattr(options, name) is not None and options.gpu is None:
             say(f"--{name} has no effect without --gpu", quiet=options.quiet)
-    model = api.find_model(options.model, dropout=options.dropout)
+    model = api.find_model(options.model, dropout=dropout_of(options.choices()))
     if isinstance(model, api.Model):
         say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
     with Progress(shown=not options.quiet) as progress:

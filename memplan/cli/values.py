@@ -23,6 +23,7 @@ from memplan.specs.training import (
     OPTIMIZERS,
     PRECISIONS,
     QUANTIZATIONS,
+    TEACHER_DTYPES,
     check_checkpointing,
 )
 from memplan.specs.values import NamedTuple
@@ -39,7 +40,7 @@ CHECKPOINTINGS = ("none", "selective", "save-attention", "full", "every-N")
 NOT_MODELLED = ("--zero-stage",)
 """Documented options that have no formula yet."""
 
-OBJECTIVES_NOT_MODELLED = ("kto", "grpo", "distillation", "contrastive")
+OBJECTIVES_NOT_MODELLED = ("kto", "grpo", "contrastive")
 """Objectives that have no formula yet."""
 
 LONGEST_ECHO = 40
@@ -63,6 +64,8 @@ class Options(NamedTuple):
     attention: str | None = None
     loss: str | None = None
     objective: str | None = None
+    teacher: str | None = None
+    teacher_dtype: str | None = None
     label_smoothing: float | None = None
     supervised: float | None = None
     dropout: float | None = None
@@ -347,6 +350,8 @@ SETUP_ROWS = (
         later=OBJECTIVES_NOT_MODELLED,
         metavar="NAME",
     ),
+    Row(("--teacher",), TRAINING, "Model that is distilled, with --objective distillation.", read_text, "MODEL"),
+    _named("--teacher-dtype", TRAINING, "In which it is loaded (as the model itself).", TEACHER_DTYPES),
     Row(("--label-smoothing",), TRAINING, "Share spread over all words, label_smoothing_factor (0).", below(1), "P"),
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),

@@ -13,7 +13,7 @@ from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
 from memplan.memory.loops import RANK
 from memplan.memory.model_states import GRADIENT_BUCKETS
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, OPTIMIZERS, PRECISIONS, library_of
+from memplan.specs.training import DISTILLATION, LOSSES_BY_OBJECTIVE, OPTIMIZERS, PRECISIONS, library_of
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
 
@@ -104,6 +104,7 @@ def assumptions(
         *_adapters(case),
         *_quantised(case),
         *_logits(case),
+        *_teachers_cache(case),
         *_autocast_cache(case),
     ]
     return by_effect(*found)
@@ -429,6 +430,17 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     )
 
 
+def _teachers_cache(case: _Case) -> Iterator[Assumption]:
+    companion = case.program.layout.companion
+    if companion is None or not companion.recording.stem.tape.caches:
+        return
+    kinds = [piece.tape.handed_out for piece in companion.recording.kinds]
+    held = sum(case.sizes[x.bytes] for kind in companion.recording.order for x in kinds[kind])
+    value = f"keys and values of its layers, held until the loss is there: {format_bytes(held)}"
+    why = "use_cache of a config is true, and the Trainer changes the student's alone: set teacher.config.use_cache"
+    yield Assumption("teacher's cache", value, "", None, why)
+
+
 def _smoothing(case: _Case) -> Assumption:
     """The loss of smoothed labels."""
     value = "labels smoothed by the Trainer, of all logits at once; no other loss has them"
@@ -456,6 +468,10 @@ OBJECTIVE_WORDS = {
     "dpo-precomputed": (
         "no reference while training; a micro-batch of n is n pairs, 2n sequences",
         "DPOTrainer of TRL from 1.15 on, precompute_ref_log_probs=True",
+    ),
+    DISTILLATION: (
+        "the teacher runs on top of what the student keeps, then the divergence of both at beta 0.5 over all logits",
+        "GKDTrainer of TRL 1.16, lmbda=0: the sequences of the data, none generated",
     ),
     "orpo": (
         "all logits of both sequences at once, no reference; a micro-batch of n is n pairs, 2n sequences; ids and mask "

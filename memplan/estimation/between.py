@@ -70,7 +70,7 @@ def left_out_between_steps(setup: Setup) -> list[tuple[str, str]]:
 
 def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) -> Assumption:
     if setup.objective in UNEVALUATED:
-        why = f"{TRAINER_BY_OBJECTIVE[setup.objective]} evaluates pairs with code of its own"
+        why = f"{TRAINER_BY_OBJECTIVE[setup.objective]} evaluates with code of its own"
         return Assumption(EVALUATION, "not counted, and not modelled for this objective", "", None, why)
     if setup.evaluation is None:
         one = Evaluation()

@@ -19,7 +19,7 @@ from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.tape import ATTENTION_KERNEL
 from memplan.specs.margin import NONE as NO_MARGIN
 from memplan.specs.tabular import Tabular
-from memplan.specs.training import OPTIMIZERS, PRECISIONS, SCORED
+from memplan.specs.training import DISTILLATION, OPTIMIZERS, PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, dataclass, replace
 from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
@@ -47,6 +47,12 @@ CUBLAS_WORKSPACE_BYTES_HOPPER = 4096 * 8 * 1024
 
 EXPANDABLE_SEGMENTS = "expandable_segments:True"
 """The setting of the allocator that is tried where its default fragments too much."""
+
+LEFT_OUT_OF_DISTILLATION = (
+    ("generation", "lmbda is 0: the student writes no sequences of its own, and nor does the teacher (seq_kd)"),
+    ("the prompts", "the data collator hands them out a second time, 16 bytes a token of theirs"),
+    ("empty_cache() after the loss", "reserved bytes are those without it"),
+)
 
 LEAST_FLASH_CAPABILITY = 8
 """Major compute capability from which on flash attention's kernels run."""
@@ -169,23 +175,27 @@ class Estimator:
         gpu: GpuSpec | None = None,
         speed: GpuSpec | None = None,
         replays: Replays | None = None,
+        teacher: Architecture | None = None,
     ) -> None:
         """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (else the same).
 
         `replays`: where replays of this model are remembered from run to run.
+        `teacher`: the model that is distilled, read without dropout.
         """
         self._replays: Replays = {} if replays is None else replays
         self.architecture = architecture
         self.name = name
         self.gpu = gpu
         self._speed = speed_of(speed or gpu)
-        self._recordings = Recordings(architecture)
-        self._timed: dict[int, TimedModel] = {}
+        self._recordings = Recordings(architecture, teacher)
+        self._timed: dict[tuple[int, int], TimedModel] = {}
         self._sizes: dict[tuple[int, int, float, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` where the model cannot be trained like this, `NotModelledError` where nobody knows."""
         self.architecture.check_length(setup.seq_len, self.name)
+        if setup.teacher is not None and self._recordings.teacher is not None:
+            self._recordings.teacher.check_length(setup.seq_len, f"The teacher {setup.teacher}")
         if setup.attention not in self.architecture.attentions:
             raise UsageError(
                 f"{self.architecture.model_type} has no {setup.attention} attention in transformers.",
@@ -199,10 +209,17 @@ class Estimator:
                 program.results()
         if setup.is_flattened:
             check_flattened(self.architecture, setup)
-        if setup.padding and not self.program(setup).recording.stem.tape.minds_padding:
-            raise UsageError(
-                f"What padding adds is not modelled for {self.architecture.model_type}.", "Leave --padding out."
-            )
+        for recording in self._recorded(setup) if setup.padding else ():
+            if not recording.stem.tape.minds_padding:
+                raise UsageError(
+                    f"What padding adds is not modelled for {recording.architecture.model_type}.",
+                    "Leave --padding out.",
+                )
+
+    def _recorded(self, setup: Setup) -> tuple[Recording, ...]:
+        """The models that run."""
+        layout = self.program(setup).layout
+        return (layout.recording,) if layout.companion is None else (layout.recording, layout.companion.recording)
 
     def accepts(self, setup: Setup) -> bool:
         """Whether `check` lets it pass."""
@@ -226,7 +243,7 @@ class Estimator:
                 f"and {self.gpu.label} has {capability}.",
                 cure,
             )
-        longest = longest_head(self.program(setup).recording)
+        longest = max(map(longest_head, self._recorded(setup)))
         if longest > MOST_OF_FLASH:
             raise UsageError(
                 f"The flash-attention kernel takes heads of up to {MOST_OF_FLASH}, and {self.name} has heads of "
@@ -336,10 +353,11 @@ class Estimator:
     def _timed_model(self, setup: Setup) -> TimedModel | None:
         if self._speed is None:
             return None
-        recording = self.program(setup).recording
-        key = id(recording)
+        program = self.program(setup)
+        recording, companion = program.recording, program.layout.companion
+        key = (id(recording), 0 if companion is None else id(companion.recording))
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed, self._recordings.reference(setup))
+            self._timed[key] = TimedModel(recording, self._speed, None if companion is None else companion.recording)
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:
@@ -427,6 +445,8 @@ class Estimator:
         if setup.precision == "fp16-mixed":
             found.append(("the gradient scaler", "a few scalars"))
         found += left_out_of(OPTIMIZERS[setup.optimizer])
+        if setup.objective == DISTILLATION:
+            found += LEFT_OUT_OF_DISTILLATION
         found += left_out_between_steps(setup)
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(

@@ -200,12 +200,15 @@ def _net(program: StepProgram | Layout, part: Part, events: Iterable[tuple[Row, 
 def _located(row: Row, prefix: str) -> Row:
     if not prefix or row.module == "between layers":
         return row
-    return row._replace(module=f"{prefix}.{row.module}" if row.module else prefix)
+    between = "" if prefix.endswith(" ") else "."
+    return row._replace(module=f"{prefix}{between}{row.module}" if row.module else prefix.removesuffix(": "))
 
 
 def _prefix(program: StepProgram | Layout, part: Part) -> str:
     place = part.places[0] if part.places else STEM
-    return "" if place in {STEM, HEAD} else program.recording.pattern(program.recording.order[place])
+    recording = program.recording if part.companion is None else part.companion.recording
+    path = "" if place in {STEM, HEAD} else recording.pattern(recording.order[place])
+    return path if part.companion is None else f"{part.companion.label}: {path}"
 
 
 def _events(segment: Segment) -> list[tuple[Row, Size, int]]:

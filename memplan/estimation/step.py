@@ -24,7 +24,7 @@ from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
 from memplan.operators.sizes import num_bytes
 from memplan.operators.tape import Batch, Numerics
-from memplan.specs.training import OPTIMIZERS, PRECISIONS, checkpointed_layers
+from memplan.specs.training import DISTILLATION, OPTIMIZERS, PRECISIONS, checkpointed_layers
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ OPTIMIZER = "optimizer step"
 INSTANTS = (FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER)
 """The instants of a step at which memory can be at its highest, in order."""
 REFERENCE = "reference forward"
-"""One more, of steps in which a reference model runs, between the forward pass and the loss."""
-REFERENCE_MODEL = "reference model"
-"""What the modules of a second model are listed under."""
+TEACHER = "teacher forward"
+COMPANIONS = (REFERENCE, TEACHER)
+"""One more, of steps in which a frozen model runs beside the trained one, between its forward pass and the loss."""
 
 EVALUATION = "evaluation"
 GENERATION = "generation"
@@ -63,6 +63,25 @@ class Part(NamedTuple):
     segment: Segment
     places: tuple[int, ...]
     """The layers it runs for, by number, or `STEM` or `HEAD`; one entry a run."""
+    companion: Companion | None = None
+    """Whose layers they are; None: those of the model that is trained."""
+
+
+class Companion(NamedTuple):
+    """A frozen model that runs in every micro-step, without a graph, after the forward pass of the trained one."""
+
+    instant: str
+    """When it runs: one of `COMPANIONS`."""
+    label: str
+    """What its modules are listed under."""
+    recording: Recording
+    """Made with ``grad=False``."""
+    reason: str
+    """Why its parameters are there."""
+    is_second: bool = True
+    """Whether it is a model of its own; else the trained one without its adapters."""
+    result: str = ""
+    """What of it is held, with all else that it hands out, until the loss is there; empty: nothing."""
 
 
 class Peaks(NamedTuple):
@@ -90,8 +109,10 @@ class Peaks(NamedTuple):
 class Recordings:
     """The recordings of one architecture, each made once: a plan looks at many setups of the same model."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, teacher: Architecture | None = None) -> None:
+        """`teacher`: the model that is distilled, read without dropout."""
         self.architecture = architecture
+        self.teacher = teacher
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self._pieces: dict[tuple[Any, ...], PieceLifetimes] = {}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -101,12 +122,41 @@ class Recordings:
         """The tapes under the dtypes and the attention of `setup`, in training or in evaluation mode."""
         return self._recorded(setup, setup.recipe, evaluation=evaluation)
 
-    def reference(self, setup: Setup) -> Recording | None:
-        """The tapes of the reference that runs without a graph; None where none does."""
+    def companion(self, setup: Setup) -> Companion | None:
+        """The frozen model that runs beside the one that is trained; None where none does.
+
+        Raises:
+            UsageError: a teacher is missing, or has another vocabulary.
+        """
+        if setup.objective == DISTILLATION:
+            return self._teacher(setup)
         if not setup.has_reference:
             return None
         recipe = setup.recipe
-        return self._recorded(setup, recipe if recipe.lora is None else recipe._replace(disabled=True), grad=False)
+        disabled = recipe if recipe.lora is None else recipe._replace(disabled=True)
+        recording = self._recorded(setup, disabled, grad=False)
+        reason = "its log-probabilities are compared with"
+        return Companion(REFERENCE, "reference model", recording, reason, is_second=recipe.lora is None)
+
+    def _teacher(self, setup: Setup) -> Companion:
+        if self.teacher is None:
+            raise UsageError("Distillation needs a teacher, and none was read.", "Say --teacher MODEL.")
+        check_vocabularies(self.architecture.vocab_size, self.teacher.vocab_size, f"{setup.teacher}")
+        exceeded = frozenset(w for w in self.teacher.windows if setup.seq_len > w)
+        key = ("teacher", setup.teacher_numerics, setup.attention, exceeded, setup.padding)
+        if key not in self._recordings:
+            self._recordings[key] = record(
+                self.teacher,
+                Numerics(*setup.teacher_numerics),
+                attention=setup.attention,
+                exceeded=exceeded,
+                batch=Batch(setup.padding),
+                objective=setup.objective,
+                grad=False,
+                evaluation=True,
+                caches=True,
+            )
+        return Companion(TEACHER, "teacher", self._recordings[key], "it is distilled", result="logits of the teacher")
 
     def _recorded(
         self,
@@ -181,14 +231,16 @@ class Recordings:
     def program(self, setup: Setup) -> StepProgram:
         """The step of `setup`; its micro-batch, accumulation and length are left open."""
         recording = self.recording(setup)
-        layout_key = (id(recording), setup.activation_checkpointing, setup.offload, setup.reentrant)
+        companion = self.companion(setup)
+        beside = None if companion is None else id(companion.recording)
+        layout_key = (id(recording), setup.activation_checkpointing, setup.offload, setup.reentrant, beside)
         if layout_key not in self._layouts:
             modes = checkpointed_layers(setup.activation_checkpointing, len(recording.order))
             self._layouts[layout_key] = Layout(
                 recording,
                 modes,
                 self._pieces,
-                reference=self.reference(setup),
+                companion=companion,
                 offloads=setup.offload == "activations",
                 reentrant=self._reentrant(setup) if setup.reentrant else None,
             )
@@ -223,18 +275,18 @@ class Layout:
         modes: tuple[str, ...],
         known: dict[tuple[Any, ...], PieceLifetimes],
         *,
-        reference: Recording | None = None,
+        companion: Companion | None = None,
         offloads: bool = False,
         reentrant: Reentrant | None = None,
     ) -> None:
         """`known`: lifetimes of pieces that other layouts have worked out, and where those of this one are put.
 
-        `reference`: what runs without a graph while the head pauses.
+        `companion`: what runs without a graph while the head pauses.
         `offloads`: what goes into layers that are computed again waits on the host.
         `reentrant`: how layers run whose checkpointing is so.
         """
         self.recording = recording
-        self.reference = reference
+        self.companion = companion
         self.modes = modes
         self.offloads = offloads
         self.reentrant = reentrant
@@ -282,9 +334,7 @@ class Layout:
     @cached_property
     def states(self) -> ModelStates:
         """Parameters and gradients; the optimizer is left open."""
-        groups = self.recording.parameter_groups()
-        order, in_layers = _order_of(self.recording, len(groups))
-        return ModelStates(tuple(groups), self.recording.numerics.parameters, "", order, in_layers)
+        return _states_of(self.recording)
 
     @cached_property
     def parameters(self) -> Tensors:
@@ -299,6 +349,7 @@ class Layout:
     @cached_property
     def forward(self) -> tuple[Part, ...]:
         """Ids to loss; autocast's cache goes at its end."""
+        run, let_go = ((), ()) if self.companion is None else run_without_graph(self.companion)
         return (
             Part(FORWARD, self.stem.forward, (STEM,)),
             *self._layers_forward(),
@@ -308,8 +359,9 @@ class Layout:
             Part(LOSS, self.stem.autocast_exit, (STEM,)),
             *self._in_layers(LOSS, lambda x: x.autocast_exit),
             Part(LOSS, self.head.autocast_exit, (HEAD,)),
-            *(() if self.reference is None else run_without_graph(self.reference, REFERENCE)),
+            *run,
             *(() if self.head.after_pause is None else (Part(LOSS, self.head.after_pause, (HEAD,)),)),
+            *let_go,
         )
 
     def _layers_forward(self) -> Iterator[Part]:
@@ -332,16 +384,23 @@ class Layout:
 
     def recording_of(self, tag: str) -> Recording:
         """The recording behind the events of this tag."""
-        return self.reference if tag == WITHOUT_GRAPH and self.reference is not None else self.recording
+        return self.companion.recording if tag == WITHOUT_GRAPH and self.companion is not None else self.recording
 
     @cached_property
-    def reference_model(self) -> Tensors:
-        """Parameters and buffers of a reference that is a model of its own; none where it is the same one."""
-        reference = self.reference
-        if reference is None or self.recording.has_adapters:
+    def num_places(self) -> int:
+        """Layers of the deepest model that runs."""
+        recordings = [self.recording, *(() if self.companion is None else (self.companion.recording,))]
+        return max(len(recording.order) for recording in recordings)
+
+    @cached_property
+    def companion_model(self) -> Tensors:
+        """Parameters and buffers of a companion that is a model of its own; none where it is the same one."""
+        companion = self.companion
+        if companion is None or not companion.is_second:
             return Tensors(())
-        tensors = (self.parameters, buffers_of(reference.architecture))
-        return Tensors(tuple((_of_reference(row), size, times) for some in tensors for row, size, times in some.rows))
+        tensors = (_states_of(companion.recording).parameters(), buffers_of(companion.recording.architecture))
+        rows = [row for some in tensors for row in some.rows]
+        return Tensors(tuple((_of_companion(companion, row), size, times) for row, size, times in rows))
 
     @cached_property
     def backward(self) -> tuple[Part, ...]:
@@ -434,15 +493,16 @@ class Layout:
         return Segment("shared tensors released", tuple(events))
 
 
-def run_without_graph(recording: Recording, instant: str) -> tuple[Part, ...]:
-    """A forward pass of a model under ``torch.no_grad()``: it keeps nothing, and leaves nothing behind.
+def run_without_graph(companion: Companion) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """A forward pass of a model under ``torch.no_grad()``, and the end of what it hands out: it leaves nothing behind.
 
-    `recording`: made with ``grad=False``; it need not be that of the model that is trained.
+    What it hands out goes with its end, or later where the companion has a result.
     """
+    recording = companion.recording
     stem = PieceLifetimes(recording.stem)
     kinds = [PieceLifetimes(piece) for piece in recording.kinds]
-    head = PieceLifetimes(recording.head)
-    held = recording.stem.tape.holds_output
+    head = PieceLifetimes(recording.head, result=companion.result)
+    held = recording.stem.tape.holds_output or recording.stem.tape.evaluation  # inputs_embeds
     first = PieceLifetimes(recording.kinds[recording.order[0]], owns_hidden=False) if held else None
     runs = [(kind, tuple(n for n, _ in run)) for kind, run in groupby(enumerate(recording.order), key=lambda p: p[1])]
     layers = [(kinds[kind], places) for kind, places in runs]
@@ -450,17 +510,45 @@ def run_without_graph(recording: Recording, instant: str) -> tuple[Part, ...]:
         layers = [(first, (0,)), (layers[0][0], layers[0][1][1:]), *layers[1:]]
     body = [(stem, (STEM,)), *layers]
     pieces = [*body, (head, (HEAD,))]
-    exits = {id(piece): piece.released_without_graph(cached=True, result=piece is head) for piece, _ in pieces}
-    return (
-        *(Part(instant, piece.without_graph, places) for piece, places in body),
-        Part(instant, stem.released_without_graph(cached=False, result=held), (STEM,)),
-        Part(instant, head.without_graph, (HEAD,)),
-        *(Part(instant, exits[id(piece)], places) for piece, places in pieces),
+
+    def part(segment: Segment, places: tuple[int, ...]) -> Part:
+        return Part(companion.instant, segment, places, companion)
+
+    def end(instant: str, *kinds: str) -> list[Part]:
+        gone = {id(piece): piece.released_without_graph(*kinds) for piece, _ in pieces}
+        return [Part(instant, gone[id(piece)], places, companion) for piece, places in pieces if gone[id(piece)].events]
+
+    run = (
+        *(part(piece.without_graph, places) for piece, places in body),
+        part(stem.released_without_graph("shared", *(("result",) if held else ())), (STEM,)),
+        part(head.without_graph, (HEAD,)),
+        *end(companion.instant, "cached"),
     )
+    handed_out = part(head.released_without_graph("result"), (HEAD,))
+    if not companion.result:
+        return (*run, handed_out), ()
+    return run, (handed_out._replace(instant=LOSS), *end(LOSS, "handed out"))
 
 
-def _of_reference(row: Row) -> Row:
-    return row._replace(module=f"{REFERENCE_MODEL}: {row.module}", reason="its log-probabilities are compared with")
+def _of_companion(companion: Companion, row: Row) -> Row:
+    module, tensor = f"{companion.label}: {row.module}", f"{row.tensor}, {companion.label}"
+    return row._replace(module=module, tensor=tensor, reason=companion.reason)
+
+
+def check_vocabularies(student: int, teacher: int, name: str) -> None:
+    """Raise `UsageError` where a teacher's words are not those of the student (``GKDTrainer.__init__``)."""
+    if student != teacher:
+        raise UsageError(
+            f"The model has a vocabulary of {student:,} tokens, and its teacher {name} one of {teacher:,}.",
+            "Name a teacher with the same vocabulary: its distribution over all tokens is what is compared.",
+        )
+
+
+def _states_of(recording: Recording) -> ModelStates:
+    """Parameters and gradients of a model; the optimizer is left open."""
+    groups = recording.parameter_groups()
+    order, in_layers = _order_of(recording, len(groups))
+    return ModelStates(tuple(groups), recording.numerics.parameters, "", order, in_layers)
 
 
 def buffers_of(architecture: Architecture) -> Tensors:
@@ -518,8 +606,8 @@ class StepProgram:
         return self.layout.parameters
 
     def parameter_bytes(self, sizes: Sizes) -> int:
-        """Bytes of all parameters on the device, a reference model's among them."""
-        rows = tuple(row for row in self.layout.reference_model.rows if row[0].kind == "parameter")
+        """Bytes of all parameters on the device, a companion's among them."""
+        rows = tuple(row for row in self.layout.companion_model.rows if row[0].kind == "parameter")
         return self.parameters.total(sizes) + Tensors(rows).total(sizes)
 
     @property
@@ -550,7 +638,7 @@ class StepProgram:
     def resident(self, accumulation: int, *, with_states: bool) -> tuple[Tensors, ...]:
         """What is allocated during the whole step."""
         states = (self.optimizer_states,) if with_states else ()
-        always = (self.parameters, self.buffers, self.layout.reference_model, self._buckets)
+        always = (self.parameters, self.buffers, self.layout.companion_model, self._buckets)
         return (*always, self.inputs(accumulation), *states)
 
     @cached_property
@@ -583,7 +671,7 @@ class StepProgram:
         """
         sizes = Sizes({})
         clip, step = self.end_temporaries
-        resident = (self.parameters, self.buffers, self.layout.reference_model, self._buckets)
+        resident = (self.parameters, self.buffers, self.layout.companion_model, self._buckets)
         always = sum(tensors.total(sizes) for tensors in resident)
         return (
             always,
@@ -600,7 +688,8 @@ class StepProgram:
         fixed, states, gradients, clip, step = self._fixed
         born = states if first_step and not self.states.from_start else 0
         base: Any = fixed + self.inputs(accumulation).total(sizes) + states - born
-        instants = INSTANTS if self.layout.reference is None else (FORWARD, REFERENCE, *INSTANTS[1:])
+        companion = self.layout.companion
+        instants = INSTANTS if companion is None else (FORWARD, companion.instant, *INSTANTS[1:])
         peaks: dict[str, Any] = dict.fromkeys(instants, 0)
 
         def climb(parts: Sequence[Part], start: Any) -> Any:

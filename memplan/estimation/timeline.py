@@ -102,7 +102,8 @@ class _Run:
 
     def _key(self, place: int, event: Event) -> tuple[Any, ...]:
         if event.key[0] == "hidden":
-            before, tag = self._before(place), event.key[-1] if len(event.key) > 1 else ""
+            tag = event.key[-1] if len(event.key) > 1 else ""
+            before = self._before(place, tag)
             return (self.micro_step, before, tag, self._output(before, tag))
         if event.key == ("gradient of output",):
             return self.hidden_gradient
@@ -110,8 +111,8 @@ class _Run:
             return (self.micro_step, *event.key)
         return (self.micro_step, place, *event.key)
 
-    def _before(self, place: int) -> int:
-        layers = len(self.program.recording.order)
+    def _before(self, place: int, tag: str) -> int:
+        layers = len(self.program.layout.recording_of(tag).order)
         if place == HEAD:
             return layers - 1 if layers else STEM
         return place - 1 if place > 0 else STEM

@@ -60,7 +60,7 @@ class Unrolling:
         self.slots: dict[Any, int] = {}
         self.translated: dict[tuple[int, bool], Any] = {}
         self.gradients: dict[int, None] = {}
-        layers = len(layout.recording.order)
+        layers = layout.num_places
         self.base_of = {place: first_key + place * PLACE_STRIDE for place in range(layers)}
         self.base_of |= {STEM: first_key + layers * PLACE_STRIDE, HEAD: first_key + (layers + 1) * PLACE_STRIDE}
         self.tied_base = first_key + (layers + 2) * PLACE_STRIDE
@@ -105,9 +105,9 @@ class Unrolling:
                 self.gradients.pop(key, None)
 
     def _hidden(self, place: int, tag: str) -> int:
-        layers = len(self.layout.recording.order)
-        before = STEM if place == 0 or (place == HEAD and not layers) else layers - 1 if place == HEAD else place - 1
         recording = self.layout.recording_of(tag)
+        layers = len(recording.order)
+        before = STEM if place == 0 or (place == HEAD and not layers) else layers - 1 if place == HEAD else place - 1
         piece = recording.stem if before == STEM else recording.kinds[recording.order[before]]
         return self.base_of[before] + self._slot((tag, piece.output.storage))
 

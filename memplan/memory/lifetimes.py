@@ -73,6 +73,7 @@ class PieceLifetimes:
         owns_hidden: bool = True,
         lasting: frozenset[str] = frozenset(),
         offloads: bool = False,
+        result: str = "",
         no_grad: Piece | None = None,
     ) -> None:
         """`checkpointing`: ``none``, ``selective`` (the spans the description names) or ``full`` (the whole piece).
@@ -83,6 +84,7 @@ class PieceLifetimes:
         `offloads`: with ``full``, what goes in is copied to the host and fetched when the piece is computed again.
 
         `owns_hidden`: whether the incoming hidden states die here (they do unless the piece before keeps its output).
+        `result`: what the piece hands on is called, where it is not the hidden states for the next piece.
         `lasting`: names of the shared tensors made here that other pieces need in their backward pass.
         """
         self.piece = piece
@@ -90,6 +92,7 @@ class PieceLifetimes:
         self.ends_in_loss = not piece.output.shape
         self.owns_hidden = owns_hidden
         self.lasting = lasting
+        self.result = result
         self.offloads = offloads and checkpointing == "full"
         self.no_grad = PieceLifetimes(no_grad) if no_grad is not None and checkpointing == "full" else None
         self.spans = self._spans(checkpointing)
@@ -182,7 +185,10 @@ class PieceLifetimes:
         """
         if tag and tag != WITHOUT_GRAPH:
             return Row(storage.module, f"{storage.name}, computed again", "temporary", storage.shape, storage.dtype)
-        if storage.role == "hidden" or (storage.number == self.piece.output.storage and not self.ends_in_loss):
+        is_result = storage.number == self.piece.output.storage
+        if is_result and self.result:
+            return Row(storage.module, self.result, "temporary", storage.shape, storage.dtype)
+        if storage.role == "hidden" or (is_result and not self.ends_in_loss):
             return hidden_row(storage.shape, storage.dtype)
         if tag:
             return Row(storage.module, f"{storage.name}, {tag}", "temporary", storage.shape, storage.dtype)
@@ -286,18 +292,20 @@ class PieceLifetimes:
     @property
     def _stay(self) -> frozenset[int]:
         """What a forward pass of the piece does not free: its result and, of the stem, what the layers share."""
-        returned = {self.piece.output.storage, *(x.storage for x in (*self.tape.in_next, *self.tape.in_cache))}
-        return frozenset(returned | (self._stays if self.piece.hidden is None else set()))
+        tape = self.tape
+        handed_out = {x.storage for x in (self.piece.output, *tape.handed_out, *tape.in_next, *tape.in_cache)}
+        return frozenset(handed_out | (self._stays if self.piece.hidden is None else set()))
 
     @cached_property
     def without_graph(self) -> Segment:
         """The forward pass under ``torch.no_grad()``, once: nothing is kept, only handed on."""
         return Segment("forward without graph", tuple(self._run(self.tape.ops, {}, tag=WITHOUT_GRAPH, stay=self._stay)))
 
-    def released_without_graph(self, *, cached: bool, result: bool) -> Segment:
-        """What a run without a graph has left of the piece goes: autocast's copies (`cached`), or what layers share.
+    def released_without_graph(self, *kinds: str) -> Segment:
+        """What a run without a graph has left of the piece goes: all that is of one of these `kinds`.
 
-        `result`: its result, too, where no other piece lets that go.
+        ``cached``: autocast's copies; ``result``: what it hands on; ``handed out``: what the model returns besides (its
+        cache of keys and values); ``shared``: the rest, of the stem what the layers share.
         """
         alive: dict[tuple[Any, ...], Event] = {}
         for event in self.without_graph.events:
@@ -305,12 +313,15 @@ class PieceLifetimes:
                 alive[event.key] = event
             else:
                 alive.pop(event.key, None)
-        storages, output = self.tape.storages, self.piece.output.storage
+        gone = tuple(e._replace(sign=-1) for k, e in alive.items() if self._kind_without_graph(k[-1]) in kinds)
+        return Segment("released without graph", gone)
 
-        def goes(s: int) -> bool:
-            return result if s == output else storages[s].cached == cached
-
-        return Segment("released without graph", tuple(e._replace(sign=-1) for k, e in alive.items() if goes(k[-1])))
+    def _kind_without_graph(self, s: int) -> str:
+        if s == self.piece.output.storage:
+            return "result"
+        if self.tape.storages[s].cached:
+            return "cached"
+        return "handed out" if s in {x.storage for x in self.tape.handed_out} else "shared"
 
     @property
     def _stays(self) -> set[int]:

@@ -340,7 +340,7 @@ def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return unpadded, t.op("pad", (unpadded, mask), ("b", 1, "s", f"{t.keys} to 16"), gradients=(), dtype=dtype)
 
 
-def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def behind_cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values behind those that the cache has (``DynamicLayer.update`` in transformers/cache_utils.py).
 
     ``torch.cat`` makes new tensors, the first time, too, in the dtype of the keys; of a layer with a window both are
@@ -378,14 +378,17 @@ def attention(
     softcap: bool = False,
     weights_dtype: str | None = None,
     returned: bool = False,
+    caches: bool = True,
 ) -> Tensor:
     """Attention as the tape's implementation runs it: (b, heads, s, d) to (b, s, heads, d).
 
     `scaled`, `softmax_dtype`, `softcap` and `returned` matter to the eager implementation only (see `eager`), `by_head`
     to the fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is
-    eager (transformers' own fallback).
+    eager (transformers' own fallback).  `caches`: False where the model has put something else into its cache.
     """
     if t.generating:
+        k, v = behind_cached(t, k, v)
+    elif caches:
         k, v = cached(t, k, v)
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):
@@ -412,6 +415,19 @@ def attention(
             out = _fused(t, q, k, v, mask, p=p, by_head=by_head)
         t.keep_alive(k, v)
     return out
+
+
+def cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as an empty cache gives them back: copies that it holds (``DynamicLayer.update``).
+
+    ``DynamicCache`` of transformers 5.23 (cache_utils.py) puts them together with nothing by ``torch.cat``, where
+    nothing has the dtype of the keys; one with a window shows its last tokens alone, and holds all.
+    """
+    if not t.caches:
+        return k, v
+    copies = t.cached(k, k.dtype), t.cached(v, promoted(k.dtype, v.dtype))
+    t.keep_alive(k, v)
+    return copies
 
 
 def _fused_as_long_as(t: Tape, q: Tensor, k: Tensor, v: Tensor, *, p: float) -> Tensor:

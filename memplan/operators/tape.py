@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
+CACHED = "cat (cache)"
+"""The name of the operator that puts keys or values into a cache."""
 ATTENTION_KERNEL = "attention kernel"
 """The name of fused attention, whatever the kernel."""
 MODULES_TO_SAVE = "modules_to_save"
@@ -201,7 +203,7 @@ class Span(NamedTuple):
 class Tape:
     """The recording of one piece of a model."""
 
-    def __init__(  # noqa: PLR0915 - one statement for each thing that is recorded
+    def __init__(  # noqa: PLR0913, PLR0915 - one argument and statement for each thing that is recorded
         self,
         numerics: Numerics,
         *,
@@ -218,6 +220,7 @@ class Tape:
         generating: bool = False,
         window: int | None = None,
         enters_a_leaf: bool = False,
+        caches: bool = False,
     ) -> None:
         self.generating = generating
         """Whether the piece predicts one token after the other from a key-value cache; it implies `evaluation`."""
@@ -250,6 +253,8 @@ class Tape:
         """Whether the piece runs in evaluation mode and under ``torch.no_grad``: no dropout, and nothing is kept."""
         self.enters_a_leaf = enters_a_leaf
         """Whether the hidden states that come in are a leaf of the graph (reentrant checkpointing detaches them)."""
+        self.caches = caches
+        """Whether the model hands out a cache of keys and values with its result (``use_cache=True``)."""
         self.minds_padding = False
         """Whether the description did something about it."""
         self.tensors: list[Tensor] = []
@@ -414,6 +419,15 @@ class Tape:
         """
         if self.evaluation:
             self.in_next.append(tensor)
+
+    def cached(self, x: Tensor, dtype: str) -> Tensor:
+        """A copy of `x` in the cache that the model hands out."""
+        return self.op(CACHED, (x,), x.shape, dtype=dtype)
+
+    @property
+    def handed_out(self) -> tuple[Tensor, ...]:
+        """What the model hands out besides its result."""
+        return tuple(op.outputs[0] for op in self.ops if op.name == CACHED)
 
     def close(self) -> None:
         """The piece has run."""

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from memplan.estimation.difference import FORMULA, TRACE, Compared, Difference, KeptDifference, KeptRow
-from memplan.estimation.step import HEAD, STEM
+from memplan.estimation.step import COMPANIONS, HEAD, STEM
 from memplan.operators.sizes import allocated
 from memplan.probes.answers import instants_of, pattern
 from memplan.specs.margin import Margin
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from memplan.probes.events import Trace
     from memplan.specs.training import Setup
 
-PASSES = ("forward", "reference forward", "loss", "backward")
+PASSES = ("forward", *COMPANIONS, "loss", "backward")
 """The formula's loss lies in both passes of a trace, so that these are compared as one."""
 
 
@@ -85,5 +85,6 @@ def _of_formula(program: StepProgram, estimator: Estimator, setup: Setup) -> lis
 
 
 def _prefixes(program: StepProgram, part: Part) -> Iterator[str]:
+    recording = program.recording if part.companion is None else part.companion.recording
     for place in part.places:
-        yield "" if place in {STEM, HEAD} else program.recording.pattern(program.recording.order[place])
+        yield "" if place in {STEM, HEAD} else recording.pattern(recording.order[place])

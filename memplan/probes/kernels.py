@@ -88,7 +88,16 @@ def safe_softmax_scratch(scores: torch.Tensor, *_: Any, **__: Any) -> list[int]:
     return [scores.numel() * scores.element_size(), scores.numel()]
 
 
+def logsumexp_scratch(x: torch.Tensor, dim: list[int], *_: Any, **__: Any) -> list[int]:
+    """logsumexp_out_impl (aten/src/ATen/native/ReduceOps.cpp): the largest numbers, and the differences to them."""
+    whole, reduced = x.numel() * x.element_size(), 1
+    for one in dim:
+        reduced *= x.shape[one]
+    return [whole // max(reduced, 1), whole]
+
+
 SCRATCH_BY_OPERATOR: Scratch = {
+    aten.logsumexp.default: logsumexp_scratch,
     aten._safe_softmax.default: safe_softmax_scratch,
     aten._softmax_backward_data.default: softmax_backward_scratch,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward_scratch,

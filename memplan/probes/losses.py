@@ -49,12 +49,17 @@ class Head(NamedTuple):
 
     def num_supervised(self, tokens: int) -> int:
         """Of so many tokens, those that have a label."""
-        return -(-(tokens - self.unlabelled) * round(self.supervised * MILLION) // MILLION)
+        return num_supervised(tokens - self.unlabelled, self.supervised)
 
     @property
     def lower(self) -> torch.dtype | None:
         """What autocast computes products in, None where it is off."""
         return self.autocast.dtype if self.autocast is not None and self.autocast.enabled else None
+
+
+def num_supervised(tokens: int, supervised: float) -> int:
+    """Of so many tokens, those that have a label, which are a share of them."""
+    return -(-tokens * round(supervised * MILLION) // MILLION)
 
 
 # -- chunked -----------------------------------------------------------------------------------------------------------
@@ -196,7 +201,12 @@ def _scattered(numbers: tuple[torch.Tensor, ...], mask: torch.Tensor) -> tuple[t
 
 def _masked(x: torch.Tensor, mask: torch.Tensor, head: Head) -> torch.Tensor:
     """``x[mask]``."""
-    return _Masked.apply(x, mask, head.num_supervised(mask.numel()))  # type: ignore[no-untyped-call,no-any-return]
+    return masked(x, mask, head.supervised)
+
+
+def masked(x: torch.Tensor, mask: torch.Tensor, supervised: float) -> torch.Tensor:
+    """``x[mask]`` of a mask over labels, of which `supervised` is the share that counts."""
+    return _Masked.apply(x, mask, num_supervised(mask.numel(), supervised))  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Masked(torch.autograd.Function):
@@ -208,7 +218,10 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].new_zeros(ctx.shape), None, None
+        zeros = grads[0].new_zeros(ctx.shape)
+        values = grads[0].contiguous()  # index_put_with_sort_kernel's
+        del values
+        return zeros, None, None
 
 
 class _Tiled(torch.autograd.Function):

@@ -52,6 +52,8 @@ class TracedModel:
     """Whether it can be given an ``attention_mask``."""
     kind: Kind = OWN
     """Which loss it has, and what its micro-batches count."""
+    teacher: TracedModel | None = None
+    """The model that is distilled."""
 
 
 def model_of(config: Mapping[str, Any], name: str = "") -> TracedModel:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memplan.probes.distillation import find_teacher
 from memplan.probes.heads import language_model
 from memplan.probes.odds import Odds
 from memplan.probes.preference import REPORTED, Preference, add_fused_head
 from memplan.probes.rewards import Rewards
-from memplan.specs.training import PREFERRED
+from memplan.specs.training import DISTILLATION, PREFERRED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,13 +28,15 @@ def find_objective(
     """What the module is trained for; None: its own loss.
 
     Raises:
-        UsageError: the module is none of transformers that could be.
+        UsageError: the module is none of transformers that could be, or its teacher does not fit.
     """
     if setup.objective == "reward":
         return Rewards(module, setup)
     if setup.objective == "orpo":
         language_model(module, "the objective")
         return Odds(module, setup)
+    if setup.objective == DISTILLATION:
+        return find_teacher(model, module, setup)
     if setup.objective not in PREFERRED:
         return None
     reference = None

@@ -33,7 +33,8 @@ LN_2 = 0.6931471805599453
 class Odds:
     """Odds-ratio preference optimisation of a model."""
 
-    reference = None
+    companion = None
+    companion_label = ""
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
         model: Any = module
@@ -51,7 +52,7 @@ class Odds:
                 inputs[f"{which}_{kind}"] = made.to(torch.int64)
         return inputs
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **_: Any) -> torch.Tensor:
         """The loss of a micro-batch."""
         chosen, rejected, _held, likelihood = self._forward(inputs, autocast)
         losses = BETA * log_sigmoid(log_odds(chosen, rejected))

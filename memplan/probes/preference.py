@@ -32,11 +32,13 @@ REPORTED = ("entropy", "mean", "best")
 class Preference:
     """Direct preference optimisation of a model."""
 
+    companion_label = "reference model"
+
     def __init__(
         self, policy: nn.Module, reference: nn.Module | None, setup: Setup, autocast: CudaAutocast | None
     ) -> None:
         self.policy: Any = policy
-        self.reference: Any = reference
+        self.companion: Any = reference
         self.setup = setup
         self._autocast = autocast
         model: Any = policy
@@ -53,7 +55,7 @@ class Preference:
                 inputs[name] = torch.zeros(micro_batch_size)
         return inputs
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **_: Any) -> torch.Tensor:
         """The loss of a micro-batch."""
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
@@ -73,8 +75,8 @@ class Preference:
     @contextlib.contextmanager
     def _as_reference(self) -> Any:
         """The reference: the second model, or the policy with its adapters switched off and nothing computed twice."""
-        if self.reference is not None:
-            yield self.reference
+        if self.companion is not None:
+            yield self.companion
             return
         how = self.setup.activation_checkpointing
         again = how not in {"none", "selective"}

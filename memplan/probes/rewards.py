@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Rewards:
     """Scores of sequences, compared within pairs."""
 
-    reference = None
+    companion = None
+    companion_label = ""
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
         """Raises `UsageError` where the module gives sequences no score."""
@@ -47,7 +48,7 @@ class Rewards:
         ids = torch.randint(self._words, shape, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **_: Any) -> torch.Tensor:
         """The loss of a micro-batch."""
         with autocast():
             outputs = self.model(**inputs, use_cache=False)

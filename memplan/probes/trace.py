@@ -174,8 +174,8 @@ def _run(
     if objective is None:
         unlabelled = setup.num_sequences - 1 if setup.is_flattened else 0
         use_loss(module, setup.loss, autocast, setup.supervised, unlabelled)
-    elif objective.reference is not None:
-        _label(objective.reference, recorder, "reference model: ")
+    elif objective.companion is not None:
+        _label(objective.companion, recorder, f"{objective.companion_label}: ")
     optimizer = build_optimizer(module, OPTIMIZERS[setup.optimizer]) if loop.update else None
     region = autocast.region if autocast else None
     smoother = find_smoother(module, setup)

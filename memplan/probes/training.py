@@ -57,17 +57,24 @@ class Witness(Protocol):
 
 
 class Objective(Protocol):
-    """What a model is trained for, where its own forward pass does not take the loss."""
+    """What a model is trained for, where its own forward pass does not take the loss.
+
+    With an attribute `takes_num_items` that is true, `loss` is given `num_items`, the number of labels in the step.
+    """
 
     def make_inputs(self, micro_batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
         """What the data collator gives, on the default device."""
 
-    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region) -> torch.Tensor:
-        """The loss; the model runs within `autocast`."""
+    @property
+    def companion(self) -> nn.Module | None:
+        """A frozen model that is in memory, too."""
 
     @property
-    def reference(self) -> nn.Module | None:
-        """A second model that is compared with."""
+    def companion_label(self) -> str:
+        """What its modules are listed under."""
+
+    def loss(self, inputs: dict[str, torch.Tensor], autocast: Region, **count: Any) -> torch.Tensor:
+        """The loss; the model runs within `autocast`."""
 
 
 class Loop(NamedTuple):
@@ -121,7 +128,9 @@ class TrainingRun:
         self.scaler = scaler
         self.names_tensors = True
         """Whether the witness is told what gradients and states are for: it takes the host some time."""
-        self.takes_num_items = objective is None and accepts_num_items(self.model)
+        self.takes_num_items = (
+            accepts_num_items(self.model) if objective is None else getattr(objective, "takes_num_items", False)
+        )
         self.updates_in_backward = hasattr(optimizer, "fused_backward")
         """Whether a step consists of a call of ``fused_backward``, as LOMO has it."""
         self._outputs: Any = None
@@ -188,9 +197,12 @@ class TrainingRun:
 
     def _forward(self, inputs: Any, num_items: torch.Tensor | None, setup: Setup) -> torch.Tensor:
         if self.objective is not None:
-            loss = self.objective.loss(inputs, self.autocast or contextlib.nullcontext)
+            region, count = self.autocast or contextlib.nullcontext, {}
+            if self.takes_num_items:
+                count["num_items"] = num_items
+            loss = self.objective.loss(inputs, region, **count)
             steps = setup.gradient_accumulation_steps
-            return loss if steps == 1 else loss / steps
+            return loss if steps == 1 or self.takes_num_items else loss / steps
         with self.autocast() if self.autocast else contextlib.nullcontext():
             outputs = self.call(inputs, num_items)
         kept = setup.loss == "full-kept"  # in a loop without accelerate

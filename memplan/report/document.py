@@ -205,6 +205,8 @@ def setup_document(setup: Setup) -> Document:
         "loss": setup.loss,
         "objective": setup.objective,
         "label_smoothing": setup.label_smoothing,
+        "teacher": setup.teacher,
+        "teacher_dtype": setup.teacher_dtype,
         "supervised": setup.supervised,
         "dropout": setup.dropout,
         "padding": setup.padding,

@@ -32,9 +32,9 @@ from memplan.report.text import (
 from memplan.report.trainer import (
     CONFIG_BY_OBJECTIVE,
     CONFIG_OF_TRAINER,
-    LOSSES_BESIDE_SAVED_ATTENTION,
     OPTIM_BY_OPTIMIZER,
     has_loss,
+    saves_attention,
 )
 from memplan.specs.training import SAVE_ATTENTION
 from memplan.units import format_bytes, format_seconds
@@ -167,7 +167,8 @@ def _time(plan: Document, best: Document) -> str:
 
 def _trainer(trainer: Document, model: Document) -> str:
     config = trainer["config"]
-    always = ("bf16",) if config == CONFIG_OF_TRAINER else ("bf16", "activation_checkpointing", "disable_dropout")
+    of_trl = () if config == CONFIG_OF_TRAINER else ("activation_checkpointing", "disable_dropout", "lmbda")
+    always = ("bf16", *of_trl)
     shown = {k: v for k, v in trainer["arguments"].items() if v or k in always}
     made = f"{config}({_arguments(shown)})"
     made += f" of {trainer['versions']}" if trainer["versions"] else ""
@@ -205,7 +206,7 @@ def _no_trainer(setup: Document) -> str:
     """What of a setup no argument of the Trainer asks for."""
     missing = [] if setup["optimizer"] in OPTIM_BY_OPTIMIZER else [f"the optimizer {setup['optimizer']}"]
     mode = setup["activation_checkpointing"]
-    if mode == "selective" or (mode == SAVE_ATTENTION and setup["loss"] not in LOSSES_BESIDE_SAVED_ATTENTION):
+    if mode == "selective" or (mode == SAVE_ATTENTION and not saves_attention(setup["loss"], setup["objective"])):
         missing.append("selective checkpointing" if mode == "selective" else f"{mode} beside {setup['loss']} logits")
     if not has_loss(setup["loss"], setup["objective"]):
         missing.append(f"the loss {setup['loss']}")

@@ -141,7 +141,9 @@ def choices(setup: Document) -> str:
     """How it is trained, in one line."""
     parts = [setup["precision"], setup["optimizer"], f"{setup['attention']} attention", f"{setup['loss']} loss"]
     if setup["objective"] != "lm":
-        parts.append(f"trained for {setup['objective']}")
+        of = f" of {setup['teacher']}" if setup["teacher"] else ""
+        of += f" in {setup['teacher_dtype']}" if setup["teacher_dtype"] else ""
+        parts.append(f"trained for {setup['objective']}{of}")
     if setup["label_smoothing"]:
         parts.append(f"labels smoothed by {setup['label_smoothing']:g}")
     if setup["supervised"] < 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import PRECISIONS, SAVE_ATTENTION
+from memplan.specs.training import DISTILLATION, PRECISIONS, SAVE_ATTENTION
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -60,6 +60,7 @@ CONFIG_BY_OBJECTIVE = {
     "dpo-precomputed": "DPOConfig",
     "orpo": "ORPOConfig",
     "reward": "RewardConfig",
+    DISTILLATION: "GKDConfig",
 }
 """What holds the arguments of TRL's trainers."""
 CONFIG_OF_SFT = "SFTConfig"
@@ -146,7 +147,7 @@ def config_of(setup: Setup) -> str:
 
 
 def has_loss(loss: str, objective: str) -> bool:
-    """Whether a trainer takes its loss in this way: TRL's trainers of pairs have one way alone."""
+    """Whether a trainer takes its loss in this way: TRL's trainers of objectives have one way alone."""
     return objective in CONFIG_BY_OBJECTIVE or loss in LOSSES_OF_TRAINER or loss in VERSIONS_OF_SFT_BY_LOSS
 
 
@@ -159,11 +160,16 @@ def _of_evaluation(setup: Setup) -> dict[str, Any]:
 
 
 def _checkpoints(setup: Setup) -> bool:
-    """Whether a trainer checkpoints like this: all but attention is SFTTrainer's, in versions that hold no logits."""
+    """Whether a trainer checkpoints like this."""
     mode = setup.activation_checkpointing
-    if mode == SAVE_ATTENTION:
-        return setup.objective not in CONFIG_BY_OBJECTIVE and setup.loss in LOSSES_BESIDE_SAVED_ATTENTION
-    return mode != "selective"
+    return saves_attention(setup.loss, setup.objective) if mode == SAVE_ATTENTION else mode != "selective"
+
+
+def saves_attention(loss: str, objective: str) -> bool:
+    """Whether a trainer can keep what attention gives: SFTTrainer without logits, and GKDTrainer, its heir."""
+    if objective in CONFIG_BY_OBJECTIVE:
+        return objective == DISTILLATION
+    return loss in LOSSES_BESIDE_SAVED_ATTENTION
 
 
 def _versions(setup: Setup) -> str:
@@ -178,9 +184,16 @@ def _of_trl(setup: Setup, config: str) -> dict[str, Any]:
         found["disable_dropout"] = False
     if setup.objective == "dpo-precomputed":
         found["precompute_ref_log_probs"] = True
+    if setup.objective == DISTILLATION:
+        found |= {"lmbda": 0.0, "teacher_model_init_kwargs": _teacher(setup)}
     if setup.is_flattened:
         found |= {"packing": True} if setup.batching == "packed" else {"padding_free": True}
     return found
+
+
+def _teacher(setup: Setup) -> dict[str, Any]:
+    """Arguments with which GKDTrainer loads a teacher that it is given by name."""
+    return {"dtype": DTYPE_NAMES[setup.teacher_numerics[0]], "attn_implementation": _attention(setup)}
 
 
 def _lora(lora: Lora) -> dict[str, Any]:

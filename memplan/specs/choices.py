@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from memplan.errors import UsageError, did_you_mean
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, PAIRED, check_count
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, TRAINER_BY_OBJECTIVE, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,6 +39,10 @@ class Choices(TypedDict, total=False):
     """Key of `memplan.specs.training.OBJECTIVES` (lm)."""
     label_smoothing: float | None
     """Share of the probability that is spread over all words (0)."""
+    teacher: str | os.PathLike[str] | None
+    """Model that is distilled, named like the one that is trained."""
+    teacher_dtype: str | None
+    """dtype of its parameters: fp32, bf16 or fp16 (that of the trained model)."""
     supervised: float | None
     """Share of the tokens that have a label (1)."""
     dropout: float | None
@@ -91,6 +96,8 @@ FIELD_BY_ARGUMENT = {
     "loss": "loss",
     "objective": "objective",
     "label_smoothing": "label_smoothing",
+    "teacher": "teacher",
+    "teacher_dtype": "teacher_dtype",
     "supervised": "supervised",
     "dropout": "dropout",
     "padding": "padding",
@@ -163,7 +170,7 @@ def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults_of(objective: object) -> dict[str, Any]:
     """Fields for which an objective has defaults of its own; none for what is no objective."""
-    if objective in PAIRED:
+    if objective in TRAINER_BY_OBJECTIVE:
         return {"loss": LOSSES_BY_OBJECTIVE[objective][0], "dropout": dropout_of({"objective": objective})}
     return {}
 
@@ -171,10 +178,10 @@ def _defaults_of(objective: object) -> dict[str, Any]:
 def dropout_of(choices: Mapping[str, Any]) -> float | None:
     """What takes the place of all dropout of a model's config, None where it is kept.
 
-    TRL's trainers of pairs switch dropout off unless they are told otherwise (``disable_dropout=True``).
+    TRL's trainers switch dropout off unless they are told otherwise (`TRAINER_BY_OBJECTIVE`).
     """
     given: float | None = choices.get("dropout")
-    return 0.0 if given is None and choices.get("objective") in PAIRED else given
+    return 0.0 if given is None and choices.get("objective") in TRAINER_BY_OBJECTIVE else given
 
 
 def _flag(argument: str) -> str:
@@ -186,7 +193,7 @@ def _read(name: str, value: Any) -> Any:
         return as_count(name, value)
     if name in LISTS:
         return as_names(name, value)
-    return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def as_count(name: str, value: Any) -> int:

@@ -95,7 +95,17 @@ LEAST_PACKED = 2
 """Sequences that a packed row holds at the least."""
 QUANTIZATIONS = ("nf4", "nf4-double", "int8")
 
-OBJECTIVES = ("lm", "dpo", "dpo-precomputed", "orpo", "reward", "sequence-classification", "token-classification")
+DISTILLATION = "distillation"
+OBJECTIVES = (
+    "lm",
+    "dpo",
+    "dpo-precomputed",
+    "orpo",
+    "reward",
+    DISTILLATION,
+    "sequence-classification",
+    "token-classification",
+)
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
 SCORED = ("reward", *CLASSIFICATIONS)
 """Objectives of models that have a layer of scores in place of the words' output layer."""
@@ -108,6 +118,7 @@ LOSSES_BY_OBJECTIVE = {
     "dpo-precomputed": ("tiled",),
     "orpo": ("full",),
     "reward": ("full",),
+    DISTILLATION: ("full",),
     "sequence-classification": ("full",),
     "token-classification": ("full",),
 }
@@ -115,15 +126,17 @@ LOSSES_BY_OBJECTIVE = {
 
 DPOTrainer of TRL up to 1.14 had all logits, and kernels of its own for them, which are not modelled.
 """
+TEACHER_DTYPES = ("fp32", "bf16", "fp16")
 
 TRAINER_BY_OBJECTIVE = {
     "dpo": "DPOTrainer",
     "dpo-precomputed": "DPOTrainer",
     "orpo": "ORPOTrainer",
     "reward": "RewardTrainer",
+    DISTILLATION: "GKDTrainer",
 }
-"""TRL's, of objectives that are not transformers' own."""
-UNEVALUATED = ("orpo", "reward")
+"""TRL's, of objectives that are not transformers' own; all of them switch dropout off (``disable_dropout=True``)."""
+UNEVALUATED = ("orpo", "reward", DISTILLATION)
 """Objectives whose trainer has an evaluation of its own, which is not modelled."""
 
 
@@ -168,9 +181,15 @@ class Setup:
     ``orpo``             odds-ratio preference optimisation (ORPOTrainer of TRL 1.16): likelihood of the chosen sequence
                          and odds against the rejected one, from all logits; no reference
     ``reward``           a score of each sequence, compared within pairs (RewardTrainer of TRL 1.16)
+    ``distillation``     the distribution of a teacher, which runs after each pass of the student (GKDTrainer of TRL
+                         1.16 on the sequences of the data, lmbda=0)
     ``sequence-classification``, ``token-classification``
                          classes in place of words (AutoModelForSequenceClassification, AutoModelForTokenClassification)
     """
+    teacher: str | None = None
+    """Name of the model that is distilled, frozen and in memory beside the one that is trained."""
+    teacher_dtype: str | None = None
+    """dtype of its parameters, one of `TEACHER_DTYPES`; None: that in which the trained model is loaded."""
     label_smoothing: float = 0.0
     """Share of the probability that is spread over all words (`label_smoothing_factor` of TrainingArguments); above 0
     the Trainer takes the loss from all logits itself."""
@@ -244,11 +263,33 @@ class Setup:
             raise UsageError(
                 f"What TRL evaluates for {self.objective} is not modelled.", "Leave --eval-batch and --objective apart."
             )
-        if self.objective in PAIRED and self.lora is not None and self.lora.dropout:
-            trainer = TRAINER_BY_OBJECTIVE[self.objective]
+        trainer = TRAINER_BY_OBJECTIVE.get(self.objective)
+        if trainer is not None and self.lora is not None and self.lora.dropout:
             raise UsageError(
                 f"{trainer} switches dropout off, that of adapters, too (disable_dropout=True).",
                 "Leave --lora-dropout out.",
+            )
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        """Raise `UsageError` where a teacher is missing, has nothing to teach, or speaks in another dtype."""
+        if self.objective != DISTILLATION:
+            for flag, given in (("--teacher", self.teacher), ("--teacher-dtype", self.teacher_dtype)):
+                if given is not None:
+                    raise UsageError(
+                        f"{flag} is about distillation, and the objective is {self.objective}.",
+                        f"Say --objective {DISTILLATION}, or leave {flag} out.",
+                    )
+            return
+        if not isinstance(self.teacher, str) or not self.teacher:
+            raise UsageError("Distillation needs a teacher.", "Say --teacher MODEL, of the same vocabulary.")
+        if self.teacher_dtype is not None:
+            check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        loaded, autocast = PRECISIONS[self.precision]
+        if autocast is None and self.teacher_dtype not in {None, loaded}:
+            raise UsageError(
+                f"Logits of two dtypes, {self.teacher_dtype} of the teacher and {loaded}, are not modelled.",
+                "Leave --teacher-dtype out, or use a --precision with autocast.",
             )
 
     def _check_smoothing(self) -> None:
@@ -406,6 +447,12 @@ class Setup:
     def has_reference(self) -> bool:
         """Whether a reference runs in every micro-step."""
         return self.objective == "dpo"
+
+    @property
+    def teacher_numerics(self) -> tuple[str, str | None]:
+        """Dtype of the teacher's parameters, dtype of autocast (None: off)."""
+        loaded, autocast = PRECISIONS[self.precision]
+        return self.teacher_dtype or loaded, autocast
 
     @property
     def tokens_per_micro_batch(self) -> int:

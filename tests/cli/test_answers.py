@@ -183,7 +183,7 @@ def test_sequences_in_one_row(run) -> None:
     assert "padding_free=True) of TRL from 1.15 on" in said
     assert "32 sequences of 512 tokens on average" in said
     said = " ".join(run(f"{plan} --batching packed").out.split())
-    assert "packing=True, max_length=512) of TRL from 1.15 on" in said
+    assert "max_length=512, packing=True) of TRL from 1.15 on" in said
     assert "32 packed rows of 512 tokens" in said
 
 

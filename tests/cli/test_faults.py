@@ -47,7 +47,7 @@ USAGE = [
     (f"{PLAN} --attention flesh", "--attention 'flesh'", "Did you mean flash?"),
     (f"{PLAN} --checkpointing every-0", "--checkpointing 'every-0'", "every-2"),
     (f"{PLAN} --checkpointing every-x", "--checkpointing 'every-x'", "every-2"),
-    (f"{PLAN} --checkpointing all", "--checkpointing 'all'", "Known: none, selective, full, every-N"),
+    (f"{PLAN} --checkpointing all", "--checkpointing 'all'", "Known: none, selective, save-attention, full"),
     (f"{PLAN} --headroom 100", "--headroom is '100'", "below 100"),
     (f"{PLAN} --headroom nan", "--headroom is 'nan'", "below 100"),
     (f"{PLAN} --headroom -3", "--headroom is '-3'", "below 100"),
@@ -67,6 +67,17 @@ USAGE = [
     ("models --json --format markdown", "--json and --format markdown", "Leave one"),
     ("models gpt2", "gpt2", "memplan models --help"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --loss fused", "no fused loss for gpt2", "chunked"),
+    ("estimate gpt2 --objective distillation", "needs a teacher", "--teacher MODEL"),
+    ("estimate gpt2 --teacher gpt2-medium", "the objective is lm", "--objective distillation"),
+    ("estimate gpt2 --objective distillation --teacher llama-3-8b", "one of 128,256", "the same vocabulary"),
+    ("trace gpt2 --objective distillation --teacher llama-3-8b", "50,257 tokens", "the same vocabulary"),
+    ("estimate gpt2 --objective distillation --teacher t5-small", "does not describe it", "memplan models"),
+    ("estimate t5-small --objective distillation --teacher gpt2", "does not describe it", "memplan trace"),
+    ("estimate gpt2 --objective distillation --teacher gpt2 --loss tiled", "not modelled as --loss tiled", "full"),
+    ("estimate gpt2 --objective distillation --teacher gpt2 --teacher-dtype fp32", "two dtypes", "--teacher-dtype"),
+    ("estimate gpt2 --objective distillation --teacher gpt2 --teacher-dtype int8", "'int8'", "Known: fp32, bf16"),
+    ("estimate gpt2 --objective distillation --teacher gpt2 --eval-batch 8", "not modelled", "--eval"),
+    ("estimate bert-base --objective distillation --teacher bert-base", "language models", "one vocabulary"),
     ("estimate bert-base --loss chunked", "causal language models", "--loss full"),
     ("estimate llama-3-8b --loss cut --precision fp32", "hidden states in fp32", "--loss full"),
     ("estimate llama-3-8b --objective orpo --loss tiled", "orpo is not modelled as --loss tiled", "--loss full"),
@@ -94,7 +105,7 @@ FAULTS = [
     ],
     *[
         (f"estimate gpt2 --objective {name}", f"--objective {name} is not modelled yet", "Known: lm, dpo")
-        for name in ("kto", "distillation", "contrastive")
+        for name in ("kto", "grpo", "contrastive")
     ],
 ]
 

@@ -8,7 +8,9 @@ from memplan.architectures.registry import read_architecture
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
+from memplan.probes.models import transformers_model
 from memplan.probes.trace import trace_training
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from memplan.specs.training import Setup
@@ -39,12 +41,18 @@ class Both(NamedTuple):
         return self.formula_peak / self.trace_peak - 1
 
 
-def compare(config: dict[str, Any], setup: Setup, *, sdpa_kernel: str | None = None) -> Both:
-    """Evaluate and trace one setup."""
-    program = Recordings(read_architecture(config, "config", dropout=setup.dropout)).program(setup)
+def compare(
+    config: dict[str, Any], setup: Setup, *, sdpa_kernel: str | None = None, teacher: dict[str, Any] | None = None
+) -> Both:
+    """Evaluate and trace one setup; `teacher`: the config of the model that is distilled."""
+    taught = None if teacher is None else read_architecture(teacher, "teacher", dropout=0.0)
+    program = Recordings(read_architecture(config, "config", dropout=setup.dropout), taught).program(setup)
     sizes = Sizes(dimensions(setup))
     peaks = program.peaks(sizes, setup.gradient_accumulation_steps)
-    trace = trace_training(config, setup, sdpa_kernel=sdpa_kernel)
+    model = transformers_model(config)
+    if teacher is not None:
+        model = replace(model, teacher=transformers_model(teacher))
+    trace = trace_training(model, setup, sdpa_kernel=sdpa_kernel)
     return Both(
         Bytes(
             program.parameter_bytes(sizes),

@@ -31,6 +31,7 @@ LLAMA = {
     "vocab_size": WORDS,
     "num_labels": 5,
 }
+TAUGHT = {"objective": "distillation", "teacher": "another"}
 SCALAR = 512
 INT64 = 8
 
@@ -137,17 +138,24 @@ def test_a_setup_with_smoothing_is_read_back() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "config"),
-    [("dpo", "DPOConfig"), ("orpo", "ORPOConfig"), ("reward", "RewardConfig"), ("lm", "TrainingArguments")],
+    [
+        ("dpo", "DPOConfig"),
+        ("orpo", "ORPOConfig"),
+        ("reward", "RewardConfig"),
+        ("distillation", "GKDConfig"),
+        ("lm", "TrainingArguments"),
+    ],
 )
 def test_the_class_of_arguments(objective: str, config: str) -> None:
     """Each trainer of TRL has its own; its sequences are not cut at 1024 tokens, and dropout is as asked for."""
     loss = "tiled" if objective == "dpo" else "full"
-    found = trainer_arguments(setup_of(objective=objective, loss=loss, dropout=0.0))
+    teacher = "another" if objective == "distillation" else None
+    found = trainer_arguments(setup_of(objective=objective, loss=loss, dropout=0.0, teacher=teacher))
     assert found is not None
     assert found["config"] == config
     assert ("max_length" in found["arguments"]) == (objective != "lm")
     assert "disable_dropout" not in found["arguments"]
-    kept = trainer_arguments(setup_of(objective=objective, loss=loss))
+    kept = trainer_arguments(setup_of(objective=objective, loss=loss, teacher=teacher))
     assert kept is not None
     assert kept["arguments"].get("disable_dropout") == (None if objective == "lm" else False)
 
@@ -181,6 +189,7 @@ def test_the_factor_in_the_arguments() -> None:
     [
         {"objective": "orpo"},
         {"objective": "reward"},
+        TAUGHT,
         {"label_smoothing": 0.1},
         {"objective": "sequence-classification"},
     ],
@@ -210,6 +219,9 @@ def test_a_target_in_tokens_counts_both_sequences_of_a_pair() -> None:
         ({"objective": "reward", "lora": Lora(rank=4)}, "Adapters beside the layers of a classifier"),
         ({"objective": "orpo", "lora": Lora(rank=4, dropout=0.1)}, "ORPOTrainer switches dropout off"),
         ({"objective": "reward", "evaluation": Evaluation()}, "What TRL evaluates for reward"),
+        ({**TAUGHT, "evaluation": Evaluation()}, "What TRL evaluates for distillation"),
+        ({**TAUGHT, "batching": "padding-free"}, "own loss, not for distillation"),
+        ({**TAUGHT, "label_smoothing": 0.1}, "not for --objective distillation"),
         ({"label_smoothing": 0.1, "loss": "fused"}, "--loss fused has none"),
         ({"label_smoothing": 0.1, "loss": "full-kept"}, "--loss full-kept has none"),
         ({"label_smoothing": 0.1, "objective": "orpo"}, "not for --objective orpo"),
@@ -224,5 +236,5 @@ def test_what_is_refused(choices: dict[str, Any], said: str) -> None:
 
 
 def test_the_trainers_of_trl() -> None:
-    """Pairs have trainers of TRL's."""
-    assert set(TRAINER_BY_OBJECTIVE) == {"dpo", "dpo-precomputed", "orpo", "reward"}
+    """Pairs and students have trainers of TRL's."""
+    assert set(TRAINER_BY_OBJECTIVE) == {"dpo", "dpo-precomputed", "orpo", "reward", "distillation"}

@@ -96,10 +96,12 @@ def test_the_high_point_of_a_run_without_a_graph() -> None:
     """The tile, seven numbers a token and the hidden states, gathered and not, beside what it found out."""
     setup = pairs()
     found = estimator()
-    reference = found.program(setup).layout.reference
+    reference = found.program(setup).layout.companion
     assert reference is not None
     sizes = Sizes(bind(SEQUENCES, LENGTH))
-    parts = run_without_graph(reference, REFERENCE)
+    parts, let_go_later = run_without_graph(reference)
+    assert not let_go_later
+    assert {part.instant for part in parts} == {REFERENCE}
     live = highest = 0
     for part in parts:
         run = sizes.extent(part.segment).repeated(len(part.places))

@@ -17,7 +17,7 @@ from memplan.architectures.architecture import Architecture, int64
 from memplan.architectures.blocks import HIDDEN, causal_mask, merged
 from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
-from memplan.operators.attention import slices_batched, softmax
+from memplan.operators.attention import cached, slices_batched, softmax
 from memplan.operators.elementwise import add, dropout
 from memplan.operators.layout import copy, take
 from memplan.operators.matrix import embedding, linear
@@ -99,7 +99,8 @@ def self_attention(m: Bloom, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -
     """Multi-head attention on one joint projection, batch and heads in one dimension."""
     joint = linear(t, x, 3 * m.hidden_size, "query_key_value", bias=True)
     by_head = ("b", m.num_heads, "s", m.head_dim)
-    q, k, v = slices_batched(t, *(take(t, joint, by_head) for _ in range(3)))
+    q, k, v = (take(t, joint, by_head) for _ in range(3))
+    q, k, v = slices_batched(t, q, *cached(t, k, v))
     unbiased = scores_with_bias(t, q, k, shared["alibi"])
     scores = add(t, unbiased, shared["mask"])
     weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), q.dtype), m.attention_dropout)

@@ -28,7 +28,7 @@ from memplan.architectures.experts import Experts, experts, spoken_of
 from memplan.architectures.families import llama
 from memplan.architectures.families.moe import read_experts
 from memplan.errors import ConfigError
-from memplan.operators.attention import attention, softmax
+from memplan.operators.attention import attention, cached, softmax
 from memplan.operators.elementwise import add, keeps_result, mul, scale, sub
 from memplan.operators.layout import cat, split, take, write_slice
 from memplan.operators.matrix import embedding, linear
@@ -84,10 +84,11 @@ def latent_attention(m: DeepSeek, turn: Turn, t: Tape, x: Tensor, shared: Mappin
     k_turned = t.view(k_turned, (b, 1, s, m.head_dim))
     t.hold_in_module(q, latent, kv)
     q_turned, k_turned = turn(t, q_turned, shared), turn(t, k_turned, shared)
+    kv, k_turned = cached(t, kv, k_turned)
     t.hold_in_module(q_turned, k_turned)
     q = cat(t, (q_plain, q_turned), q.shape)
     k, v = _expanded(m, t, kv, k_turned)
-    out = merged(t, attention(t, q, k, v, shared.get("mask"), p=m.dropout, by_head=True))
+    out = merged(t, attention(t, q, k, v, shared.get("mask"), p=m.dropout, by_head=True, caches=False))
     return linear(t, out, m.hidden_size, "o_proj", bias=m.out_bias)
 
 

@@ -26,7 +26,7 @@ from memplan.architectures.blocks import (
 from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
 from memplan.operators.adapters import Base
-from memplan.operators.attention import fused, rotary, slices_batched, softmax
+from memplan.operators.attention import cached, fused, rotary, slices_batched, softmax
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, add_into, add_scalar, dropout, scale
 from memplan.operators.layout import copy, repeat_heads, take
 from memplan.operators.matrix import embedding, with_adapter
@@ -168,6 +168,7 @@ def self_attention(m: Falcon, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) 
     joint = projection(m, t, x, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim, "query_key_value")
     q, k, v = queries_keys_values(m, t, joint)
     q, k = rotary(t, q, shared["cos"], shared["sin"]), rotary(t, k, shared["cos"], shared["sin"])
+    k, v = cached(t, k, v)
     variables: tuple[Tensor, ...] = ()
     if t.attention == "eager":
         out, variables = written_out(m, t, q, k, v, shared, x.dtype)

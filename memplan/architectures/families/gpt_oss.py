@@ -18,7 +18,7 @@ from memplan.architectures.families import llama
 from memplan.architectures.families.moe import read_experts
 from memplan.architectures.heads import causal_head
 from memplan.errors import ConfigError
-from memplan.operators.attention import softmax
+from memplan.operators.attention import cached, softmax
 from memplan.operators.elementwise import add, dropout, mul, scale, sub
 from memplan.operators.layout import cat, copy, repeat_heads, split, take
 from memplan.operators.matrix import embedding, linear
@@ -79,6 +79,7 @@ def self_attention(m: GptOss, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) 
     )
     sinks = t.parameter("sinks", (m.num_heads,))
     q, k = half_rotary(t, q, shared["cos"], shared["sin"]), half_rotary(t, k, shared["cos"], shared["sin"])
+    k, v = cached(t, k, v)
     t.hold_in_module(q, k, v)
     out = merged(t, eager_with_sinks(t, q, k, v, shared["mask"], sinks, p=m.dropout))
     return linear(t, out, m.hidden_size, "o_proj", bias=m.out_bias)

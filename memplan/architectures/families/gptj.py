@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import HIDDEN, causal_mask, counted_positions, heads, merged
 from memplan.architectures.heads import causal_head
-from memplan.operators.attention import attention
+from memplan.operators.attention import attention, cached
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, mul, neg
 from memplan.operators.layout import cat, split, take
 from memplan.operators.matrix import embedding, linear
@@ -96,9 +96,10 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     by_head = ("b", m.num_heads, "s", m.head_dim)
     q, k = t.view(q, by_head), t.view(k, by_head)
     t.hold_in_module(q, k)
+    k, v = cached(t, k, v)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
     mask = shared.get("mask")
-    how: dict[str, Any] = {"softmax_dtype": None, "weights_dtype": v.dtype, "returned": True}
+    how: dict[str, Any] = {"softmax_dtype": None, "weights_dtype": v.dtype, "returned": True, "caches": False}
     out = attention(t, q, k, v, mask, p=m.attention_dropout, **how)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, int64
 from memplan.architectures.blocks import HIDDEN, additive_mask, merged, split_heads
 from memplan.architectures.heads import causal_head
-from memplan.operators.attention import slices_batched, softmax
+from memplan.operators.attention import cached, slices_batched, softmax
 from memplan.operators.elementwise import add, dropout, keeps_input, scale
 from memplan.operators.layout import copy
 from memplan.operators.matrix import embedding, linear
@@ -74,9 +74,10 @@ def self_attention(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
     joint = linear(t, x, 3 * m.hidden_size, "Wqkv")
     if m.clipped:
         joint = keeps_input(t, "clamp", joint)
-    parts = split_heads(t, joint, m.num_heads, m.head_dim)
-    batched = slices_batched(t, *parts)
-    b, num, s, head_dim = parts[0].shape
+    q, k, v = split_heads(t, joint, m.num_heads, m.head_dim)
+    k, v = cached(t, k, v)
+    batched = slices_batched(t, q, k, v)
+    b, num, s, head_dim = q.shape
     scores = scale(t, matmul(t, next(batched), next(batched), (b, num, s, s), head_dim))
     bias = t.view(shared["alibi"], (num, 1, s))
     scores = masked_fill(t, add(t, scores, bias), shared["mask"])
