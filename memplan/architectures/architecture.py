@@ -82,6 +82,8 @@ class Architecture:
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
+    cache_windows: tuple[int | None, ...] | None = None
+    """For each layer the window that its key-value cache is limited to; None where generation is not described."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flash")
     """Attention implementations that the model has."""
     unmodelled: tuple[tuple[str, str], ...] = ()
@@ -178,6 +180,7 @@ def record(
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
+    generating: bool = False,
     leaves: bool = False,
     caches: bool = False,
 ) -> Recording:
@@ -188,8 +191,9 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
     in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `leaves`: what
-    comes into a layer is a leaf of its graph; `caches`: the model hands out a cache of keys and values.
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `generating`:
+    tokens from a key-value cache, "s" of them at a time; `leaves`: what comes into a layer is a leaf of its graph;
+    `caches`: the model hands out a cache of keys and values.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -203,8 +207,9 @@ def record(
         )
 
     given, recipe = recipe, converted(recipe, architecture.model_type)
+    windows = (architecture.cache_windows or ()) if generating else ()
 
-    def tape(prefix: str = "") -> Tape:
+    def tape(prefix: str = "", window: int | None = None) -> Tape:
         return Tape(
             numerics,
             attention=attention,
@@ -217,6 +222,8 @@ def record(
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
+            generating=generating,
+            window=window,
             enters_a_leaf=leaves,
             caches=caches,
         )
@@ -228,8 +235,8 @@ def record(
         stem_tape.holds_output = True  # a variable of the model (inputs_embeds)
     stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
 
-    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "") -> Piece:
-        t = tape(prefix)
+    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "", window: int | None = None) -> Piece:
+        t = tape(prefix, window)
         inside = t.external(
             "hidden states", before.shape, before.dtype, role="hidden", requires_grad=before.requires_grad
         )
@@ -244,15 +251,16 @@ def record(
         return Piece(tape=t, hidden=inside, output=output, shared=used)
 
     kinds: list[Piece] = []
-    numbers_of: dict[tuple[int, str, bool], list[int]] = {}
+    numbers_of: dict[tuple[int, str, bool, int | None], list[int]] = {}
     order = []
     for place, layer in enumerate(architecture.layers):
         prefix = f"{architecture.layer_prefix.format(place)}."
-        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad), [])
+        window = windows[place] if windows else None
+        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad, window), [])
         number = next((n for n in alike if _same_answers(kinds[n].tape, recipe, prefix)), None)
         if number is None:
             number = len(kinds)
-            kinds.append(follow(_within_a_loop(layer), hidden, prefix))
+            kinds.append(follow(_within_a_loop(layer), hidden, prefix, window))
             alike.append(number)
         hidden = kinds[number].output
         order.append(number)

@@ -204,5 +204,5 @@ def clamped_gate(t: Tape, gate_and_up: Tensor, e: Experts) -> Tensor:
     gate, up = clamp(t, gate, sides=1), clamp(t, up, sides=2)
     bent = mul(t, gate, keeps_result(t, "sigmoid", scale(t, gate)))
     out = mul(t, add_scalar(t, up), bent)
-    t.keep_alive(up)
+    t.keep_alive(gate_and_up, gate, up)
     return out

@@ -90,6 +90,7 @@ class Options(NamedTuple):
     eval_batch: int | None = None
     eval_samples: int | None = None
     eval_accumulation: int | None = None
+    eval_generate: int | None = None
     reserve: str | None = None
     headroom: float | None = None
     confidence: float | None = None
@@ -391,6 +392,7 @@ SETUP_ROWS = (
     Row(("--eval-batch",), EVALUATED, "Count one, with so many sequences per forward pass (8).", read_count, "N"),
     Row(("--eval-samples",), EVALUATED, "Keep the logits of so many for metrics (none).", read_count, "N"),
     Row(("--eval-accumulation",), EVALUATED, "Move them to the host after N batches (at the end).", read_count, "N"),
+    Row(("--eval-generate",), EVALUATED, "Generate so many tokens behind each sequence (none).", read_count, "N"),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,
 )

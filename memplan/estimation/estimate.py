@@ -12,9 +12,10 @@ from memplan.estimation.between import between_steps, left_out_between_steps
 from memplan.estimation.compiled import Compiled, Range
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.evaluation import EvaluationProgram
+from memplan.estimation.generation import DECODING, PREFILL, Generation, check_generation
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
 from memplan.estimation.lints import Lint, lints
-from memplan.estimation.step import EVALUATION, Recordings, StepProgram
+from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.tape import ATTENTION_KERNEL
@@ -206,8 +207,10 @@ class Estimator:
             )
         if setup.attention == "flash":
             self._check_flash(setup)
-        if setup.evaluation is not None and setup.evaluation.samples is not None:
-            self.evaluation(setup, setup.evaluation).results()
+        if setup.evaluation is not None:
+            program = self.evaluation(setup, setup.evaluation)
+            if setup.evaluation.samples is not None:
+                program.results()
         if setup.is_flattened:
             check_flattened(self.architecture, setup)
         for recording in self._recorded(setup) if setup.passes_mask else ():
@@ -267,14 +270,27 @@ class Estimator:
         found = self.program(setup).peaks(sizes, setup.gradient_accumulation_steps, first_step=first_step)
         if setup.evaluation is None:
             return found
-        highest = self.evaluation(setup, setup.evaluation).peak(sizes)
-        return found._replace(by_instant={**found.by_instant, EVALUATION: highest})
+        between = self.evaluation(setup, setup.evaluation).peaks(sizes)
+        return found._replace(by_instant={**found.by_instant, **between})
 
     def evaluation(self, setup: Setup, evaluation: Evaluation) -> EvaluationProgram:
         """Such an evaluation between the steps of `setup`."""
         setup = replace(setup, evaluation=evaluation)
         layout = self._recordings.evaluation_layout(replace(setup, micro_batch_size=evaluation.batch))
-        return EvaluationProgram(self.program(setup), layout, setup, evaluation)
+        return EvaluationProgram(self.program(setup), layout, setup, evaluation, self._generation(setup, evaluation))
+
+    def _generation(self, setup: Setup, evaluation: Evaluation) -> Generation | None:
+        """What it generates, None where it does not.
+
+        Raises:
+            UsageError: the model does not generate, or has too few positions.
+        """
+        if evaluation.generate is None:
+            return None
+        check_generation(self.architecture, self.name, setup, evaluation.generate)
+        lengths = {PREFILL: setup.seq_len, DECODING: setup.seq_len + max(evaluation.generate - 1, 1)}
+        layouts = {name: self._recordings.generation_layout(setup, length) for name, length in lengths.items()}
+        return Generation(layouts, setup, evaluation.generate)
 
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration in steady state; reserved bytes are the least that can be."""
@@ -311,7 +327,9 @@ class Estimator:
 
             settings = AllocatorSettings(expandable_segments=bool(alloc_conf))
             steps = setup.gradient_accumulation_steps
-            found = replay(self.program(setup), self.sizes(setup), steps, capacity_bytes=capacity, settings=settings)
+            evaluation = None if setup.evaluation is None else self.evaluation(setup, setup.evaluation)
+            program, sizes = self.program(setup), self.sizes(setup)
+            found = replay(program, sizes, steps, evaluation=evaluation, capacity_bytes=capacity, settings=settings)
             known = self._replays[key] = found.reserved_bytes
         return known
 
@@ -439,7 +457,7 @@ class Estimator:
         found += left_out_of(OPTIMIZERS[setup.optimizer])
         if setup.objective == DISTILLATION:
             found += LEFT_OUT_OF_DISTILLATION
-        found += left_out_between_steps(setup, self.architecture.model_type)
+        found += left_out_between_steps(setup)
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(
                 (

@@ -208,7 +208,7 @@ class Tape:
     embedded: Tensor | None = None
     """What the embedding of the tokens gave."""
 
-    def __init__(  # noqa: PLR0915 - one statement for each thing that is recorded
+    def __init__(  # noqa: PLR0913, PLR0915 - one argument and statement for each thing that is recorded
         self,
         numerics: Numerics,
         *,
@@ -222,9 +222,17 @@ class Tape:
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
+        generating: bool = False,
+        window: int | None = None,
         enters_a_leaf: bool = False,
         caches: bool = False,
     ) -> None:
+        self.generating = generating
+        """Whether the piece predicts one token after the other from a key-value cache; it implies `evaluation`."""
+        self.window = window
+        """Tokens that a layer's key-value cache is limited to, None where it holds all."""
+        self.in_cache: list[Tensor] = []
+        """What the key-value cache holds of this piece."""
         self.numerics = numerics
         self.grad = grad
         """Whether autograd records; False within ``torch.no_grad()``."""
@@ -268,6 +276,10 @@ class Tape:
         """What the piece returns beside its output, for nobody."""
         self.in_model: list[Tensor] = []
         """What variables of the model hold until the last layer returns."""
+        self.in_next: list[Tensor] = []
+        """What a variable of the model holds until the next layer returns."""
+        self.all_outputs_held = False
+        """Whether the model holds what each layer hands on until the last one returns; it counts in evaluation."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
@@ -289,6 +301,18 @@ class Tape:
         finally:
             self._let_variables_go()
             self._path.pop()
+
+    @property
+    def keys(self) -> str:
+        """The dimension of keys and values: the sequence; of a cache, all that it holds and what is new."""
+        if not self.generating:
+            return "s"
+        return "l" if self.window is None else f"in {self.window}"
+
+    @property
+    def keys_before(self) -> str:
+        """How many of them the cache has had before."""
+        return "l-1" if self.window is None else f"before {self.window}"
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -395,6 +419,14 @@ class Tape:
         """
         if self.evaluation:
             self.in_model.append(tensor)
+
+    def hold_into_next(self, tensor: Tensor) -> None:
+        """The layer returns this one, too, and the model holds it (``outputs = layer(...)``) until the next returns.
+
+        It counts in evaluation; in training the graph keeps it.
+        """
+        if self.evaluation:
+            self.in_next.append(tensor)
 
     def cached(self, x: Tensor, dtype: str) -> Tensor:
         """A copy of `x` in the cache that the model hands out."""

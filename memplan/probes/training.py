@@ -170,7 +170,7 @@ class TrainingRun:
         if setup.evaluation is not None:
             self.model.zero_grad(set_to_none=True)
             enter("evaluation", number, -1)
-            evaluate(self, setup, setup.evaluation)
+            evaluate(self, setup, setup.evaluation, number)
         enter("zero_grad", number, -1)
         del inputs, micro_batch, num_items
         self._outputs = None

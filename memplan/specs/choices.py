@@ -89,6 +89,8 @@ class Choices(TypedDict, total=False):
     """Sequences whose logits an evaluation keeps for its metrics (none)."""
     eval_accumulation: int | None
     """Batches after which they move to the host (at the end)."""
+    eval_generate: int | None
+    """Tokens that an evaluation generates behind each sequence (none)."""
 
 
 FIELD_BY_ARGUMENT = {
@@ -134,6 +136,7 @@ EVALUATION_FIELD_BY_ARGUMENT = {
     "eval_batch": "batch",
     "eval_samples": "samples",
     "eval_accumulation": "accumulation",
+    "eval_generate": "generate",
 }
 """Argument -> the field of `memplan.specs.evaluation.Evaluation`."""
 

@@ -267,6 +267,7 @@ def _build(m: DeepSeek, config: Config, model_type: str, *, turn: Turn, route: R
         layers=tuple(dense if i < m.num_dense else sparse for i in range(m.num_layers)),
         buffers=(*rope, *(Buffer(bias.format(i), (m.experts.num,), "fp32") for i in experts_from)),
         unmodelled=spoken_of(config),
+        cache_windows=None,  # the cache holds latents, not keys and values
     )
 
 

@@ -172,6 +172,11 @@ def needs_mask_beyond(window: int | None) -> frozenset[int]:
     return frozenset() if window is None else frozenset({window - 1})
 
 
+def cache_windows(m: Llama) -> tuple[int | None, ...]:
+    """`Architecture.cache_windows` of such a model."""
+    return tuple(m.window if m.sliding and m.sliding[i] else None for i in range(m.num_layers))
+
+
 def build(m: Llama, config: Config, model_type: str, **changes: object) -> Architecture:
     """The architecture of these numbers."""
     values: dict[str, object] = {
@@ -188,6 +193,7 @@ def build(m: Llama, config: Config, model_type: str, **changes: object) -> Archi
             Buffer(f"model.rotary_emb.{name}", (m.head_dim // 2,), "fp32") for name in ("inv_freq", "original_inv_freq")
         ),
         "windows": needs_mask_beyond(m.masked_window),
+        "cache_windows": cache_windows(m),
     }
     return Architecture(**(values | changes))  # type: ignore[arg-type]
 
