@@ -567,6 +567,8 @@ def trace(
     margin = _margin(spec, reserve, find_safety(spec, headroom, confidence))
     if described is not None:
         described.architecture.check_length(setup.seq_len, described.name)
+    if diff and setup.compile:
+        raise UsageError("Formula and trace are compared without a compiler.", "Leave --diff or --compile out.")
     module = _traced_module(asked, spec, sdpa_kernel, notify)
     if described is None:
         setup = _settled(asked, module, setup, choices)

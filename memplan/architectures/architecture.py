@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from memplan.architectures.classifiers import Classes
 from memplan.architectures.heads import check_loss
+from memplan.architectures.named import check_names
 from memplan.errors import UsageError
 from memplan.operators.odds import concatenated_ids
 from memplan.operators.sizes import Size, num_bytes
 from memplan.operators.tape import ROWS, Batch, Numerics, Parameter, Tape, Tensor
-from memplan.specs.recipe import ALL_LINEAR, EVERYTHING, check_known, covers, is_named
+from memplan.specs.conversions import converted
+from memplan.specs.recipe import EVERYTHING
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class Architecture:
     buffers: tuple[Buffer, ...] = ()
     windows: frozenset[int] = frozenset()
     """The longest sequences that need no mask: `w` - 1 for layers that attend to the last `w` tokens."""
+    cache_windows: tuple[int | None, ...] | None = None
+    """For each layer the window that its key-value cache is limited to; None where generation is not described."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flash")
     """Attention implementations that the model has."""
     unmodelled: tuple[tuple[str, str], ...] = ()
@@ -176,6 +180,7 @@ def record(
     objective: str = "lm",
     grad: bool = True,
     evaluation: bool = False,
+    generating: bool = False,
     leaves: bool = False,
     caches: bool = False,
 ) -> Recording:
@@ -186,8 +191,9 @@ def record(
 
     `exceeded`: the windows that are shorter than the sequence (see `Architecture.windows`); `batch`: how sequences lie
     in a micro-batch; `recipe`: what is trained; `objective`: what for; `grad`: False for a run under
-    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `leaves`: what
-    comes into a layer is a leaf of its graph; `caches`: the model hands out a cache of keys and values.
+    ``torch.no_grad()``, of a model that nothing is trained of; `evaluation`: no dropout, and no graph; `generating`:
+    tokens from a key-value cache, "s" of them at a time; `leaves`: what comes into a layer is a leaf of its graph;
+    `caches`: the model hands out a cache of keys and values.
 
     Raises:
         UsageError: the model has no such attention or loss, or nothing that the recipe names.
@@ -200,7 +206,10 @@ def record(
             f"Use --attention {' or '.join(architecture.attentions)}.",
         )
 
-    def tape(prefix: str = "") -> Tape:
+    given, recipe = recipe, converted(recipe, architecture.model_type)
+    windows = (architecture.cache_windows or ()) if generating else ()
+
+    def tape(prefix: str = "", window: int | None = None) -> Tape:
         return Tape(
             numerics,
             attention=attention,
@@ -213,16 +222,21 @@ def record(
             recipe=recipe,
             prefix=prefix,
             evaluation=evaluation,
+            generating=generating,
+            window=window,
             enters_a_leaf=leaves,
             caches=caches,
         )
 
     stem_tape = tape()
     hidden, shared = architecture.stem(stem_tape)
+    embedded = stem_tape.embedded
+    if embedded is not None and embedded.storage == hidden.storage:
+        stem_tape.holds_output = True  # a variable of the model (inputs_embeds)
     stem = Piece(tape=stem_tape, hidden=None, output=hidden, shared=shared)
 
-    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "") -> Piece:
-        t = tape(prefix)
+    def follow(part: LayerKind | Head, before: Tensor, prefix: str = "", window: int | None = None) -> Piece:
+        t = tape(prefix, window)
         inside = t.external(
             "hidden states", before.shape, before.dtype, role="hidden", requires_grad=before.requires_grad
         )
@@ -237,15 +251,16 @@ def record(
         return Piece(tape=t, hidden=inside, output=output, shared=used)
 
     kinds: list[Piece] = []
-    numbers_of: dict[tuple[int, str, bool], list[int]] = {}
+    numbers_of: dict[tuple[int, str, bool, int | None], list[int]] = {}
     order = []
     for place, layer in enumerate(architecture.layers):
         prefix = f"{architecture.layer_prefix.format(place)}."
-        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad), [])
+        window = windows[place] if windows else None
+        alike = numbers_of.setdefault((id(layer), hidden.dtype, hidden.requires_grad, window), [])
         number = next((n for n in alike if _same_answers(kinds[n].tape, recipe, prefix)), None)
         if number is None:
             number = len(kinds)
-            kinds.append(follow(_within_a_loop(layer), hidden, prefix))
+            kinds.append(follow(_within_a_loop(layer), hidden, prefix, window))
             alike.append(number)
         hidden = kinds[number].output
         order.append(number)
@@ -258,7 +273,7 @@ def record(
         head=follow(architecture.head, hidden),
     )
     if grad:
-        _check_names(recording, recipe)
+        check_names(recording, given, objective)
         _check_trained(recording)
     return recording
 
@@ -273,24 +288,6 @@ def _same_answers(known: Tape, recipe: Recipe, prefix: str) -> bool:
 def _check_trained(recording: Recording) -> None:
     if not any(row.trainable for piece in recording.pieces() for row in piece.tape.parameters):
         raise UsageError("Nothing is left to train.", "Freeze less, or add adapters with --lora-rank.")
-
-
-def _check_names(recording: Recording, recipe: Recipe) -> None:
-    """Raise `UsageError` where nothing of the model is what the recipe names."""
-
-    def known(*questions: str) -> set[str]:
-        asked = ((p.tape.prefix + name, q) for p in recording.pieces() for q, name in p.tape.asked)
-        return {name for name, question in asked if question in questions}
-
-    if recipe.lora is not None:
-        linear = known("adapts", "adapts_head")
-        if recipe.lora.targets == (ALL_LINEAR,):
-            if not linear:
-                raise UsageError("memplan knows no linear layer of this model.", "Leave --lora-rank out.")
-        else:
-            check_known("--lora-targets", recipe.lora.targets, linear, is_named, also=ALL_LINEAR)
-        check_known("--modules-to-save", recipe.lora.modules_to_save, known("copies"), is_named)
-    check_known("--freeze", recipe.freeze, known("trains", "trains_adapter"), covers)
 
 
 def _within_a_loop(layer: LayerKind) -> LayerKind:

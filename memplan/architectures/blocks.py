@@ -24,7 +24,12 @@ HIDDEN = ("b", "s")
 
 
 def positions(t: Tape) -> Tensor:
-    """``torch.arange(s).unsqueeze(0)``, or what is passed in its place: int64 of shape (1, s)."""
+    """``torch.arange(s).unsqueeze(0)``, or what is passed in its place: int64 of shape (1, s).
+
+    ``generate`` hands in those of every sequence.
+    """
+    if t.generating:
+        return t.external("position_ids", HIDDEN, "int64", role="input")
     if t.batch.flattened:
         return given_positions(t)
     arange = t.op("arange", (), ("s",), dtype="int64")
@@ -58,9 +63,9 @@ def rotary_tables(
     if position_ids is None:
         position_ids = positions(t)
     as_float = t.cast(position_ids, "fp32")
-    half: Shape = (1, "s", dim // 2)
+    half: Shape = (position_ids.shape[0], "s", dim // 2)
     freqs = t.op("mul", (as_float,), half, dtype="fp32", gradients=())
-    both = cat(t, (freqs, freqs), (1, "s", dim))
+    both = cat(t, (freqs, freqs), (position_ids.shape[0], "s", dim))
     cos = scale(t, t.op("cos", (both,), both.shape))
     sin = scale(t, t.op("sin", (both,), both.shape))
     t.keep_alive(freqs, both, cos)
@@ -92,29 +97,32 @@ def window_mask(t: Tape, hidden: Tensor, window: int) -> dict[str, Tensor]:
 
     Fused attention needs none while the sequence is shorter than the window; flash attention knows windows by itself.
     """
+    keys = f"in {window}" if t.generating else ""
     if t.attention == "eager":
-        return {"window_mask": additive_mask(t, hidden.dtype)}
+        return {"window_mask": additive_mask(t, hidden.dtype, keys)}
     padding_mask(t)
     if t.attention == "sdpa" and (t.batch.masked or window - 1 in t.exceeded):
-        return {"window_mask": boolean_mask(t)}
+        return {"window_mask": boolean_mask(t, keys)}
     return {}
 
 
-def additive_mask(t: Tape, dtype: str) -> Tensor:
+def additive_mask(t: Tape, dtype: str, keys: str = "") -> Tensor:
     """``eager_mask``: a boolean (b, 1, s, s) turned into 0 and the lowest number of `dtype`."""
-    return t.op("where", (boolean_mask(t),), ("b", 1, "s", "s"), dtype=dtype)
+    mask = boolean_mask(t, keys)
+    return t.op("where", (mask,), mask.shape, dtype=dtype)
 
 
-def boolean_mask(t: Tape) -> Tensor:
+def boolean_mask(t: Tape, keys: str = "") -> Tensor:
     """The boolean (b, 1, s, s) that fused attention is given where is_causal does not say it all (windows).
 
     Without padding it depends on positions alone: it is one (s, s), shown b times (``expand`` in ``sdpa_mask``).  Of a
     row that holds several sequences (``find_packed_sequence_indices`` in masking_utils.py) there is one anyway.
     """
+    keys = keys or t.keys
     if t.batch.masked:
-        return t.op("mask", (), ("b", 1, "s", "s"), dtype="bool")
-    mask = t.op("mask", (), (1, 1, "s", "s"), dtype="bool")
-    return t.view(mask, ("b", 1, "s", "s"))
+        return t.op("mask", (), ("b", 1, "s", keys), dtype="bool")
+    mask = t.op("mask", (), (1, 1, "s", keys), dtype="bool")
+    return t.view(mask, ("b", 1, "s", keys))
 
 
 def heads(t: Tape, x: Tensor, num: int, head_dim: int) -> Tensor:
@@ -137,15 +145,21 @@ def merged(t: Tape, x: Tensor) -> Tensor:
     return t.view(x, (b, s, num * head_dim))
 
 
-def partial_rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    """Rotary on the first `dim` of the head's dimensions, the rest passed through."""
+def partial_rotary(t: Tape, x: Tensor, cos: Tensor, sin: Tensor, dim: int, *, held: bool = False) -> Tensor:
+    """Rotary on the first `dim` of the head's dimensions, the rest passed through.
+
+    `held`: variables of the module hold both parts.
+    """
     head_dim = x.shape[-1]
     assert isinstance(head_dim, int)
     if dim == head_dim:
         return rotary(t, x, cos, sin)
     turning = take(t, x, (*x.shape[:-1], dim))
     passing = take(t, x, (*x.shape[:-1], head_dim - dim))
-    return cat(t, (rotary(t, turning, cos, sin), passing), x.shape)
+    turned = rotary(t, turning, cos, sin)
+    if held:
+        t.hold_in_module(passing, turned)
+    return cat(t, (turned, passing), x.shape)
 
 
 def rotary_dim(config: Config, head_dim: int, key: str, default: float) -> int:

@@ -27,6 +27,7 @@ from memplan.operators.elementwise import (
     mul,
     scale,
 )
+from memplan.operators.fused_adapters import Factors, adapted_matrix, adapted_stack, register
 from memplan.operators.layout import split, take
 from memplan.operators.products import project
 from memplan.operators.routing import grouped_product, normalise_in_place, pick, sort, sum_of_chosen, top_k
@@ -91,7 +92,7 @@ def router(t: Tape, x: Tensor, e: Experts, name: str = "gate", *, cast_back: boo
     hidden = x.shape[-1]
     assert isinstance(hidden, int)
     with t.scope(name):
-        logits = project(t, x, t.parameter("weight", (e.num, hidden)), None, e.num)
+        logits = project(t, x, adapted_matrix(t, t.parameter("weight", (e.num, hidden))), None, e.num)
         probabilities = softmax(t, logits, dtype="fp32") if cast_back else softmax(t, t.cast(logits, "fp32"))
         weights, numbers = top_k(t, probabilities, e.chosen)
         if e.normalised:
@@ -108,14 +109,15 @@ def experts(t: Tape, x: Tensor, weights: Tensor, numbers: Tensor, e: Experts) ->
     b, s, hidden = x.shape
     assert isinstance(hidden, int)
     with t.scope("experts"):
+        down, both_weights = _weights(t, e, hidden)
         groups = _sorted_by_expert(t, numbers, e)
         order = groups.order
         rows = pick(t, x, t.op("floor_divide", (order,), order.shape), (b, s, e.chosen, hidden))
         factors = pick(t, weights, order, order.shape)
         t.hold_in_module(rows, factors)
-        both, bias = _projected(t, rows, groups, e, "gate_up_proj", 2 * e.width)
+        both, bias = _projected(t, rows, groups, e, both_weights, 2 * e.width)
         inner = clamped_gate(t, both, e) if e.clamped else gated(t, both, e)
-        out, bias = _projected(t, inner, groups, e, "down_proj", hidden, held=bias)
+        out, bias = _projected(t, inner, groups, e, down, hidden, held=bias)
         weighted = mul(t, out, t.view(factors, (*factors.shape, 1)))
         t.hold_in_module(out, *bias)
         back = pick(t, weighted, _inverse(t, order), weighted.shape)
@@ -123,6 +125,25 @@ def experts(t: Tape, x: Tensor, weights: Tensor, numbers: Tensor, e: Experts) ->
         summed = sum_of_chosen(t, back)
         t.hold_in_module(summed)
         return t.cast(summed, x.dtype)
+
+
+class _Stack(NamedTuple):
+    """The matrices of all experts for one product."""
+
+    name: str
+    weight: Tensor
+    factors: Factors | None
+    """Of the adapter beside them."""
+
+
+def _weights(t: Tape, e: Experts, hidden: int) -> tuple[_Stack, _Stack]:
+    """Down, and gate and up together: in the order in which peft's wrappers are entered."""
+    found = []
+    for name, inside, width in (("gate_up_proj", hidden, 2 * e.width), ("down_proj", e.width, hidden)):
+        weight = t.parameter(name, (e.num, inside, width) if e.transposed else (e.num, width, inside))
+        found.append((name, weight))
+    both, down = found
+    return _Stack(*down, register(t, down[1])), _Stack(*both, register(t, both[1]))
 
 
 class _Groups(NamedTuple):
@@ -137,16 +158,14 @@ class _Groups(NamedTuple):
 
 
 def _projected(
-    t: Tape, rows: Tensor, groups: _Groups, e: Experts, name: str, width: int, *, held: tuple[Tensor, ...] = ()
+    t: Tape, rows: Tensor, groups: _Groups, e: Experts, stack: _Stack, width: int, *, held: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`rows` times the matrix of their expert, and the bias of every row, where there is one; `held` until that is."""
-    inside = rows.shape[-1]
-    assert isinstance(inside, int)
     shape = (*rows.shape[:-1], width)
-    weight = t.parameter(name, (e.num, inside, width) if e.transposed else (e.num, width, inside))
+    weight = stack.weight if stack.factors is None else adapted_stack(t, stack.factors)
     if not e.biased:
         return grouped_product(t, rows, weight, groups.offsets, shape), ()
-    bias = pick(t, t.parameter(f"{name}_bias", (e.num, width)), groups.numbers, shape)
+    bias = pick(t, t.parameter(f"{stack.name}_bias", (e.num, width)), groups.numbers, shape)
     t.keep_alive(*held)
     return add_in_place(t, grouped_product(t, rows, weight, groups.offsets, shape), bias), (bias,)
 
@@ -185,5 +204,5 @@ def clamped_gate(t: Tape, gate_and_up: Tensor, e: Experts) -> Tensor:
     gate, up = clamp(t, gate, sides=1), clamp(t, up, sides=2)
     bent = mul(t, gate, keeps_result(t, "sigmoid", scale(t, gate)))
     out = mul(t, add_scalar(t, up), bent)
-    t.keep_alive(up)
+    t.keep_alive(gate_and_up, gate, up)
     return out

@@ -16,6 +16,7 @@ from memplan.operators.attention import softcapped
 from memplan.operators.distillation import distillation_loss, handed_out
 from memplan.operators.elementwise import scale
 from memplan.operators.fused_losses import LOSS_BY_NAME, OutputLayer
+from memplan.operators.layout import take
 from memplan.operators.losses import causal_lm_loss, smoothed_loss
 from memplan.operators.odds import odds_loss
 from memplan.operators.preference import dpo_loss
@@ -97,17 +98,16 @@ def causal_head(
         logits: What happens to them before the loss: a key of `BENT_BY_NAME`, empty for nothing.
         holds_hidden: Whether the model's output holds the last hidden states until the loss is there.
     """
+    if t.generating:
+        return _next_token(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias, logits=logits)
     if t.objective in SCORED:
         return generic_head(t, hidden)
     if t.objective not in PREFERRED and t.loss in (*ALL_LOGITS, SMOOTHED):
-        made = lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias)
-        if logits:
-            with t.scope(name):
-                made = BENT_BY_NAME[logits](t, made)
+        made = _bent(t, lm_head(t, hidden, vocab_size, tied_to=tied_to, name=name, bias=bias), name, logits)
         if t.objective == DISTILLATION:
             return _distilled(t, hidden, made, name)
         return _of_all_logits(t, hidden, made, holds_hidden=holds_hidden)
-    if t.ask("adapts_head", name):
+    if t.ask("adapts_named", name):
         raise UsageError(
             f"--loss {t.loss} takes the weight of {name} alone and would leave its adapter out.",
             f"Use --loss full, or leave {name} out of --lora-targets.",
@@ -120,6 +120,32 @@ def causal_head(
     labels, num_items = _targets(t)
     with t.scope("loss"):
         return LOSS_BY_NAME[t.loss](t, hidden, head, labels, num_items)
+
+
+def _bent(t: Tape, made: Tensor, name: str, logits: str) -> Tensor:
+    """The logits as the layer `name` made them, or what is made of them (`BENT_BY_NAME`)."""
+    if not logits:
+        return made
+    with t.scope(name):
+        return BENT_BY_NAME[logits](t, made)
+
+
+def _next_token(
+    t: Tape, hidden: Tensor, vocab_size: int, *, tied_to: str | None, name: str, bias: bool, logits: str
+) -> Tensor:
+    """The logits of the last token (``logits_to_keep=1``), and the fp32 copy of them that ``generate`` chooses from.
+
+    Under autocast the logits alone.
+    """
+    b, _, width = hidden.shape
+    last = take(t, hidden, (b, 1, width))
+    made = _bent(t, lm_head(t, last, vocab_size, tied_to=tied_to, name=name, bias=bias), name, logits)
+    t.keep_alive(hidden)
+    if t.numerics.autocast is not None:  # its copies of weights go before the logits are handed out in fp32
+        return made
+    scores = t.op("to", (made,), (b, vocab_size), dtype="fp32")
+    t.keep_alive(made)
+    return scores
 
 
 def _of_all_logits(t: Tape, hidden: Tensor, logits: Tensor, *, holds_hidden: bool) -> Tensor:

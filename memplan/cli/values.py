@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.specs.adapter import ADAPTER_DTYPES
 from memplan.specs.choices import ARGUMENTS, as_names
+from memplan.specs.ranks import as_layers, as_ranks
 from memplan.specs.training import (
     ATTENTIONS,
     BATCHINGS,
@@ -78,14 +79,18 @@ class Options(NamedTuple):
     lora_dtype: str | None = None
     dora: bool = False
     modules_to_save: tuple[str, ...] | None = None
+    lora_layers: tuple[int, ...] | None = None
+    lora_ranks: tuple[tuple[str, int], ...] | None = None
     freeze: tuple[str, ...] | None = None
     quantize: str | None = None
     offload: str | None = None
     reentrant: bool = False
     upcast: bool = False
+    compile: bool = False
     eval_batch: int | None = None
     eval_samples: int | None = None
     eval_accumulation: int | None = None
+    eval_generate: int | None = None
     reserve: str | None = None
     headroom: float | None = None
     confidence: float | None = None
@@ -143,6 +148,16 @@ def read_tokens(text: str, flag: str) -> int:
 def read_names(text: str, flag: str) -> tuple[str, ...]:
     """Names with commas between them."""
     return as_names(flag, read_text(text, flag))
+
+
+def read_layers(text: str, flag: str) -> tuple[int, ...]:
+    """Numbers of layers."""
+    return as_layers(flag, read_text(text, flag))
+
+
+def read_ranks(text: str, flag: str) -> tuple[tuple[str, int], ...]:
+    """Patterns of adapted layers with their ranks."""
+    return as_ranks(flag, read_text(text, flag))
 
 
 def read_size(text: str, flag: str) -> str:
@@ -355,11 +370,13 @@ SETUP_ROWS = (
     Row(("--supervised",), TRAINING, "Share of the tokens that have a label (1).", read_share, "P"),
     Row(("--dropout",), TRAINING, "Instead of all the config has.", below(1), "P"),
     Row(("--lora-rank",), TRAINED, "Train adapters of this rank beside frozen weights.", read_count, "R"),
-    Row(("--lora-targets",), TRAINED, "Linear layers that get one, with commas (all-linear).", read_names, "NAMES"),
+    Row(("--lora-targets",), TRAINED, "Layers that get one, embeddings too (all-linear).", read_names, "NAMES"),
     Row(("--lora-dropout",), TRAINED, "Dropout before them (0).", below(1), "P"),
     _named("--lora-dtype", TRAINED, "fp32, as peft keeps them, or that of the weights (fp32).", ADAPTER_DTYPES),
     Row(("--dora",), TRAINED, "Adapters of magnitude and direction (DoRA)."),
     Row(("--modules-to-save",), TRAINED, "Modules of which a full copy is trained, too.", read_names, "NAMES"),
+    Row(("--lora-layers",), TRAINED, "Layers that get adapters, as in 0,16-31 (all).", read_layers, "NUMBERS"),
+    Row(("--lora-ranks",), TRAINED, "Ranks of some: down_proj=8,layers.0.*=64.", read_ranks, "NAME=R,..."),
     Row(("--freeze",), TRAINED, "Parameters or modules that are not: model.embed_tokens,...", read_names, "PATTERNS"),
     _named("--quantize", TRAINED, "Store the frozen linear weights in few bits.", QUANTIZATIONS),
     Row(("--upcast",), TRAINED, "What is not quantised in fp32 (prepare_model_for_kbit_training)."),
@@ -371,9 +388,11 @@ SETUP_ROWS = (
         later=("optimizer", "params"),
         metavar="activations",
     ),
+    Row(("--compile",), TRAINING, "torch.compile (inductor): a range is told, its upper end is planned with."),
     Row(("--eval-batch",), EVALUATED, "Count one, with so many sequences per forward pass (8).", read_count, "N"),
     Row(("--eval-samples",), EVALUATED, "Keep the logits of so many for metrics (none).", read_count, "N"),
     Row(("--eval-accumulation",), EVALUATED, "Move them to the host after N batches (at the end).", read_count, "N"),
+    Row(("--eval-generate",), EVALUATED, "Generate so many tokens behind each sequence (none).", read_count, "N"),
     *(Row((flag,), TRAINING, "", refuse, "TEXT", hidden=True) for flag in NOT_MODELLED),
     *OUTPUT_ROWS,
 )

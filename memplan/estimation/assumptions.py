@@ -13,7 +13,14 @@ from memplan.errors import UsageError
 from memplan.estimation.step import LOSS, OPTIMIZER
 from memplan.memory.loops import RANK
 from memplan.memory.model_states import GRADIENT_BUCKETS
-from memplan.specs.training import DISTILLATION, LOSSES_BY_OBJECTIVE, OPTIMIZERS, PRECISIONS, library_of
+from memplan.specs.training import (
+    CLASSIFICATIONS,
+    DISTILLATION,
+    LOSSES_BY_OBJECTIVE,
+    OPTIMIZERS,
+    PRECISIONS,
+    library_of,
+)
 from memplan.specs.values import NamedTuple, replace
 from memplan.units import format_bytes
 
@@ -73,9 +80,11 @@ class _Case:
         """Peak of another setup less that of this one."""
         return self.estimator.memory(other).peak_allocated_bytes - int(self.peaks.peak)
 
-    def effect_if(self, other: Setup) -> int | None:
-        """The same; None where there is no such setup."""
+    def effect_if(self, **changes: object) -> int | None:
+        """The same of this setup with `changes`; None where that cannot be had."""
         try:
+            other = replace(self.setup, **changes)  # type: ignore[arg-type]
+            self.estimator.check(other)
             return self.effect(other)
         except UsageError:
             return None
@@ -302,24 +311,26 @@ def _attention(case: _Case) -> Iterator[Assumption]:
         "flash": ("flash: no scores stored", "the kernel keeps its output and one number a row"),
     }
     other = "sdpa" if now == "eager" else "eager"
-    known = other in case.estimator.architecture.attentions
-    effect = case.effect(replace(case.setup, attention=other)) if known else None
+    effect = case.effect_if(attention=other)
     value, why = values[now]
-    yield Assumption("attention", value, other if known else "", effect, why)
+    yield Assumption("attention", value, other if effect is not None else "", effect, why)
 
 
 def _padding(case: _Case) -> Iterator[Assumption]:
-    other = replace(case.setup, padding=not case.setup.padding)
     if case.setup.padding:
+        other = replace(case.setup, padding=False)
         why = "a kernel that is given a mask is another one, and the mask is a tensor"
         yield Assumption("padding", "padded, so a mask is passed", "packed batches", case.effect(other), why)
         return
-    try:
-        case.estimator.check(other)
-    except UsageError:  # it is not modelled what padding does to this architecture
+    effect = case.effect_if(padding=True)
+    if effect is None:  # it is not modelled what padding does to this architecture
+        return
+    if case.setup.passes_mask:
+        why = "under torch.compile transformers does not look whether a mask hides anything (torch before 2.14)"
+        yield Assumption("padding", "none, and a mask all the same", "padded batches", effect, why)
         return
     why = "the mask is left out where it would hide nothing: packed or equally long sequences"
-    yield Assumption("padding", "none, so no mask", "padded batches", case.effect(other), why)
+    yield Assumption("padding", "none, so no mask", "padded batches", effect, why)
 
 
 def _batching(case: _Case) -> Iterator[Assumption]:
@@ -342,7 +353,7 @@ def _batching(case: _Case) -> Iterator[Assumption]:
         "batching",
         f"packed: {num} sequences in a row of {setup.seq_len:,} tokens{given}",
         f"--packed-sequences {twice}",
-        case.effect_if(replace(setup, packed_sequences=twice)),
+        case.effect_if(packed_sequences=twice),
         "the backward of flash attention takes 128 rows more for each of them; nothing else depends on their number",
     )
 
@@ -352,14 +363,21 @@ def _adapters(case: _Case) -> Iterator[Assumption]:
     if lora is None:
         return
     if lora.dtype == "fp32" and PRECISIONS[case.setup.precision][0] != "fp32":
-        other = replace(case.setup, lora=replace(lora, dtype="base"))
+        effect = case.effect_if(lora=replace(lora, dtype="base"))
         value = "fp32, and so are the copies of what goes into them"
         why = "peft casts them up (autocast_adapter_dtype)"
-        yield Assumption("adapters", value, "--lora-dtype base", case.effect_if(other), why)
+        yield Assumption("adapters", value, "--lora-dtype base", effect, why)
     if lora.dropout:
         value = "before adapters: a mask of one byte an element, as CUDA's fused kernel makes it"
         why = "written out, as on a CPU, it would be in the dtype of its input (Dropout.cpp)"
         yield Assumption("dropout", value, "", None, why)
+    if case.setup.objective in CLASSIFICATIONS:
+        value = "a full copy of the head is trained beside the original"
+        why = "peft's task types SEQ_CLS and TOKEN_CLS add it to modules_to_save"
+        if case.setup.quantize is not None:
+            value += ", in the dtype of the model"
+            why += "; peft cannot copy what is quantised: name the head in llm_int8_skip_modules"
+        yield Assumption("head", value, "", None, why)
 
 
 def _quantised(case: _Case) -> Iterator[Assumption]:
@@ -368,10 +386,9 @@ def _quantised(case: _Case) -> Iterator[Assumption]:
     if how is None:
         return
     if not case.setup.upcast:
-        other = replace(case.setup, upcast=True)
         value = "norms, embeddings and head stay in the dtype of the model"
         why = "TRL's trainers leave them so; prepare_model_for_kbit_training (--upcast) casts them to fp32"
-        yield Assumption("not quantised", value, "all in fp32", case.effect_if(other), why)
+        yield Assumption("not quantised", value, "all in fp32", case.effect_if(upcast=True), why)
     if how == "int8":
         why = "how many columns have some depends on the data"
         yield Assumption("outliers", "none, so that no column is multiplied in half precision", "", None, why)
@@ -420,12 +437,13 @@ def _logits(case: _Case) -> Iterator[Assumption]:
     largest = max(row.num_bytes // row.num for row in wide)
     at_loss = case.peaks.by_instant[LOSS] == case.peaks.peak
     value = f"all logits at once: {format_bytes(alive)} at the peak" if at_loss else "all logits at once"
-    known = case.estimator.architecture.task == "causal-lm"
+    causal = case.estimator.architecture.task == "causal-lm"
+    other = case.effect_if(loss=OTHER_LOSS) if causal else None
     yield Assumption(
         "loss",
         f"{value}, {format_bytes(largest)} the largest of them",
-        f"--loss {OTHER_LOSS}, TRL's from 1.15 on" if known else "",
-        case.effect_if(replace(case.setup, loss=OTHER_LOSS)) if known else None,
+        f"--loss {OTHER_LOSS}, TRL's from 1.15 on" if other is not None else "",
+        other,
         "so transformers computes it; TRL, Liger and others go chunk by chunk",
     )
 

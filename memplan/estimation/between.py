@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.estimation.assumptions import Assumption
-from memplan.estimation.step import EVALUATION
+from memplan.estimation.step import EVALUATION, GENERATION
 from memplan.operators.sizes import num_bytes
 from memplan.specs.evaluation import DEFAULT_EVAL_BATCH, Evaluation
 from memplan.specs.training import OPTIMIZERS, TRAINER_BY_OBJECTIVE, UNEVALUATED, library_of
@@ -54,34 +54,15 @@ def between_steps(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks
     yield _resuming(estimator.program(setup), setup, sizes)
 
 
-SCORES_HELD = frozenset(
-    {
-        "bloom",
-        "deberta-v2",
-        "deepseek_v2",
-        "deepseek_v3",
-        "gpt_neox",
-        "gpt_oss",
-        "gptj",
-        "mpt",
-        "opt",
-        "phi",
-        "stablelm",
-    }
-)
-"""Models whose eager attention holds tensors in variables that are counted in training alone, where the graph does."""
-
-
-def left_out_between_steps(setup: Setup, model_type: str) -> list[tuple[str, str]]:
+def left_out_between_steps(setup: Setup) -> list[tuple[str, str]]:
     """(what, why) of what the numbers leave out."""
     if setup.evaluation is None:
         return []
     found = [
-        ("the allocator during evaluation", "reserved bytes are those of the steps, or at least what it allocates"),
-        ("generation during evaluation", "predict_with_generate fills a key-value cache, which is not counted"),
+        ("generation during evaluation", "--eval-generate counts the key-value cache of predict_with_generate")
+        if setup.evaluation.generate is None
+        else ("the allocator during generation", "a cache that grows token by token leaves holes in reserved memory"),
     ]
-    if setup.attention == "eager" and model_type in SCORES_HELD:
-        found.append(("variables of eager attention in evaluation", "scores that Python holds until a layer returns"))
     if setup.evaluation.samples is not None:
         found.append(("what metrics make of the logits", "compute_metrics is the user's own"))
     return found
@@ -103,13 +84,15 @@ def _evaluation(estimator: Estimator, setup: Setup, sizes: Sizes, peaks: Peaks) 
             more,
             "per_device_eval_batch_size of TrainingArguments is 8, whatever the micro-batch (transformers 5.23)",
         )
-    need = peaks.by_instant[EVALUATION]
+    need = max(peaks.by_instant[EVALUATION], peaks.by_instant.get(GENERATION, 0))
     value = f"batches of {setup.evaluation.batch} take {format_bytes(need)}"
     host = estimator.evaluation(setup, setup.evaluation).host_bytes()
-    if host:
-        num = setup.evaluation.samples
+    num = setup.evaluation.samples
+    if host and num is not None:
         value += f"; the logits of {num:,} sequences are concatenated, and {format_bytes(host)} on the host"
-    step = max(value for name, value in peaks.by_instant.items() if name != EVALUATION)
+        if num > setup.evaluation.batch and setup.evaluation.accumulation != 1:
+            value += "; the allocator caches every smaller block they were in, until the card is full"
+    step = max(value for name, value in peaks.by_instant.items() if name not in {EVALUATION, GENERATION})
     otherwise = "no evaluation"
     if host and setup.evaluation.accumulation != 1:
         otherwise = "--eval-accumulation 1"

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.flattened import check_flattened
 from memplan.errors import MemplanError, UsageError
+from memplan.estimation import compiled
 from memplan.estimation.assumptions import Assumption, assumptions, by_effect, left_out_of
 from memplan.estimation.between import between_steps, left_out_between_steps
+from memplan.estimation.compiled import Compiled, Range
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.evaluation import EvaluationProgram
+from memplan.estimation.generation import DECODING, PREFILL, Generation, check_generation
 from memplan.estimation.ledger import LedgerRow, at_evaluation, ledger
 from memplan.estimation.lints import Lint, lints
-from memplan.estimation.step import EVALUATION, Recordings, StepProgram
+from memplan.estimation.step import Recordings, StepProgram
 from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.tape import ATTENTION_KERNEL
@@ -139,6 +142,8 @@ class Estimate(Tabular):
     """Bytes of optimizer states in unified memory: on the host, as far as the card has no room for them."""
     lints: tuple[Lint, ...] = ()
     """What is worth knowing before the run."""
+    compiled: Compiled | None = None
+    """Between which bounds the bytes lie under ``torch.compile``; those of the other fields are the upper ones."""
     confidence: float = 0.0
     """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
 
@@ -187,7 +192,7 @@ class Estimator:
         self.gpu = gpu
         self._speed = speed_of(speed or gpu)
         self._recordings = Recordings(architecture, teacher)
-        self._timed: dict[tuple[int, int], TimedModel] = {}
+        self._timed: dict[tuple[int, int, bool], TimedModel] = {}
         self._sizes: dict[tuple[int, int, float, int], Sizes] = {}
 
     def check(self, setup: Setup) -> None:
@@ -202,16 +207,15 @@ class Estimator:
             )
         if setup.attention == "flash":
             self._check_flash(setup)
-        if setup.evaluation is not None and setup.evaluation.samples is not None:
-            self.evaluation(setup, setup.evaluation).results()
+        if setup.evaluation is not None:
+            program = self.evaluation(setup, setup.evaluation)
+            if setup.evaluation.samples is not None:
+                program.results()
         if setup.is_flattened:
             check_flattened(self.architecture, setup)
-        for recording in self._recorded(setup) if setup.padding else ():
+        for recording in self._recorded(setup) if setup.passes_mask else ():
             if not recording.stem.tape.minds_padding:
-                raise UsageError(
-                    f"What padding adds is not modelled for {recording.architecture.model_type}.",
-                    "Leave --padding out.",
-                )
+                raise _unmodelled_mask(setup, recording.architecture.model_type)
 
     def _recorded(self, setup: Setup) -> tuple[Recording, ...]:
         """The models that run."""
@@ -266,14 +270,27 @@ class Estimator:
         found = self.program(setup).peaks(sizes, setup.gradient_accumulation_steps, first_step=first_step)
         if setup.evaluation is None:
             return found
-        highest = self.evaluation(setup, setup.evaluation).peak(sizes)
-        return found._replace(by_instant={**found.by_instant, EVALUATION: highest})
+        between = self.evaluation(setup, setup.evaluation).peaks(sizes)
+        return found._replace(by_instant={**found.by_instant, **between})
 
     def evaluation(self, setup: Setup, evaluation: Evaluation) -> EvaluationProgram:
         """Such an evaluation between the steps of `setup`."""
         setup = replace(setup, evaluation=evaluation)
         layout = self._recordings.evaluation_layout(replace(setup, micro_batch_size=evaluation.batch))
-        return EvaluationProgram(self.program(setup), layout, setup, evaluation)
+        return EvaluationProgram(self.program(setup), layout, setup, evaluation, self._generation(setup, evaluation))
+
+    def _generation(self, setup: Setup, evaluation: Evaluation) -> Generation | None:
+        """What it generates, None where it does not.
+
+        Raises:
+            UsageError: the model does not generate, or has too few positions.
+        """
+        if evaluation.generate is None:
+            return None
+        check_generation(self.architecture, self.name, setup, evaluation.generate)
+        lengths = {PREFILL: setup.seq_len, DECODING: setup.seq_len + max(evaluation.generate - 1, 1)}
+        layouts = {name: self._recordings.generation_layout(setup, length) for name, length in lengths.items()}
+        return Generation(layouts, setup, evaluation.generate)
 
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration in steady state; reserved bytes are the least that can be."""
@@ -310,7 +327,9 @@ class Estimator:
 
             settings = AllocatorSettings(expandable_segments=bool(alloc_conf))
             steps = setup.gradient_accumulation_steps
-            found = replay(self.program(setup), self.sizes(setup), steps, capacity_bytes=capacity, settings=settings)
+            evaluation = None if setup.evaluation is None else self.evaluation(setup, setup.evaluation)
+            program, sizes = self.program(setup), self.sizes(setup)
+            found = replay(program, sizes, steps, evaluation=evaluation, capacity_bytes=capacity, settings=settings)
             known = self._replays[key] = found.reserved_bytes
         return known
 
@@ -337,9 +356,10 @@ class Estimator:
             return None
         program = self.program(setup)
         recording, companion = program.recording, program.layout.companion
-        key = (id(recording), 0 if companion is None else id(companion.recording))
+        beside = None if companion is None else companion.recording
+        key = (id(recording), 0 if beside is None else id(beside), setup.compile)
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed, None if companion is None else companion.recording)
+            self._timed[key] = TimedModel(recording, self._speed, beside, fused=setup.compile)
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:
@@ -391,7 +411,14 @@ class Estimator:
             ),
             unmodelled=self.unmodelled(setup),
             lints=lints(self, setup, program, sizes, steady),
+            compiled=self._compiled(setup, steady, memory) if setup.compile else None,
         )
+
+    def _compiled(self, setup: Setup, peaks: Peaks, memory: Memory) -> Compiled:
+        """The range under ``torch.compile``, whose upper end `memory` is."""
+        program, sizes = self.program(setup), self.sizes(setup)
+        kept, low = compiled.least(program, sizes, peaks.by_instant, setup.gradient_accumulation_steps)
+        return compiled.range_of(Range(kept, peaks.kept_activation_bytes), low, memory)
 
     def longest_head(self, setup: Setup) -> int:
         """The last dimension of the widest queries that an attention kernel is given; 0 without one."""
@@ -422,6 +449,7 @@ class Estimator:
             found.append(("the CUDA context of this card", "nobody measured it; 0.47 GiB, the largest known, is taken"))
         if self.gpu is not None and set(PRECISIONS[setup.precision]) & set(self.gpu.unsupported_dtypes):
             found.append((f"{setup.precision} on this card", "it has no fast units for it: bytes hold, times do not"))
+        found += (compiled.NOT_PROVEN, *compiled.UNMODELLED) if setup.compile else ()
         if setup.data_parallel_size > 1:
             found.append(("NCCL's buffers and the time of communication", "not modelled yet"))
         if setup.precision == "fp16-mixed":
@@ -429,7 +457,7 @@ class Estimator:
         found += left_out_of(OPTIMIZERS[setup.optimizer])
         if setup.objective == DISTILLATION:
             found += LEFT_OUT_OF_DISTILLATION
-        found += left_out_between_steps(setup, self.architecture.model_type)
+        found += left_out_between_steps(setup)
         if setup.precision == "fp32" and setup.attention == "sdpa" and _groups_queries(self.program(setup)):
             found.append(
                 (
@@ -439,6 +467,16 @@ class Estimator:
                 )
             )
         return (*found, *self.architecture.unmodelled)
+
+
+def _unmodelled_mask(setup: Setup, model_type: str) -> UsageError:
+    """The refusal of a mask that nobody described."""
+    if setup.padding:
+        return UsageError(f"What padding adds is not modelled for {model_type}.", "Leave --padding out.")
+    return UsageError(
+        f"Under torch.compile transformers gives {model_type} a mask, and what that adds is not modelled.",
+        "Use --attention eager, or leave --compile out.",
+    )
 
 
 def longest_head(recording: Recording) -> int:

@@ -15,7 +15,7 @@ They move to the host at the end, or after every `accumulation` batches.  Under 
 fp32; on the host bf16 becomes fp32, as NumPy has none.
 
 Left out: ``eval_do_concat_batches=False``, ``batch_eval_metrics`` and ``preprocess_logits_for_metrics``, which all
-save the concatenation or the logits; what `compute_metrics` itself makes; generation.  Where the loss alone is kept,
+save the concatenation or the logits; what `compute_metrics` itself makes.  Where the loss alone is kept,
 that of one batch is counted: 4 bytes a sequence.
 """
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.estimation.dimensions import dimensions
-from memplan.estimation.step import EVALUATION
+from memplan.estimation.step import EVALUATION, GENERATION
 from memplan.memory.events import Row, Sizes
 from memplan.memory.model_states import Tensors
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Size, bind, num_bytes
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from memplan.architectures.architecture import Recording
+    from memplan.estimation.generation import Generation, Stage
     from memplan.estimation.step import Layout, StepProgram
     from memplan.operators.tape import Tensor
     from memplan.specs.evaluation import Evaluation
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 CONTAINER_SOURCE = "results of all batches so far (EvalLoopContainer in transformers/trainer_pt_utils.py)"
 VARIABLE_SOURCE = "results of the last batch, a variable of evaluation_loop (transformers/trainer.py)"
+
+
+GENERATED_SOURCE = "a variable of prediction_step (transformers/trainer_seq2seq.py)"
 
 
 class Result(NamedTuple):
@@ -64,13 +68,23 @@ class High(NamedTuple):
     """What is there beside parameters, states and the inputs of the step."""
     batch: int
     """Sequences in the forward pass that runs; 0: none does, results are concatenated."""
+    stage: Stage | None = None
+    """Of a generation; None: none runs."""
 
 
 class EvaluationProgram:
     """An evaluation between the steps of one program."""
 
-    def __init__(self, program: StepProgram, layout: Layout, setup: Setup, evaluation: Evaluation) -> None:
-        """`layout`: the forward pass in evaluation mode."""
+    def __init__(
+        self,
+        program: StepProgram,
+        layout: Layout,
+        setup: Setup,
+        evaluation: Evaluation,
+        generation: Generation | None = None,
+    ) -> None:
+        """`layout`: the forward pass in evaluation mode; `generation`: what runs before it for every batch."""
+        self.generation = generation
         self.program = program
         self.layout = layout
         self.setup = setup
@@ -84,22 +98,45 @@ class EvaluationProgram:
 
     def peak(self, training_sizes: Sizes) -> int:
         """Highest number of allocated bytes."""
+        return max(self.peaks(training_sizes).values())
+
+    def peaks(self, training_sizes: Sizes) -> dict[str, int]:
+        """The same of the evaluation, and of what it generates."""
         steps = self.setup.gradient_accumulation_steps
         base = sum(x.total(training_sizes) for x in self.program.resident(steps, with_states=True))
-        return int(base + self._height(self.high()))
+        found: dict[str, int] = {}
+        for high in self._all_highs():
+            instant = EVALUATION if high.stage is None else GENERATION
+            found[instant] = max(found.get(instant, 0), int(base + self._height(high)))
+        return found
 
     def high(self) -> High:
         """The highest point."""
-        return max(self._highs(), key=self._height)
+        return max(self._all_highs(), key=self._height)
+
+    def _all_highs(self) -> Iterator[High]:
+        """Candidates; before each forward pass of an evaluation the generation of its batch."""
+        for high in self._highs():
+            yield high
+            if self.generation is not None and high.batch:
+                for stage in self.generation.stages(high.batch):
+                    yield high._replace(stage=stage)
 
     def _height(self, high: High) -> int:
         sizes = self.sizes(high.batch or 1)
         held = high.held.total(sizes)
-        return held if not high.batch else held + self.inputs().total(sizes) + self._forward_peak(sizes)
+        if not high.batch:
+            return held
+        there = held + self.inputs_of_high(high).total(sizes)
+        if high.stage is not None:
+            stage = high.stage
+            return there + stage.held.total(stage.sizes) + self._forward_peak(stage.layout, stage.sizes)
+        return there + self._forward_peak(self.layout, sizes)
 
-    def _forward_peak(self, sizes: Sizes) -> int:
+    @staticmethod
+    def _forward_peak(layout: Layout, sizes: Sizes) -> int:
         live = highest = 0
-        for part in self.layout.forward:
+        for part in layout.forward:
             whole = sizes.extent(part.segment).repeated(len(part.places))
             highest = max(highest, live + whole.peak)
             live += whole.net
@@ -108,6 +145,23 @@ class EvaluationProgram:
     def inputs(self) -> Tensors:
         """Ids and labels of one batch."""
         return inputs_of(self.layout.recording)
+
+    def inputs_of_high(self, high: High) -> Tensors:
+        """What is of one batch at a high point: the number of labels comes once its tokens have been generated."""
+        rows = self.inputs().rows
+        if high.stage is not None:
+            return Tensors(tuple(row for row in rows if row[0].shape))
+        if self.evaluation.generate is None:
+            return Tensors(rows)
+        size = self.generated().size
+        size = Size(size.factor, ("b", *size.dims))
+        row = Row(EVALUATION, "generated tokens", "temporary", size.dims, "int64", GENERATED_SOURCE)
+        return Tensors((*rows, (row, size, 1)))
+
+    def generated(self) -> Result:
+        """Prompt and generated tokens of one sequence."""
+        length = self.setup.seq_len + (self.evaluation.generate or 0)
+        return Result("generated tokens", num_bytes((length,), "int64"), "int64")
 
     # -- what is kept of the batches ---------------------------------------------------------------------------------
 
@@ -162,6 +216,9 @@ class EvaluationProgram:
         Raises:
             UsageError: the model returns no logits.
         """
+        labels = Result("labels", num_bytes(("s",), "int64"), "int64")
+        if self.evaluation.generate is not None:
+            return LOSSES, self.generated(), labels
         logits = logits_of(self.layout.recording)
         low = PRECISIONS[self.setup.precision][1]
         dtype = logits.dtype if low is None else "fp32"
@@ -170,7 +227,7 @@ class EvaluationProgram:
         return (
             LOSSES,
             Result("logits", num_bytes(("s", words), dtype), dtype),
-            Result("labels", num_bytes(("s",), "int64"), "int64"),
+            labels,
         )
 
     def host_bytes(self) -> int:
@@ -179,7 +236,7 @@ class EvaluationProgram:
         Copies of bf16 are there for a moment beside the fp32 that they become; arrays of NumPy are concatenated, too.
         """
         samples, batch = self.evaluation.samples, self.evaluation.batch
-        if samples is None:
+        if samples is None or not self.evaluation.keeps_logits:
             return 0
         logits = self.results()[1]
         num = logits.size.value({"s": self.setup.seq_len}) // BYTES_PER_ELEMENT[logits.dtype]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memplan.errors import UsageError
+from memplan.estimation.compiled import least
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.estimate import SEGMENT_BYTES, context_bytes, workspace_bytes
 from memplan.memory.events import Sizes
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from memplan.estimation.estimate import Estimator
     from memplan.specs.training import Setup
+
+LOWER_ENDS = ("least_kept_activation_bytes", "least_peak_process_bytes")
+"""Columns of what is told as a range."""
 
 BLOCK_POINTS = 1 << 15
 """Points worked out together: the arrays of a block stay in the processor's cache."""
@@ -42,15 +46,21 @@ class Grid(Tabular):
     kept_activation_bytes: NDArray[np.int64]
     peak_allocated_bytes: NDArray[np.int64]
     peak_process_bytes: NDArray[np.int64]
+    least_kept_activation_bytes: NDArray[np.int64] | None = None
+    """Under ``torch.compile`` the lower end of a range, whose upper one is above; None without."""
+    least_peak_process_bytes: NDArray[np.int64] | None = None
+    """The same of the process."""
 
     def columns(self) -> dict[str, Any]:
-        """The columns of the table."""
+        """The columns of the table; lower ends only where there are ranges."""
+        lower = {name: getattr(self, name) for name in LOWER_ENDS}
         return {
             "micro_batch_size": self.micro_batch_size,
             "seq_len": self.seq_len,
             "kept_activation_bytes": self.kept_activation_bytes,
             "peak_allocated_bytes": self.peak_allocated_bytes,
             "peak_process_bytes": self.peak_process_bytes,
+            **{name: values for name, values in lower.items() if values is not None},
         }
 
     def records(self) -> list[dict[str, Any]]:
@@ -91,21 +101,33 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
             _check(estimator, replace(setup, micro_batch_size=int(b), seq_len=int(s)))
     kept = np.empty(batches.shape, np.int64)
     peak = np.empty(batches.shape, np.int64)
+    low_kept, low_peak = np.empty_like(kept), np.empty_like(peak)
+    steps = setup.gradient_accumulation_steps
     alone = setup.batching == "padding-free"  # a single sequence in the row needs no mask
     for points in _blocks(batches > alone, lengths, sorted(estimator.architecture.windows)):
         b, s = batches[points], lengths[points]
         program = estimator.program(replace(setup, micro_batch_size=int(b[0]), seq_len=int(s[0])))
-        found = program.peaks(Sizes(dimensions(setup, b, s)), setup.gradient_accumulation_steps)
+        sizes = Sizes(dimensions(setup, b, s))
+        found = program.peaks(sizes, steps)
         kept[points], peak[points] = found.kept_activation_bytes, found.peak
-    reserved = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
+        if setup.compile:
+            low_kept[points], low_peak[points] = least(program, sizes, found.by_instant, steps)
     return Grid(
         setup=setup,
         micro_batch_size=batches,
         seq_len=lengths,
         kept_activation_bytes=kept,
         peak_allocated_bytes=peak,
-        peak_process_bytes=reserved + context_bytes(estimator.gpu) + workspace_bytes(estimator.gpu),
+        peak_process_bytes=_process_bytes(peak, estimator),
+        least_kept_activation_bytes=low_kept if setup.compile else None,
+        least_peak_process_bytes=_process_bytes(low_peak, estimator) if setup.compile else None,
     )
+
+
+def _process_bytes(peak: NDArray[np.int64], estimator: Estimator) -> NDArray[np.int64]:
+    """Of the process where the allocator holds no more than it has to."""
+    reserved = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
+    return reserved + context_bytes(estimator.gpu) + workspace_bytes(estimator.gpu)
 
 
 def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from memplan.estimation.evaluation import EvaluationProgram
+    from memplan.estimation.generation import Stage
     from memplan.estimation.step import Layout, Part, StepProgram
     from memplan.memory.events import Row, Segment, Sizes
     from memplan.memory.model_states import Tensors
@@ -121,13 +122,20 @@ def at_evaluation(rows: Sequence[LedgerRow], evaluation: EvaluationProgram) -> t
     _add(start, high.held)
     peak = _Peak(evaluation.layout, sizes)
     if high.batch:
-        _add(start, evaluation.inputs())
+        _add(start, evaluation.inputs_of_high(high))
+        if high.stage is not None:
+            return (*step, *_rows_of_generation(start, sizes, high.stage))
         peak.climb(evaluation.layout.forward, start)
     else:
         peak.consider(start)
-    found = [
+    return (*step, *_temporary(peak.found, sizes, EVALUATION))
+
+
+def _temporary(found: Counter[Key], sizes: Sizes, during: str) -> list[LedgerRow]:
+    """Rows of what is there at the peak alone."""
+    rows = [
         LedgerRow(
-            EVALUATION if row.module == EVALUATION else f"{EVALUATION}: {row.module}",
+            during if row.module == during else f"{during}: {row.module}",
             row.tensor,
             "temporary",
             num,
@@ -138,10 +146,19 @@ def at_evaluation(rows: Sequence[LedgerRow], evaluation: EvaluationProgram) -> t
             _formula(row, size, num),
             row.reason or _source(row),
         )
-        for (row, size), num in peak.found.items()
-        if num
+        for (row, size), num in found.items()
+        if num and sizes[size]
     ]
-    return (*step, *sorted(found, key=lambda r: (-r.num_bytes, r.module, r.tensor)))
+    return sorted(rows, key=lambda r: (-r.num_bytes, r.module, r.tensor))
+
+
+def _rows_of_generation(beside: Counter[Key], sizes: Sizes, stage: Stage) -> list[LedgerRow]:
+    """What the evaluation holds `beside`, in its own dimensions, and what the generation makes."""
+    start: Counter[Key] = Counter()
+    _add(start, stage.held)
+    peak = _Peak(stage.layout, stage.sizes)
+    peak.climb(stage.layout.forward, start)
+    return [*_temporary(beside, sizes, EVALUATION), *_temporary(peak.found, stage.sizes, stage.name)]
 
 
 def _formula(row: Row, size: Size, num: int) -> str:

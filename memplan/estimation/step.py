@@ -48,6 +48,7 @@ COMPANIONS = (REFERENCE, TEACHER)
 """One more, of steps in which a frozen model runs beside the trained one, between its forward pass and the loss."""
 
 EVALUATION = "evaluation"
+GENERATION = "generation"
 """What comes between two steps."""
 
 STEM = -1
@@ -101,7 +102,8 @@ class Peaks(NamedTuple):
     @property
     def at_evaluation(self) -> bool:
         """Whether an evaluation needs more than any instant of the step."""
-        return bool(self.by_instant.get(EVALUATION, 0) > max(self.by_instant[name] for name in INSTANTS))
+        highest = max(self.by_instant.get(EVALUATION, 0), self.by_instant.get(GENERATION, 0))
+        return bool(highest > max(self.by_instant[name] for name in INSTANTS))
 
 
 class Recordings:
@@ -157,16 +159,27 @@ class Recordings:
         return Companion(TEACHER, "teacher", self._recordings[key], "it is distilled", result="logits of the teacher")
 
     def _recorded(
-        self, setup: Setup, recipe: Recipe, *, grad: bool = True, evaluation: bool = False, leaves: bool = False
+        self,
+        setup: Setup,
+        recipe: Recipe,
+        *,
+        grad: bool = True,
+        evaluation: bool = False,
+        leaves: bool = False,
+        generated_length: int | None = None,
     ) -> Recording:
-        exceeded = frozenset(w for w in self.architecture.windows if setup.seq_len > w)
+        length = generated_length or setup.seq_len
+        exceeded = frozenset(w for w in self.architecture.windows if length > w)
         loss = loss_of_evaluation(setup) if evaluation else setup.loss
         loss = SMOOTHED if setup.label_smoothing else loss
-        how = (loss, setup.objective, recipe, grad, evaluation, leaves)
-        batch = Batch(setup.padding, setup.is_flattened, setup.has_several_in_a_row)
+        generating = generated_length is not None
+        how = (loss, setup.objective, recipe, grad, evaluation, leaves, generating)
+        batch = Batch(setup.passes_mask, setup.is_flattened, setup.has_several_in_a_row)
         key = (setup.precision, setup.attention, exceeded, batch, *how)
         if key not in self._recordings:
             numerics = Numerics(*PRECISIONS[setup.precision])
+            if generating and setup.lora is not None:  # generate of peft calls the model inside, without autocast
+                numerics = numerics._replace(autocast=None)
             self._recordings[key] = record(
                 self.architecture,
                 numerics,
@@ -178,6 +191,7 @@ class Recordings:
                 objective=setup.objective,
                 grad=grad,
                 evaluation=evaluation,
+                generating=generating,
                 leaves=leaves,
             )
         return self._recordings[key]
@@ -200,7 +214,15 @@ class Recordings:
 
     def evaluation_layout(self, setup: Setup) -> Layout:
         """The forward pass in evaluation mode, where nothing is kept and no layer is checkpointed."""
-        recording = self.recording(setup, evaluation=True)
+        return self._without_checkpointing(self.recording(setup, evaluation=True))
+
+    def generation_layout(self, setup: Setup, length: int) -> Layout:
+        """The forward pass of a generation after which there are `length` tokens."""
+        return self._without_checkpointing(
+            self._recorded(setup, setup.recipe, evaluation=True, generated_length=length)
+        )
+
+    def _without_checkpointing(self, recording: Recording) -> Layout:
         key = (id(recording), "evaluation")
         if key not in self._layouts:
             self._layouts[key] = Layout(recording, ("none",) * len(recording.order), self._pieces)
@@ -222,10 +244,12 @@ class Recordings:
                 offloads=setup.offload == "activations",
                 reentrant=self._reentrant(setup) if setup.reentrant else None,
             )
-        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
+        key = (*layout_key, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, setup.compile)
         if key not in self._programs:
             layout = self._layouts[layout_key]
-            self._programs[key] = StepProgram(layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size)
+            self._programs[key] = StepProgram(
+                layout, OPTIMIZERS[setup.optimizer], setup.data_parallel_size, compiled=setup.compile
+            )
         return self._programs[key]
 
 
@@ -240,7 +264,7 @@ class Reentrant(NamedTuple):
 
 def loss_of_evaluation(setup: Setup) -> str:
     """The loss of an evaluation: the one of training, but all logits at once where they are kept."""
-    kept = setup.evaluation is not None and setup.evaluation.samples is not None
+    kept = setup.evaluation is not None and setup.evaluation.keeps_logits
     return "full" if kept or setup.loss == "full-kept" else setup.loss
 
 
@@ -281,13 +305,14 @@ class Layout:
         self.layers: list[PieceLifetimes] = []
         self.held_by_model = False
         """Whether the result of the stem lives until the last layer has run, because a variable holds it."""
+        all_held = recording.stem.tape.evaluation and recording.stem.tape.all_outputs_held
         for number, (kind, mode) in enumerate(zip(recording.order, modes, strict=True)):
             first = not self.layers
             piece, alone = recording.kinds[kind], None
             if reentrant is not None and mode == "full":
                 alone = reentrant.first.kinds[reentrant.first.order[number]]
                 piece = reentrant.again.kinds[reentrant.again.order[number]]
-            held = before.keeps_output() or (self.holds_embedding and first)
+            held = before.keeps_output() or (self.holds_embedding and first) or all_held
             layer = lifetimes(piece, mode, owns_hidden=not held, alone=alone)
             if first and recording.stem.tape.holds_output and layer.owns_hidden and not layer.keeps_hidden():
                 layer = lifetimes(piece, mode, owns_hidden=False, alone=alone)
@@ -329,7 +354,7 @@ class Layout:
         run, let_go = ((), ()) if self.companion is None else run_without_graph(self.companion)
         return (
             Part(FORWARD, self.stem.forward, (STEM,)),
-            *self._in_layers(FORWARD, lambda x: x.forward),
+            *self._layers_forward(),
             Part(FORWARD, self._release_shared(kept=False), (STEM,)),
             *((Part(FORWARD, self.stem.output_released, (STEM,)),) if self.held_by_model else ()),
             Part(LOSS, self.head.forward, (HEAD,)),
@@ -340,6 +365,24 @@ class Layout:
             *(() if self.head.after_pause is None else (Part(LOSS, self.head.after_pause, (HEAD,)),)),
             *let_go,
         )
+
+    def _layers_forward(self) -> Iterator[Part]:
+        """The layers, one after the other, and what variables of the model hold of them.
+
+        What a layer returns beside its result goes when the next has run.
+        """
+        if not any(x.tape.in_next for x in self.layers):
+            yield from self._in_layers(FORWARD, lambda x: x.forward)
+            tape = self.recording.stem.tape
+            if tape.evaluation and tape.all_outputs_held:
+                for part in self._in_layers(FORWARD, lambda x: x.output_released):
+                    yield part._replace(places=tuple(n for n in part.places if n < len(self.layers) - 1))
+            return
+        for number, layer in enumerate(self.layers):
+            yield Part(FORWARD, layer.forward, (number,))
+            if number:
+                yield Part(FORWARD, self.layers[number - 1].held_into_next, (number - 1,))
+        yield Part(FORWARD, self.layers[-1].held_into_next, (len(self.layers) - 1,))
 
     def recording_of(self, tag: str) -> Recording:
         """The recording behind the events of this tag."""
@@ -537,8 +580,10 @@ class StepProgram:
     Laid out once for a recording and the choices that change what is kept; evaluated for as many sizes as wanted.
     """
 
-    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int) -> None:
+    def __init__(self, layout: Layout, optimizer: str, data_parallel_size: int, *, compiled: bool = False) -> None:
+        """`compiled`: the backward pass is one graph of ``torch.compile``, which hands out all gradients at its end."""
         self.layout = layout
+        self.compiled = compiled
         self.recording = layout.recording
         self.data_parallel_size = data_parallel_size
         self.states = layout.states._replace(optimizer=optimizer)
@@ -587,8 +632,8 @@ class StepProgram:
 
     @property
     def backward_again(self) -> tuple[Part, ...]:
-        """The same in later micro-steps."""
-        return self.layout.backward_again
+        """The same in later micro-steps; compiled, all its gradients are there before one is added to the others."""
+        return self.layout.backward if self.compiled else self.layout.backward_again
 
     @cached_property
     def _buckets(self) -> Tensors:

@@ -65,6 +65,7 @@ INSTANT_BY_PHASE = {
     "backward": "backward",
     "clip": "gradient clip",
     "optimizer": "optimizer step",
+    "generation": "generation",
     "evaluation": "evaluation",
     "zero_grad": "optimizer step",
 }

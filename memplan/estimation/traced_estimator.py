@@ -27,7 +27,7 @@ from memplan.estimation.estimate import (
 from memplan.estimation.ledger import LedgerRow
 from memplan.estimation.traced import TRACED_MICRO_STEPS, TracedProgram, digest, fit_program, points_for
 from memplan.specs.margin import NONE as NO_MARGIN
-from memplan.specs.training import OPTIMIZERS, PRECISIONS
+from memplan.specs.training import IN_BATCH, OPTIMIZERS, PRECISIONS
 from memplan.specs.values import replace
 from memplan.steptime.step import StepTime, bytes_of_update
 
@@ -83,6 +83,11 @@ class TracedEstimator:
         """Raise `UsageError` for what a trace cannot answer."""
         if setup.evaluation is not None:
             raise UsageError("A traced module is estimated in training alone.", "Leave --eval-... out, or trace it.")
+        if setup.compile:
+            raise UsageError(
+                "A traced module is planned as it runs without a compiler.",
+                "Leave --compile out, or ask memplan trace about one size.",
+            )
         if setup.is_flattened:
             raise UsageError(
                 "A traced module is planned with a row for each sequence.",
@@ -93,7 +98,7 @@ class TracedEstimator:
 
     def program(self, setup: Setup) -> TracedProgram:
         """The traced step of `setup`; its size is left open."""
-        squares = setup.objective == "contrastive"
+        squares = setup.objective in IN_BATCH
         points = points_for(setup.micro_batch_size, setup.seq_len, squares=squares)
         choices = replace(setup, micro_batch_size=1, gradient_accumulation_steps=TRACED_MICRO_STEPS, seq_len=1)
         key = f"{points} {choices!r}"

@@ -55,6 +55,8 @@ def make_trial(
     setup = api.make_setup(_defaults_of(values, name), data_parallel_size, choices)
     if setup.evaluation is not None:
         raise UsageError("A probe measures training steps, not an evaluation.", "Leave --eval-... out.")
+    if setup.compile:
+        raise UsageError("A probe runs the model as it is, not under torch.compile.", "Leave --compile out.")
     size, label = (None, "") if limit is None else _limit(limit)
     return Trial(model=name, config=values, setup=setup, limit_bytes=size, limit=label)
 

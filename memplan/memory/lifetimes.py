@@ -250,8 +250,8 @@ class PieceLifetimes:
             for s in dies.get(i, ()):
                 storage = storages[s]
                 dead = s not in kept and s not in stay and not storage.cached
-                if dead and (s in born or (storage.role == "hidden" and frees_hidden)):
-                    key = (tag, s) if s in born else hidden_key
+                if dead and (s in born or (storage.role == "hidden" and frees_hidden) or storage.role == "cache"):
+                    key = (tag, s) if s in born or storage.role == "cache" else hidden_key
                     events.append(Event(key, storage.size, -1, self.row(storage, tag=tag)))
                     born.discard(s)
         return events
@@ -292,7 +292,8 @@ class PieceLifetimes:
     @property
     def _stay(self) -> frozenset[int]:
         """What a forward pass of the piece does not free: its result and, of the stem, what the layers share."""
-        handed_out = {x.storage for x in (self.piece.output, *self.tape.handed_out)}
+        tape = self.tape
+        handed_out = {x.storage for x in (self.piece.output, *tape.handed_out, *tape.in_next, *tape.in_cache)}
         return frozenset(handed_out | (self._stays if self.piece.hidden is None else set()))
 
     @cached_property
@@ -325,6 +326,12 @@ class PieceLifetimes:
     @property
     def _stays(self) -> set[int]:
         return {x.storage for x in (*self.piece.shared.values(), *self.tape.in_model)}
+
+    @cached_property
+    def held_into_next(self) -> Segment:
+        """What the layer has returned beside its result goes."""
+        storages = dict.fromkeys(self.tape.storages[x.storage] for x in self.tape.in_next)
+        return Segment("returned by the layer", tuple(Event(("", s.number), s.size, -1, self.row(s)) for s in storages))
 
     @cached_property
     def output_released(self) -> Segment:

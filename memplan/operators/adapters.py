@@ -6,14 +6,15 @@
 peft casts the input to the dtype of A, which is fp32 beside half-precision weights (``autocast_adapter_dtype``), and
 the sum back to that of W x.  So an adapted layer keeps an input of its own, in fp32, although W is frozen.
 
-Sources: peft 0.21, tuners/lora/layer.py (``Linear.forward``), tuners/lora/variants.py (``DoraLinearVariant``),
-tuners/lora/dora.py (``DoraLinearLayer``), tuners/lora/bnb.py (``Linear4bit.forward``).
+Sources: peft 0.21, tuners/lora/layer.py (``Linear.forward``, ``Embedding.forward``), tuners/lora/variants.py
+(``DoraLinearVariant``), tuners/lora/dora.py (``DoraLinearLayer``), tuners/lora/bnb.py (``Linear4bit.forward``).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.errors import UsageError
 from memplan.operators.elementwise import add, add_scalar, dropout, mul, scale, sub
 from memplan.operators.layout import copy
 from memplan.operators.products import project
@@ -22,6 +23,10 @@ from memplan.specs.values import NamedTuple
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
     from memplan.specs.adapter import Lora
+
+
+EMBEDDING = "embedding"
+"""The name of the operator that looks rows up."""
 
 
 class Base(NamedTuple):
@@ -53,6 +58,36 @@ def adapted(t: Tape, base: Base, lora: Lora) -> Tensor:
     return t.cast(add(t, result, bent), base.y.dtype)
 
 
+def adapted_embedding(
+    t: Tape, ids: Tensor, table: Tensor, x: Tensor, lora: Lora, *, scaled_by: Tensor | None
+) -> Tensor:
+    """The result `x` of an embedding of the weight `table` with its adapter's added; recorded within its scope.
+
+    ``x + scaling * embedding(ids, A.T) @ B.T``, A: (rank, rows), B: (width, rank); no dropout.  The gradient of A is
+    computed as that of its transpose, and copied into the layout of A.  `scaled_by`: what the embedding multiplies its
+    result with.
+
+    Raises:
+        UsageError: the adapter is one of DoRA.
+    """
+    if lora.dora:
+        raise UsageError("DoRA beside an embedding is not modelled.", "Leave embeddings out of --lora-targets.")
+    dtype = "fp32" if lora.dtype == "fp32" else t.numerics.parameters
+    rows, width = _dims(table)
+    first = t.parameter("lora_embedding_A", (lora.rank, rows), of_adapter=True, dtype=dtype)
+    second = t.parameter("lora_embedding_B", (width, lora.rank), of_adapter=True, dtype=dtype)
+    transposed = t.view(first, (rows, lora.rank), copied_back=True)
+    small = t.op(EMBEDDING, (ids, transposed), (*ids.shape, lora.rank), dtype=dtype, keeps=(ids,))
+    t.hold_in_module(small)
+    low = t.numerics.autocast
+    factor = second if low is None else t.cast(second, low)  # a view of it, which autocast's cache does not take
+    bent = scale(t, project(t, small, factor, None, width))
+    if scaled_by is not None:
+        bent = mul(t, bent, t.cast(scaled_by, bent.dtype))
+    t.hold_in_module(bent)
+    return t.cast(add(t, x, bent), x.dtype)
+
+
 def _weights(t: Tape, base: Base, lora: Lora, dtype: str) -> tuple[Tensor, Tensor]:
     out_features, in_features = _dims(base.weight)
     found = []
@@ -72,7 +107,7 @@ def _dims(weight: Tensor) -> tuple[int, int]:
 def _low_rank(t: Tape, x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
     """``B(A(x))``: keeps `x` for A and the product of `rank` numbers a row for B."""
     for name, weight in zip(("lora_A", "lora_B"), weights, strict=True):
-        with t.scope(name):
+        with t.scope(name, x):
             x = project(t, x, weight, None, weight.shape[0])
     return x
 

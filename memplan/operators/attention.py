@@ -12,11 +12,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.operators.elementwise import add, add_into, dropout, keeps_result, mul, neg, promoted, scale
 from memplan.operators.layout import cat, copy, repeat_heads, take
 from memplan.operators.products import matmul
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Dim, Shape, Size, count, num_bytes
 from memplan.operators.tape import ATTENTION_KERNEL, Gradient, Tape, Tensor, elements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def softmax(t: Tape, x: Tensor, *, dtype: str | None = None) -> Tensor:
@@ -71,7 +76,8 @@ def eager(
 
     `scaled`: the scores are multiplied by a number (a copy); `softmax_dtype`: None keeps the dtype of the scores;
     `weights_dtype`: None casts the probabilities to that of q;
-    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2); `returned`: the layer returns them, too.
+    `softcap`: the scores are bent by ``c * tanh(scores / c)`` (Gemma 2); `returned`: the layer returns the
+    probabilities to the model.
     """
     b, heads, s, head_dim = q.shape
     with t.recomputable("attention", q, k, v):
@@ -80,8 +86,8 @@ def eager(
             repeat_heads(t, v, heads, _ratio(heads, v.shape[1])),
         )
         variables = (k, v)
-        q, k, v = slices_batched(t, q, k, v)
-        scores = matmul(t, q, k, (b, heads, s, s), head_dim)
+        batched = slices_batched(t, q, k, v)
+        scores = matmul(t, next(batched), next(batched), (b, heads, s, t.keys), head_dim)
         if scaled:
             scores = scale(t, scores)
         if softcap:
@@ -89,12 +95,14 @@ def eager(
         if mask is not None:
             scores = add(t, scores, mask)
         weights = t.cast(softmax(t, scores, dtype=softmax_dtype), weights_dtype or q.dtype)
-        t.keep_alive(scores)
+        if softmax_dtype is not None:  # one statement, to the end of which the variable holds the scores
+            t.keep_alive(scores)
         weights = dropout(t, weights, p)
         t.hold_in_piece(weights)
         if returned:
+            t.hold_into_next(weights)
             t.also_returns(weights)
-        out = matmul(t, weights, v, (b, heads, s, v.shape[-1]), s)
+        out = matmul(t, weights, next(batched), (b, heads, s, v.shape[-1]), t.keys)
         t.keep_alive(*variables)
     return copy(t, out, (b, s, heads, v.shape[-1]))
 
@@ -104,29 +112,30 @@ def softcapped(t: Tape, x: Tensor) -> Tensor:
     return scale(t, keeps_result(t, "tanh", scale(t, x)))
 
 
-def slices_batched(t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
+def slices_batched(t: Tape, *parts: Tensor) -> Iterator[Tensor]:
     """`parts` with a copy of each slice of a larger tensor: ``matmul`` needs batch and heads in one dimension.
+
+    Each copy is made when it is asked for.
 
     So has a single head that is shown for every head.  A micro-batch of one needs no copy and keeps the larger tensor
     (counted here as the copies and a rest of it), or the single head; a model with one head needs none either.  Where
     sequences lie end to end there is but one row.
     """
     if t.batch.flattened or all(part.shape[1] == 1 for part in parts):
-        return parts
+        yield from parts
+        return
     slices = [x for x in parts if x.bytes.factor < t.storages[x.storage].size.factor]
-    copies = []
     for part in parts:
         whole = t.storages[part.storage].size.factor
         rest = whole - len(slices) * part.bytes.factor
         if part.bytes.factor > whole:
-            copies.append(_copy_keeping(t, part, whole, nothing_for_one=True))
+            yield _copy_keeping(t, part, whole, nothing_for_one=True)
         elif part not in slices:
-            copies.append(part)
+            yield part
         elif part is slices[-1] and rest > 0:
-            copies.append(_copy_keeping(t, part, rest))
+            yield _copy_keeping(t, part, rest)
         else:
-            copies.append(copy(t, part))
-    return tuple(copies)
+            yield copy(t, part)
 
 
 def _copy_keeping(t: Tape, x: Tensor, num: int, *, nothing_for_one: bool = False) -> Tensor:
@@ -212,6 +221,8 @@ def _fused(
 
 def _attended(t: Tape, s: Dim) -> Dim:
     """Scores that the kernel computes for each query: of its own sequence, where it is told where that ends."""
+    if t.generating:
+        return t.keys
     return "s/sequences" if t.batch.flattened and t.attention == "flash" else s
 
 
@@ -251,7 +262,7 @@ def _kernel(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> st
 
     Flash takes half precision without a mask; the memory-efficient kernel takes masks and fp32, but no grouped heads,
     and only heads whose rows are aligned to 16 bytes; the rest is computed by one product after the other.  Grouped
-    heads in fp32 count as flash nevertheless (see `Estimator.unmodelled`).
+    heads in fp32 count as flash nevertheless (see `Estimator.unmodelled`), but not while tokens are generated.
     """
     head_dim, value_dim = _whole(q.shape[-1]), _whole(v.shape[-1])
     half = q.dtype != "fp32"
@@ -261,7 +272,9 @@ def _kernel(t: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> st
     step = HEAD_DIM_STEP if half else HEAD_DIM_STEP // 2
     if head_dim % step or value_dim % step or (grouped and half):
         return "math"
-    return "flash" if grouped else "efficient"
+    if grouped:
+        return "math" if t.generating else "flash"
+    return "efficient"
 
 
 def math(
@@ -277,9 +290,9 @@ def math(
     b, heads, s, head_dim = q.shape
     kept_dtype, given = q.dtype, (q, k, v)
     if mask is None:
-        mask = t.op("causal mask", (), ("s", "s"), dtype=q.dtype)
+        mask = t.op("causal mask", (), ("s", "l[prefill]" if t.generating else "s"), dtype=q.dtype)
     elif mask.dtype == "bool":
-        mask = t.op("additive mask", (mask,), ("b", 1, "s", "s"), dtype=q.dtype)
+        mask = t.op("additive mask", (mask,), ("b", 1, "s", t.keys), dtype=q.dtype)
     repeated = ("slice", "repeat_kv")
     lies_by_head = [by_head, by_head or _made_by(t, k) in repeated, _made_by(t, v) in repeated]
     q, k, v = (t.cast(x, "fp32") for x in (q, k, v))
@@ -289,7 +302,7 @@ def math(
     scaled_k = scale(t, k_for_all)
     left = scaled_q if lies_by_head[0] else copy(t, scaled_q)
     right = scaled_k if lies_by_head[1] or ratio > 1 else copy(t, scaled_k)
-    scores = matmul(t, left, right, (b, heads, s, s), head_dim, autocast=False)
+    scores = matmul(t, left, right, (b, heads, s, t.keys), head_dim, autocast=False)
     t.keep_alive(scaled_k)
     scores = add_into(t, scores, mask)
     bytes_of_scores = num_bytes(scores.shape, "fp32")
@@ -305,7 +318,7 @@ def math(
     )
     weights = dropout(t, weights, p)
     values = v_for_all if lies_by_head[2] or ratio > 1 else copy(t, v_for_all)
-    out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), s, autocast=False)
+    out = matmul(t, weights, values, (b, heads, s, v.shape[-1]), t.keys, autocast=False)
     out = t.cast(out, kept_dtype)
     t.op("to", (weights,), weights.shape, dtype=kept_dtype, gradients=())
     t.keep_alive(*given, q, k, v, scaled_q, k_for_all, v_for_all, mask)
@@ -323,8 +336,32 @@ def _kernel_mask(t: Tape, mask: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     Every layer makes its own; the first, empty where it is the second, is a variable of scaled_dot_product_attention
     (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/attention.cpp).
     """
-    unpadded = t.op("additive mask", (mask,), ("b", 1, "s", "s[not 16s]"), dtype=dtype)
-    return unpadded, t.op("pad", (unpadded, mask), ("b", 1, "s", "s to 16"), gradients=(), dtype=dtype)
+    unpadded = t.op("additive mask", (mask,), ("b", 1, "s", f"{t.keys}[not 16s]"), dtype=dtype)
+    return unpadded, t.op("pad", (unpadded, mask), ("b", 1, "s", f"{t.keys} to 16"), gradients=(), dtype=dtype)
+
+
+def behind_cached(t: Tape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values behind those that the cache has (``DynamicLayer.update`` in transformers/cache_utils.py).
+
+    ``torch.cat`` makes new tensors, the first time, too, in the dtype of the keys; of a layer with a window both are
+    there before the old ones go (``DynamicSlidingWindowLayer``), and what the cache keeps is a view of all it was given
+    last.
+    """
+    together, before = [], []
+    if t.window is not None:  # its number, on the device (``_sliding_window_tensor``)
+        t.external("window", ("[decoding]",), "int64", role="cache")
+        t.in_cache.append(t.op("window", (), ("[prefill]",), dtype="int64"))
+    for name, x in (("keys", k), ("values", v)):
+        b, num, _, head_dim = x.shape
+        dtype = promoted(k.dtype, x.dtype)
+        old = t.external(f"cached {name}", (b, num, t.keys_before, head_dim), dtype, role="cache")
+        together.append(t.op("cat (cache)", (old, x), (b, num, t.keys, head_dim), dtype=dtype))
+        before.append(old)
+    if t.window is not None:
+        t.keep_alive(*before)
+    t.keep_alive(k, v)
+    t.in_cache += together
+    return together[0], together[1]
 
 
 def attention(
@@ -349,7 +386,9 @@ def attention(
     to the fused kernel.  No form of scaled_dot_product_attention bends scores: where one is asked for, what runs is
     eager (transformers' own fallback).  `caches`: False where the model has put something else into its cache.
     """
-    if caches:
+    if t.generating:
+        k, v = behind_cached(t, k, v)
+    elif caches:
         k, v = cached(t, k, v)
     t.hold_in_module(q, k, v)
     if t.attention == "eager" or (softcap and t.attention == "sdpa"):

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.adapters import Base, adapted
+from memplan.operators.adapters import EMBEDDING, Base, adapted, adapted_embedding
 from memplan.operators.elementwise import mul
 from memplan.operators.int8 import int8_linear
 from memplan.operators.products import project
 from memplan.operators.quantised import quantised_linear
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
-
-EMBEDDING = "embedding"
 
 
 def linear(
@@ -68,9 +67,9 @@ def _quantised(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> Tensor:
 def with_adapter(t: Tape, base: Base, *, makes_logits: bool = False) -> Tensor:
     """The result of the current linear layer, with its adapter's added where the recipe gives it one."""
     lora = t.recipe.lora
-    if lora is None or not t.ask("adapts_head" if makes_logits else "adapts", t.module):
+    if lora is None or not t.ask("adapts_named" if makes_logits else "adapts", t.module):
         return base.y
-    return adapted(t, base, lora)
+    return adapted(t, base, replace(lora, rank=t.ask("rank", t.module)))
 
 
 def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, scaled_by: Tensor | None = None) -> Tensor:
@@ -85,4 +84,9 @@ def embedding(t: Tape, ids: Tensor, num_rows: int, width: int, name: str, *, sca
         x = t.op(EMBEDDING, (ids, table), (*ids.shape, width), dtype=table.dtype, keeps=(ids,))
         if scaled_by is not None:
             x = mul(t, x, scaled_by)
-        return t.require_gradient(x) if t.recipe.input_gradients and is_first else x
+        if t.recipe.lora is not None and t.ask("adapts_named", t.module):
+            lora = replace(t.recipe.lora, rank=t.ask("rank", t.module))
+            x = adapted_embedding(t, ids, table, x, lora, scaled_by=scaled_by)
+        if is_first:
+            t.embedded = x = t.require_gradient(x) if t.recipe.input_gradients else x
+        return x

@@ -25,10 +25,11 @@ def rms_norm(t: Tape, x: Tensor, name: str, *, gain_in_fp32: bool = False, one_p
     with t.scope(name):
         weight = t.parameter("weight", (width,))
         x32 = t.cast(x, "fp32")
-        variance = add_scalar(t, mean_last(t, power(t, x32)))
-        y = mul(t, x32, keeps_result(t, "rsqrt", variance))
-        if one_plus:
+        variance = mean_last(t, power(t, x32))
+        y = mul(t, x32, keeps_result(t, "rsqrt", add_scalar(t, variance)))
+        if one_plus:  # without variables
             return t.cast(mul(t, y, add_scalar(t, t.cast(weight, "fp32"))), x.dtype)
+        t.hold_in_module(variance, y)
         if gain_in_fp32:
             return t.cast(mul(t, weight, y), x.dtype)
         return mul(t, weight, t.cast(y, x.dtype))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from memplan.specs.recipe import Recipe
 
 
+PRODUCTS = frozenset({"linear", "bmm", "grouped_mm", "attention kernel"})
+"""Operators that multiply matrices: a compiler runs them once; the rest it may fuse, and compute again."""
 PAUSE = "pause"
 """The name of the operator that stands for what else runs meanwhile (see `Tape.pause`)."""
 CACHED = "cat (cache)"
@@ -203,7 +205,10 @@ class Span(NamedTuple):
 class Tape:
     """The recording of one piece of a model."""
 
-    def __init__(  # noqa: PLR0915 - one statement for each thing that is recorded
+    embedded: Tensor | None = None
+    """What the embedding of the tokens gave."""
+
+    def __init__(  # noqa: PLR0913, PLR0915 - one argument and statement for each thing that is recorded
         self,
         numerics: Numerics,
         *,
@@ -217,9 +222,17 @@ class Tape:
         classes: Any = None,
         grad: bool = True,
         evaluation: bool = False,
+        generating: bool = False,
+        window: int | None = None,
         enters_a_leaf: bool = False,
         caches: bool = False,
     ) -> None:
+        self.generating = generating
+        """Whether the piece predicts one token after the other from a key-value cache; it implies `evaluation`."""
+        self.window = window
+        """Tokens that a layer's key-value cache is limited to, None where it holds all."""
+        self.in_cache: list[Tensor] = []
+        """What the key-value cache holds of this piece."""
         self.numerics = numerics
         self.grad = grad
         """Whether autograd records; False within ``torch.no_grad()``."""
@@ -263,6 +276,10 @@ class Tape:
         """What the piece returns beside its output, for nobody."""
         self.in_model: list[Tensor] = []
         """What variables of the model hold until the last layer returns."""
+        self.in_next: list[Tensor] = []
+        """What a variable of the model holds until the next layer returns."""
+        self.all_outputs_held = False
+        """Whether the model holds what each layer hands on until the last one returns; it counts in evaluation."""
         self._path: list[str] = []
         self._held: list[list[Tensor]] = [[]]
         self._casts: dict[tuple[int, str], Tensor] = {}
@@ -284,6 +301,18 @@ class Tape:
         finally:
             self._let_variables_go()
             self._path.pop()
+
+    @property
+    def keys(self) -> str:
+        """The dimension of keys and values: the sequence; of a cache, all that it holds and what is new."""
+        if not self.generating:
+            return "s"
+        return "l" if self.window is None else f"in {self.window}"
+
+    @property
+    def keys_before(self) -> str:
+        """How many of them the cache has had before."""
+        return "l-1" if self.window is None else f"before {self.window}"
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -353,11 +382,14 @@ class Tape:
         """A tensor made elsewhere: an ``input`` of the step, a ``buffer``, or something ``shared`` by all layers."""
         return self._new(shape, dtype, role=role, name=name, requires_grad=requires_grad)
 
-    def view(self, x: Tensor, shape: Shape) -> Tensor:
-        """Another shape on the same storage; its gradient is a view of the incoming one."""
+    def view(self, x: Tensor, shape: Shape, *, copied_back: bool = False) -> Tensor:
+        """Another shape on the same storage; its gradient is a view of the incoming one.
+
+        `copied_back`: the gradient is a copy, because it is a parameter's and has to have its layout.
+        """
         out = Tensor(len(self.tensors), shape, x.dtype, x.storage, x.requires_grad)
         self.tensors.append(out)
-        self._record("view", (x,), (out,), gradients=(Gradient(x, alias=True),))
+        self._record("view", (x,), (out,), gradients=(Gradient(x, alias=not copied_back),))
         return out
 
     def also_returns(self, x: Tensor) -> None:
@@ -388,6 +420,14 @@ class Tape:
         if self.evaluation:
             self.in_model.append(tensor)
 
+    def hold_into_next(self, tensor: Tensor) -> None:
+        """The layer returns this one, too, and the model holds it (``outputs = layer(...)``) until the next returns.
+
+        It counts in evaluation; in training the graph keeps it.
+        """
+        if self.evaluation:
+            self.in_next.append(tensor)
+
     def cached(self, x: Tensor, dtype: str) -> Tensor:
         """A copy of `x` in the cache that the model hands out."""
         return self.op(CACHED, (x,), x.shape, dtype=dtype)
@@ -411,7 +451,7 @@ class Tape:
 
         It is a leaf of the graph, which holds it to the end of the backward pass (``AccumulateGrad``).
         """
-        if self.evaluation or not self.grad:
+        if self.evaluation or not self.grad or x.requires_grad:
             return x
         self.tensors[x.number] = x = x._replace(requires_grad=True)
         self._record("requires_grad_", (x,), (), keeps=(x,), reason="a leaf of the graph is held by it")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION, SCORED
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -145,8 +145,6 @@ def _losses(setup: Setup) -> Iterator[Change]:
 def _adapters(setup: Setup) -> Iterator[Change]:
     """Adapters in place of the weights, and a base in few bits beside them."""
     lora = setup.lora
-    if setup.objective in SCORED:
-        return
     if lora is None:
         adapters = {"lora": Lora(rank=USUAL_RANK)}
         yield Change("adapters of all linear layers", f"--lora-rank {USUAL_RANK}", adapters, LESS, LOW_RANK)

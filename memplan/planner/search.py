@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import UsageError
 from memplan.planner.levers import levers_of
 from memplan.planner.plan import Candidate, Lever, Plan, Rejection, WayOut
+from memplan.specs.training import IN_BATCH
 from memplan.specs.values import replace
 from memplan.units import format_bytes
 
@@ -132,10 +133,14 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     )
 
 
-def _by_time(candidate: Candidate) -> tuple[float, int, int]:
-    """Where a rule of thumb gives the same time, fewer passes come first: each has costs that it leaves out."""
+def _by_time(candidate: Candidate) -> tuple[int, float, int, int]:
+    """Where a rule of thumb gives the same time, fewer passes come first: each has costs that it leaves out.
+
+    Where the loss compares the examples of a micro-batch, larger ones come before faster ones: accumulation adds none.
+    """
     time_s = float(f"{candidate.step_time.total_s:.9g}")
-    return time_s, candidate.setup.gradient_accumulation_steps, -candidate.headroom_bytes
+    steps = candidate.setup.gradient_accumulation_steps
+    return (steps if candidate.setup.objective in IN_BATCH else 0), time_s, steps, -candidate.headroom_bytes
 
 
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:

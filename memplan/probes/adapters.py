@@ -7,19 +7,22 @@ freezes everything else.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
-from memplan.specs.recipe import ALL_LINEAR, check_known, covers, is_named
-from memplan.specs.training import PRECISIONS
+from memplan.specs.conversions import PARAMETER_BY_NAME
+from memplan.specs.ranks import check_adapters, check_ranks
+from memplan.specs.recipe import ALL_LINEAR, check_known, covers, is_within
+from memplan.specs.training import PRECISIONS, TASK_TYPE_BY_OBJECTIVE
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from memplan.specs.adapter import Lora
+    from memplan.specs.recipe import Recipe
     from memplan.specs.training import Setup
 
 
@@ -67,9 +70,10 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
     lora = setup.lora
     if lora is None:
         return module
-    _check_modules(module, lora)
+    _check_modules(module, setup.recipe, lora)
     require("peft")
     import peft
+    from peft.tuners.lora import LoraLayer
 
     settings = peft.LoraConfig(
         r=lora.rank,
@@ -77,6 +81,9 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets),
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
+        layers_to_transform=list(lora.layers) or None,
+        rank_pattern=dict(lora.ranks),
+        task_type=TASK_TYPE_BY_OBJECTIVE.get(setup.objective),
     )
     high = lora.dtype == "fp32" or setup.quantize is not None
     if setup.upcast:
@@ -85,24 +92,32 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted: nn.Module = peft.get_peft_model(module, settings, autocast_adapter_dtype=high)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(
             f"peft {peft.__version__} cannot add these adapters: {text[:300]}",
             "Name linear layers of the model with --lora-targets, or say all-linear.",
         ) from error
+    check_ranks(lora, [_path(name, part) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)])
     if lora.dtype == "base":
         dtype = DTYPES[PRECISIONS[setup.precision][0]]
         _in_dtype_of_the_base(adapted, dtype, magnitudes=setup.quantize is None)
     return adapted
 
 
-def _check_modules(module: nn.Module, lora: Lora) -> None:
+def _path(name: str, wrapper: Any) -> str:
+    """The path of what the wrapper adapts: a module, or a parameter."""
+    parts = [part for part in plain_name(name).split(".") if part != "base_layer"]
+    return ".".join((*parts, *filter(None, (getattr(wrapper, "parameter_name", None),))))
+
+
+def _check_modules(module: nn.Module, recipe: Recipe, lora: Lora) -> None:
     """Raise `UsageError` for names that no module has: peft takes them where another one fits."""
     paths = [path for path, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))]
-    if lora.targets != (ALL_LINEAR,):
-        check_known("--lora-targets", lora.targets, paths, is_named, also=ALL_LINEAR)
-    check_known("--modules-to-save", lora.modules_to_save, paths, is_named)
+    config: Any = getattr(module, "config", None)
+    old = PARAMETER_BY_NAME.get(getattr(config, "model_type", ""), ())
+    check_adapters(recipe, lora, [*paths, *old])
+    check_known("--modules-to-save", lora.modules_to_save, paths, is_within)
 
 
 def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:

@@ -30,6 +30,7 @@ from memplan.estimation.traced_estimator import time_of
 from memplan.operators.sizes import allocated
 from memplan.probes.trace import trace_training
 from memplan.specs.margin import NONE as NO_MARGIN
+from memplan.specs.training import IN_BATCH
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -232,6 +233,11 @@ def _assumptions(trace: Trace, gpu: GpuSpec | None, sdpa_kernel: str | None) -> 
         others = steps - TRACED_MICRO_STEPS
         text = f"{TRACED_MICRO_STEPS} micro-steps were run; the other {others:,} do what the second did"
         found.append(Assumption("accumulation", text, "", None, "their inputs are counted"))
+    if trace.setup.objective in IN_BATCH:
+        text = f"{trace.setup.micro_batch_size - 1:,} of each anchor, the other positives of its micro-batch"
+        found.append(
+            Assumption("negatives", text, "", None, "accumulation adds none: it is the loss of a smaller batch")
+        )
     if trace.grown_bytes:
         text = f"no steady state: {trace.grown_bytes:+,} bytes from step to step, which the module holds; two were run"
         found.append(Assumption("steps", text, "", None, "a peak after more steps is another one"))

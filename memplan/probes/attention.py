@@ -111,7 +111,8 @@ def cuda_attention(
         if kernel == "flash":
             return _flash(query, key, value, dropout_p, is_causal, scale)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # convert_boolean_attn_mask
-            attn_mask = torch.where(attn_mask, 0.0, torch.full((), float("-inf"), dtype=query.dtype, device="meta"))
+            hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
+            attn_mask = torch.where(attn_mask, 0.0, hidden)
         if kernel == "efficient":
             return _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
         if kernel == "cudnn":

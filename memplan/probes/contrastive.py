@@ -67,8 +67,8 @@ class InBatchNegatives:
         own = torch.arange(len(anchors), device=anchors.device)
         rows = torch.arange(len(anchors), device=anchors.device)
         candidates = torch.cat([positives], dim=0)
-        queries = anchors[own]
-        scores = _cosines(queries, candidates)
+        local = (anchors[own], positives[own])  # one rank asks for the first alone
+        scores = _cosines(local[0], candidates)
         scores = scores * SCALE
         right = scores[rows, own]
         joint = torch.cat([scores], dim=1)

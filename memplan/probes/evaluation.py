@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memplan.probes.faults import require
+from memplan.probes.generation import generate
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from memplan.specs.training import Setup
 
 
-def evaluate(run: TrainingRun, setup: Setup, evaluation: Evaluation) -> None:
-    """All batches whose logits are kept; two where the loss alone is."""
+def evaluate(run: TrainingRun, setup: Setup, evaluation: Evaluation, step: int) -> None:
+    """All batches whose logits are kept; two where the loss alone is.
+
+    `step`: after which it comes, for the witness.
+    """
     keeps = evaluation.samples is not None
     left = evaluation.samples or 2 * evaluation.batch
     kept = _Kept(keeps)
@@ -31,7 +35,15 @@ def evaluate(run: TrainingRun, setup: Setup, evaluation: Evaluation) -> None:
     while left > 0:
         size = min(left, evaluation.batch)
         inputs = run.inputs(replace(setup, micro_batch_size=size))
+        tokens = None
+        if evaluation.generate is not None:
+            run.witness.enter("generation", step, -1)
+            tokens = generate(run, inputs, evaluation.generate)
+            run.witness.enter("evaluation", step, -1)
         results = _predict(run, inputs, size, keeps=keeps)
+        if tokens is not None and keeps:
+            results = (results[0], tokens, results[2])
+        del tokens
         kept.add(results)
         left, number = left - size, number + 1
         if evaluation.accumulation is not None and number % evaluation.accumulation == 0:

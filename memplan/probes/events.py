@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from memplan.specs.training import Setup
 
-PHASES = ("load", "forward", "backward", "clip", "optimizer", "evaluation", "zero_grad")
+PHASES = ("load", "forward", "backward", "clip", "optimizer", "generation", "evaluation", "zero_grad")
 """Phases of a run, in order; ``load`` comes once, before the first step."""
 
 CATEGORIES = ("parameter", "buffer", "gradient", "optimizer_state", "activation", "temporary", "input")

@@ -65,9 +65,22 @@ class TracedModule:
 
     def estimate(self, setup: Setup, margin: Margin, *, model_type: str = "traced") -> tuple[Trace, Estimate]:
         """A trace of this very setup, and what it says."""
+        if setup.compile:
+            from memplan.probes.compiled import check
+
+            check(setup)
         trace = self.trace(setup)
         answer = estimate_of(trace, gpu=self.gpu, margin=margin, model_type=model_type, sdpa_kernel=self.sdpa_kernel)
-        return trace, answer
+        return trace, self._compiled(setup, trace, answer) if setup.compile else answer
+
+    def _compiled(self, setup: Setup, trace: Trace, answer: Estimate) -> Estimate:
+        """The answer with what the compiler's own partition keeps."""
+        from memplan.probes.compiled import compiled_activations, compiled_estimate
+
+        found = compiled_activations(
+            self.model, setup, sdpa_kernel=self.sdpa_kernel, compute_capability=capability(self.gpu)
+        )
+        return compiled_estimate(replace(answer, setup=setup), trace, found)
 
     def estimator(self, speed: GpuSpec, programs: MutableMapping[str, TracedProgram]) -> TracedEstimator:
         """Estimates of the module at any size, from traces at small ones."""

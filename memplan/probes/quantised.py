@@ -15,7 +15,8 @@ import torch
 
 from memplan.operators.quantised import BLOCK, BLOCK_OF_SCALES
 from memplan.probes.faults import require
-from memplan.specs.training import PRECISIONS
+from memplan.specs.adapter import CLASSIFIER_HEADS
+from memplan.specs.training import CLASSIFICATIONS, PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def quantise(module: nn.Module, setup: Setup) -> nn.Module:
     """The model of transformers with quantised linear layers where the setup asks for them, in place.
+
+    The head of a classifier is left as it is, which has to be said (``llm_int8_skip_modules``): left to itself
+    transformers 5.23 quantises one that has a bias, and peft then cannot copy it.
 
     Raises:
         MissingLibraryError: bitsandbytes is not installed.
@@ -51,7 +55,9 @@ def quantise(module: nn.Module, setup: Setup) -> nn.Module:
         bnb_4bit_compute_dtype=DTYPES[autocast or parameters],
     )
     before = dict(module.named_modules())
-    kept = [*get_keys_to_not_convert(module), *(getattr(module, "_keep_in_fp32_modules", None) or ())]
+    heads = setup.objective in CLASSIFICATIONS
+    kept = [*(CLASSIFIER_HEADS if heads else get_keys_to_not_convert(module))]
+    kept += getattr(module, "_keep_in_fp32_modules", None) or ()
     replace_with_bnb_linear(module, kept, config)
     for name, layer in module.named_modules():
         if isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):

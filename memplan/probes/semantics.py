@@ -64,15 +64,23 @@ def cuda_semantics(
 
 
 def _patches_of_torch(autocast: CudaAutocast | None) -> list[contextlib.AbstractContextManager[Any]]:
-    """Peft asks whether CUDA's autocast is on, by the call without arguments."""
+    """Peft asks whether CUDA's autocast is on, by the call without arguments, and switches it off by device."""
+    switch: Any = torch.autocast
+
+    def region(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+        if device_type != "meta":
+            return switch(device_type, *args, enabled=enabled, **kwargs)
+        return autocast.switched(enabled) if autocast is not None and autocast.enabled else contextlib.nullcontext()
+
+    regions = mock.patch.object(torch, "autocast", region)
     if autocast is None:
-        return []
+        return [regions]
     ask = torch.is_autocast_enabled
 
     def is_autocast_enabled(*device_type: str) -> bool:
         return ask(*device_type) if device_type else autocast.enabled
 
-    return [mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled)]
+    return [regions, mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled)]
 
 
 def _patches_of_transformers(autocast: CudaAutocast | None) -> list[contextlib.AbstractContextManager[Any]]:

@@ -4,7 +4,8 @@ The module is built on the meta device, whole training steps run on it, and birt
 recorded as CUDA would allocate them.  No number is computed, so a model of eight billion parameters takes seconds.
 
 Not modelled: the CUDA context, cuBLAS workspaces, fragmentation, scratch memory inside kernels other than attention's,
-a gradient scaler, more than one rank, ``torch.autocast`` and ``torch.compile`` inside the module.
+a gradient scaler, more than one rank, ``torch.autocast`` and ``torch.compile`` inside the module.  A setup that is
+compiled runs as without a compiler, with the mask that compiling brings; what is kept then, `compiled` knows.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def trace_training(
     loop = loop or Loop()
     chosen = transformers_model(model) if isinstance(model, Mapping) else model
     _check(chosen, setup, sdpa_kernel, num_steps)
+    if setup.passes_mask and chosen.accepts_padding:
+        setup = replace(setup, padding=True)
     counted = setup.attention == "flash" if loop.count_random_states is None else loop.count_random_states
     recorder = StorageRecorder(
         SCRATCH_BY_OPERATOR,

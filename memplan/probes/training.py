@@ -170,7 +170,7 @@ class TrainingRun:
         if setup.evaluation is not None:
             self.model.zero_grad(set_to_none=True)
             enter("evaluation", number, -1)
-            evaluate(self, setup, setup.evaluation)
+            evaluate(self, setup, setup.evaluation, number)
         enter("zero_grad", number, -1)
         del inputs, micro_batch, num_items
         self._outputs = None
@@ -184,7 +184,7 @@ class TrainingRun:
             make = self.make_inputs if self.objective is None else self.objective.make_inputs
             inputs = flattened(make, setup) if setup.is_flattened else make(setup.micro_batch_size, setup.seq_len)
         if setup.padding and self.objective is None and "attention_mask" not in inputs:
-            inputs["attention_mask"] = _mask(inputs["input_ids"])
+            inputs["attention_mask"] = padding_mask(inputs["input_ids"])
         for name, tensor in _tensors(inputs):
             self.witness.label(tensor, "input", "inputs", name)
         return inputs
@@ -304,7 +304,7 @@ def accepts_num_items(model: Any) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _mask(ids: torch.Tensor) -> torch.Tensor:
+def padding_mask(ids: torch.Tensor) -> torch.Tensor:
     """An attention mask: every sequence lacks its last token, as transformers drops a mask that hides nothing."""
     mask = torch.ones_like(ids)
     mask[:, -1] = 0

@@ -17,6 +17,7 @@ from memplan.specs.training import PAIRED
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from memplan.estimation.compiled import Compiled
     from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate, ModelSummary
     from memplan.estimation.ledger import LedgerRow
@@ -76,6 +77,7 @@ def estimate_document(
         "peak_instant": estimate.peak_instant,
         "instants": instants_document(estimate),
         "upper_bound_bytes": estimate.upper_bound_bytes,
+        "compiled": compiled_document(estimate.compiled),
         "confidence": estimate.confidence,
         "calibration": calibration_document(estimate.gpu),
         "step_time_s": None if estimate.step_time is None else estimate.step_time.total_s,
@@ -146,6 +148,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
             "margin_bytes": goal.margin_bytes,
             "bound_ratio": goal.bound_ratio,
         },
+        "compiled": compiled_document(plan.estimate.compiled),
         "confidence": plan.estimate.confidence,
         "calibration": calibration_document(plan.gpu),
         "speed_source": plan.speed_source,
@@ -218,6 +221,7 @@ def setup_document(setup: Setup) -> Document:
         "offload": setup.offload,
         "reentrant": setup.reentrant,
         "upcast": setup.upcast,
+        "compile": setup.compile,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
@@ -261,6 +265,14 @@ def gpu_document(gpu: GpuSpec) -> Document:
         "unsupported_dtypes": list(gpu.unsupported_dtypes),
         "notes": " ".join(gpu.notes.split()),
     }
+
+
+def compiled_document(compiled: Compiled | None) -> Document | None:
+    """The ranges under ``torch.compile``, null without."""
+    if compiled is None:
+        return None
+    ranges = ("kept_activation_bytes", "peak_allocated_bytes", "peak_process_bytes")
+    return {**{name: getattr(compiled, name)._asdict() for name in ranges}, "is_traced": compiled.is_traced}
 
 
 def candidate_document(candidate: Candidate) -> Document:

@@ -13,11 +13,13 @@ from memplan.report.text import (
     assumption_lines,
     calibration_lines,
     choices,
+    compiled_lines,
     equation,
     exactly,
     gib,
     gpu_lines,
     lint_lines,
+    may_fit,
     model_lines,
     paragraph,
     table,
@@ -98,6 +100,7 @@ def _totals(estimate: Document) -> Iterator[Line]:
         said = vouched(estimate["confidence"]) or f"with {format_bytes(margin)} of headroom and reserve"
         rows.append(("bound", gib(estimate["upper_bound_bytes"]), said))
     yield from table([("", "GiB", ""), *rows], left=(0, 2))
+    yield from compiled_lines(estimate["compiled"])
     if estimate["step_time_s"] is not None:
         yield from paragraph("time", _time(estimate))
     yield from _verdict(estimate)
@@ -106,7 +109,7 @@ def _totals(estimate: Document) -> Iterator[Line]:
 def _time(estimate: Document) -> str:
     seconds = format_seconds(estimate["step_time_s"])
     calibration = estimate["calibration"]
-    if calibration is not None and calibration["is_timed"]:
+    if calibration is not None and calibration["is_timed"] and not estimate["setup"]["compile"]:
         return f"about {seconds} per step, at the speed that was measured"
     return f"at least {seconds} per step (roofline)"
 
@@ -118,6 +121,8 @@ def _verdict(estimate: Document) -> Iterator[Line]:
     usable = format_bytes(gpu["usable_bytes"])
     if estimate["fits"]:
         text, style = f"It fits: {format_bytes(spare)} of {usable} are to spare", "good"
+    elif may_fit(estimate["compiled"], gpu):
+        text, style = f"It may not fit: at the upper end {exactly(-spare)} are missing of {usable}", "bad"
     else:
         text, style = f"It does not fit: {exactly(-spare)} are missing of {usable}", "bad"
     yield from title(text, style)

@@ -12,11 +12,13 @@ from memplan.report.text import (
     assumption_lines,
     calibration_lines,
     choices,
+    compiled_lines,
     equation,
     exactly,
     gib,
     gpu_lines,
     lint_lines,
+    may_fit,
     model_lines,
     paragraph,
     signed,
@@ -102,6 +104,7 @@ def _best(plan: Document) -> Iterator[Line]:
     yield from (Line(line, "title") for line in wrap(equation(setup, plan["model"]["unit"]), first="  "))
     yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
+    yield from compiled_lines(plan["compiled"])
     yield from paragraph("free", _free(plan, best))
     if best["alloc_conf"]:
         text = f"export PYTORCH_ALLOC_CONF={best['alloc_conf']} (without it the allocator fragments too much)"
@@ -156,7 +159,7 @@ def _time(plan: Document, best: Document) -> str:
     gpu, source, unit = plan["gpu"], plan["speed_source"], plan["model"]["unit"]
     rates = source if source == gpu["label"] else f"{source}, as those of {gpu['name']} are not known"
     calibration = plan["calibration"]
-    if calibration is not None and calibration["is_timed"]:
+    if calibration is not None and calibration["is_timed"] and not best["setup"]["compile"]:
         return (
             f"about {format_seconds(best['step_time_s'])} per step, {_rate(best, unit)}, at the speed that was measured"
         )
@@ -291,7 +294,10 @@ def _rejections(plan: Document) -> Iterator[Line]:
 def _nothing_fits(plan: Document) -> Iterator[Line]:
     nearest, budget = plan["nearest"], plan["budget"]
     setup = nearest["setup"]
-    yield from title(f"Nothing fits: {exactly(-nearest['headroom_bytes'])} are missing", "bad")
+    missing = f"{exactly(-nearest['headroom_bytes'])} are missing"
+    unsure = may_fit(plan["compiled"], plan["gpu"])
+    said = "Nothing is sure to fit: at the upper end" if unsure else "Nothing fits:"
+    yield from title(f"{said} {missing}", "bad")
     yield from paragraph("smallest", f"{split_of(setup)}, checkpointing {setup['activation_checkpointing']}")
     margins = _margins(plan, nearest)
     if budget["reserve_bytes"]:
@@ -301,6 +307,7 @@ def _nothing_fits(plan: Document) -> Iterator[Line]:
         f"{format_bytes(nearest['peak_process_bytes'])} at its highest ({plan['peak_instant']}), and {margins}; "
         f"usable are {format_bytes(plan['gpu']['usable_bytes'])}",
     )
+    yield from compiled_lines(plan["compiled"])
     cards = [f"{card['name']} ({usable(card)})" for card in plan["cards"]]
     text = ", ".join(cards) or "no card of the catalogue; sharding over several GPUs is not modelled yet"
     yield from paragraph("held by", text)

@@ -102,6 +102,7 @@ def _asked(sweep: Document) -> Iterator[Line]:
     else:
         yield from paragraph("GPU", "none in particular: say --gpu to see what fits")
     yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
+    yield from _compiled(sweep)
     steps, gpus = setup["gradient_accumulation_steps"], plural(setup["data_parallel_size"], "GPU")
     yield from paragraph(
         "sweep",
@@ -109,6 +110,19 @@ def _asked(sweep: Document) -> Iterator[Line]:
         f"{_from_to(sweep['seq_lens'], 'length', 'lengths')} = "
         f"{plural(len(sweep['points']), 'point')}, accumulation {steps:,} x {gpus}",
     )
+
+
+def _compiled(sweep: Document) -> Iterator[Line]:
+    """Under torch.compile: between which bounds the numbers lie."""
+    if not sweep["setup"]["compile"]:
+        return
+    lowest, highest = (by(point["least_peak_process_bytes"] for point in sweep["points"]) for by in (min, max))
+    text = (
+        "the map shows the upper ends of ranges, what is kept without the compiler; their lower ends, what products "
+        f"need, go from {format_bytes(lowest)} to {format_bytes(highest)} (all: --format csv or --json)"
+    )
+    may = "; an x is out of memory at the upper end, and may run all the same" if sweep["gpu"] else ""
+    yield from paragraph("compiled", f"{text}{may}")
 
 
 def _from_to(numbers: Sequence[int], noun: str, nouns: str) -> str:

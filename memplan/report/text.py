@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
 from memplan.report.layout import columns, plural, wrap
+from memplan.specs.ranks import in_ranges
 from memplan.specs.training import PAIRED, PRECISIONS
 from memplan.units import GIB, format_bytes, format_count, format_seconds
 
@@ -152,6 +153,8 @@ def choices(setup: Document) -> str:
         parts.append(f"dropout {setup['dropout']:g}")
     if setup["padding"]:
         parts.append("padded batches")
+    if setup["compile"]:
+        parts.append("torch.compile")
     if setup["batching"] == "padding-free":
         parts.append("padding-free batches")
     if setup["batching"] == "packed":
@@ -159,6 +162,28 @@ def choices(setup: Document) -> str:
     if setup["evaluation"]:
         parts.append(_evaluated(setup["evaluation"]))
     return ", ".join([*parts, *recipe_words(setup)])
+
+
+def compiled_lines(compiled: Document | None) -> Iterator[Line]:
+    """The range under torch.compile, and where its ends come from."""
+    if compiled is None:
+        return
+    allocated, process, kept = (
+        f"{gib(compiled[name]['low'])} to {gib(compiled[name]['high'])} GiB"
+        for name in ("peak_allocated_bytes", "peak_process_bytes", "kept_activation_bytes")
+    )
+    if compiled["is_traced"]:
+        kept = f"{gib(compiled['kept_activation_bytes']['high'])} GiB kept, by the compiler's own partition"
+        ends = "from there to the peak without the compiler"
+    else:
+        kept = f"{kept} kept"
+        ends = "from what products need to what is kept without the compiler"
+    yield from paragraph("compiled", f"peak {process} ({allocated} allocated; {kept}): {ends}, which is planned with")
+
+
+def may_fit(compiled: Document | None, gpu: Document) -> bool:
+    """Whether the lower end of a range fits on a card where the upper one does not."""
+    return compiled is not None and bool(compiled["peak_process_bytes"]["low"] <= gpu["usable_bytes"])
 
 
 def _evaluated(evaluation: Document) -> str:
@@ -179,6 +204,8 @@ def recipe_words(setup: Document) -> list[str]:
         kind = "DoRA" if lora["dora"] else "LoRA"
         dtype = "fp32" if lora["dtype"] == "fp32" else "the base's dtype"
         parts.append(f"{kind} of rank {lora['rank']} in {dtype} on {', '.join(lora['targets'])}")
+        parts += [f"of layers {in_ranges(lora['layers'])} alone"] if lora["layers"] else []
+        parts += [f"rank {rank} on {name}" for name, rank in lora["ranks"].items()]
         parts += [f"adapter dropout {lora['dropout']:g}"] if lora["dropout"] else []
         parts += [f"copies of {', '.join(lora['modules_to_save'])} trained"] if lora["modules_to_save"] else []
     parts += [f"a base in {setup['quantize']}"] if setup["quantize"] else []

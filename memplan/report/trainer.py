@@ -10,8 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.specs.adapter import CLASSIFIER_HEADS
 from memplan.specs.recipe import ALL_LINEAR
-from memplan.specs.training import DISTILLATION, PRECISIONS, SAVE_ATTENTION, TRAINER_BY_OBJECTIVE
+from memplan.specs.training import (
+    CLASSIFICATIONS,
+    DISTILLATION,
+    PRECISIONS,
+    SAVE_ATTENTION,
+    TASK_TYPE_BY_OBJECTIVE,
+    TRAINER_BY_OBJECTIVE,
+)
 
 if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
@@ -112,6 +120,8 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     if how:
         arguments["activation_checkpointing_kwargs"] = arguments.get("activation_checkpointing_kwargs", {}) | how
     arguments["optim"] = optim
+    if setup.compile:
+        arguments["torch_compile"] = True
     if setup.optimizer == "sgd-momentum":
         arguments["optim_args"] = "momentum=0.9"
     if optim in TAKES_MODULES:
@@ -133,7 +143,7 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         "dtype": DTYPE_NAMES[parameters],
         "attn_implementation": _attention(setup),
         "arguments": arguments,
-        "lora": None if setup.lora is None else _lora(setup.lora),
+        "lora": None if setup.lora is None else _lora(setup.lora, TASK_TYPE_BY_OBJECTIVE.get(setup.objective)),
         "quantization": _quantization(setup),
         "adapters_as_base": setup.lora is not None and setup.lora.dtype == "base",
         "upcast": setup.upcast,
@@ -199,13 +209,16 @@ def _teacher(setup: Setup) -> dict[str, Any]:
     return {"dtype": DTYPE_NAMES[setup.teacher_numerics[0]], "attn_implementation": _attention(setup)}
 
 
-def _lora(lora: Lora) -> dict[str, Any]:
+def _lora(lora: Lora, task_type: str | None) -> dict[str, Any]:
     """Arguments of LoraConfig."""
     targets = ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets)
     found: dict[str, Any] = {"r": lora.rank, "target_modules": targets}
     found |= {"lora_dropout": lora.dropout} if lora.dropout else {}
     found |= {"use_dora": True} if lora.dora else {}
     found |= {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+    found |= {"layers_to_transform": list(lora.layers)} if lora.layers else {}
+    found |= {"rank_pattern": dict(lora.ranks)} if lora.ranks else {}
+    found |= {"task_type": task_type} if task_type is not None else {}
     return found
 
 
@@ -213,10 +226,11 @@ def _quantization(setup: Setup) -> dict[str, Any] | None:
     """Arguments of BitsAndBytesConfig."""
     if setup.quantize is None:
         return None
+    skipped = {"llm_int8_skip_modules": list(CLASSIFIER_HEADS)} if setup.objective in CLASSIFICATIONS else {}
     if setup.quantize == "int8":
-        return {"load_in_8bit": True}
+        return {"load_in_8bit": True, **skipped}
     parameters, autocast = PRECISIONS[setup.precision]
-    found: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    found: dict[str, Any] = {"load_in_4bit": True, **skipped, "bnb_4bit_quant_type": "nf4"}
     found["bnb_4bit_compute_dtype"] = DTYPE_NAMES[autocast or parameters]
     if setup.quantize == "nf4-double":
         found["bnb_4bit_use_double_quant"] = True

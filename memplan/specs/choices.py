@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from memplan.errors import UsageError, did_you_mean
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
+from memplan.specs.ranks import as_layers, as_ranks
 from memplan.specs.training import LOSSES_BY_OBJECTIVE, TRAINER_BY_OBJECTIVE, check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Names = str | Sequence[str]
 
@@ -56,7 +57,7 @@ class Choices(TypedDict, total=False):
     lora_rank: int | None
     """Rank of adapters that are trained in place of the weights."""
     lora_targets: Names | None
-    """Linear layers that get one, as a list or with commas (all of them but the head)."""
+    """Linear layers and embeddings that get one, as a list or with commas (all linear ones but the head)."""
     lora_dropout: float | None
     """Probability of dropout before them (0)."""
     lora_dtype: str | None
@@ -65,6 +66,11 @@ class Choices(TypedDict, total=False):
     """Adapters of magnitude and direction."""
     modules_to_save: Names | None
     """Modules of which a full copy is trained beside the adapters."""
+    lora_layers: str | int | Sequence[int] | None
+    """Numbers of the layers that get adapters, as a list or as in 0,16-31 (all)."""
+    lora_ranks: str | Mapping[str, int] | None
+    """Ranks of what has another one, by the end of its path (a regular expression), as a mapping or as in
+    down_proj=8,layers.0.*=64; the first that fits counts (none)."""
     freeze: Names | None
     """Patterns of parameters or modules that are not trained."""
     quantize: str | None
@@ -75,12 +81,16 @@ class Choices(TypedDict, total=False):
     """Checkpointing by use_reentrant=True, the default of transformers 4."""
     upcast: bool | None
     """What is not quantised is cast to fp32 (peft's prepare_model_for_kbit_training)."""
+    compile: bool | None
+    """torch.compile of the model, with inductor."""
     eval_batch: int | None
     """Sequences per forward pass of an evaluation, which is then counted (8)."""
     eval_samples: int | None
     """Sequences whose logits an evaluation keeps for its metrics (none)."""
     eval_accumulation: int | None
     """Batches after which they move to the host (at the end)."""
+    eval_generate: int | None
+    """Tokens that an evaluation generates behind each sequence (none)."""
 
 
 FIELD_BY_ARGUMENT = {
@@ -106,6 +116,7 @@ FIELD_BY_ARGUMENT = {
     "offload": "offload",
     "reentrant": "reentrant",
     "upcast": "upcast",
+    "compile": "compile",
 }
 """Argument -> the field of `memplan.specs.training.Setup`."""
 
@@ -116,6 +127,8 @@ LORA_FIELD_BY_ARGUMENT = {
     "lora_dtype": "dtype",
     "dora": "dora",
     "modules_to_save": "modules_to_save",
+    "lora_layers": "layers",
+    "lora_ranks": "ranks",
 }
 """Argument -> the field of `memplan.specs.adapter.Lora`."""
 
@@ -123,6 +136,7 @@ EVALUATION_FIELD_BY_ARGUMENT = {
     "eval_batch": "batch",
     "eval_samples": "samples",
     "eval_accumulation": "accumulation",
+    "eval_generate": "generate",
 }
 """Argument -> the field of `memplan.specs.evaluation.Evaluation`."""
 
@@ -130,6 +144,7 @@ ARGUMENTS = (*FIELD_BY_ARGUMENT, *LORA_FIELD_BY_ARGUMENT, *EVALUATION_FIELD_BY_A
 
 COUNTS = ("micro_batch", "accumulation", "seq_len", "packed_sequences", "lora_rank", *EVALUATION_FIELD_BY_ARGUMENT)
 LISTS = ("lora_targets", "modules_to_save", "freeze")
+READER_BY_ARGUMENT: dict[str, Callable[[str, Any], Any]] = {"lora_layers": as_layers, "lora_ranks": as_ranks}
 
 
 def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +205,8 @@ def _read(name: str, value: Any) -> Any:
         return as_count(name, value)
     if name in LISTS:
         return as_names(name, value)
+    if name in READER_BY_ARGUMENT:
+        return READER_BY_ARGUMENT[name](name, value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

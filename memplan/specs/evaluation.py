@@ -27,8 +27,16 @@ class Evaluation:
     accumulation: int | None = None
     """Batches after which what is kept moves to the host (``eval_accumulation_steps``); None: at the end."""
 
+    generate: int | None = None
+    """Tokens generated behind each sequence, its prompt (``predict_with_generate``, ``max_new_tokens``); None: none."""
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the logits of every sequence are kept: with generation it is the tokens."""
+        return self.samples is not None and self.generate is None
+
     def __post_init__(self) -> None:
-        for name in ("batch", "samples", "accumulation"):
+        for name in ("batch", "samples", "accumulation", "generate"):
             value: object = getattr(self, name)
             if value is None and name != "batch":
                 continue
@@ -43,9 +51,11 @@ class Evaluation:
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as JSON."""
-    return {"batch": evaluation.batch, "samples": evaluation.samples, "accumulation": evaluation.accumulation}
+    names = ("batch", "samples", "accumulation", "generate")
+    return {name: getattr(evaluation, name) for name in names}
 
 
 def parse_evaluation(record: Mapping[str, Any]) -> Evaluation:
     """The evaluation of a JSON object."""
-    return Evaluation(batch=record["batch"], samples=record.get("samples"), accumulation=record.get("accumulation"))
+    names = ("samples", "accumulation", "generate")
+    return Evaluation(batch=record["batch"], **{name: record.get(name) for name in names})

@@ -245,6 +245,7 @@ def describe(trial: Trial) -> str:
     words += [] if setup.attention == "sdpa" else [setup.attention]
     words += [OPTIMIZER_WORDS.get(setup.optimizer, setup.optimizer)] if setup.optimizer != "adamw" else []
     words += ["padded"] if setup.padding else []
+    words += ["compiled"] if setup.compile else []
     words += [setup.batching] if setup.is_flattened else []
     words += [f"{setup.data_parallel_size} ranks"] if setup.data_parallel_size > 1 else []
     return ", ".join(words)

@@ -3,12 +3,13 @@
 Names are those of modules and parameters in transformers: ``model.layers.0.self_attn.q_proj``.
 
 Sources: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``, ``_maybe_include_all_linear_layers``),
-utils/other.py (``ModulesToSaveWrapper``, ``prepare_model_for_kbit_training``); transformers 5.23,
+utils/other.py (``get_pattern_key``, ``ModulesToSaveWrapper``, ``prepare_model_for_kbit_training``); transformers 5.23,
 quantizers/quantizer_bnb_4bit.py.
 """
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from memplan.specs.adapter import Lora
 
 ALL_LINEAR = "all-linear"
+
+LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 class Recipe(NamedTuple):
@@ -35,6 +38,10 @@ class Recipe(NamedTuple):
     """What is not quantised is cast to fp32 (``prepare_model_for_kbit_training``)."""
     input_gradients: bool = False
     """The result of the embedding is made to require a gradient (``enable_input_require_grads``)."""
+    parameters: tuple[str, ...] = ()
+    """Names of parameters that get adapters without a linear layer (`memplan.specs.conversions`)."""
+    spared: tuple[str, ...] = ()
+    """Names of linear layers that get none, because their name means one of these parameters."""
     disabled: bool = False
     """Adapters are there and switched off (``disable_adapter``): the model is the one that they were added to."""
 
@@ -51,20 +58,38 @@ class Recipe(NamedTuple):
         return not any(covers(p, name) for p in self.freeze)
 
     def copies(self, module: str) -> bool:
-        """Whether a trained copy of `module` stands beside the frozen original (``modules_to_save``)."""
+        """Whether a trained copy of `module`, or of what it is in, stands beside the original (``modules_to_save``)."""
         return self._has_copy(module) and not self.disabled
 
     def _has_copy(self, module: str) -> bool:
-        return self.lora is not None and any(is_named(name, module) for name in self.lora.modules_to_save)
+        return self.lora is not None and any(is_within(name, module) for name in self.lora.modules_to_save)
 
     def adapts(self, module: str) -> bool:
         """Whether the linear layer `module` gets an adapter."""
         if self.lora is None or self.disabled or self.copies(module):
             return False
-        return self.lora.targets == (ALL_LINEAR,) or any(is_named(name, module) for name in self.lora.targets)
+        if any(is_named(name, module) for name in self.spared):
+            return False
+        if self.lora.targets == (ALL_LINEAR,) or module in self.lora.targets:
+            return True  # a whole path stands for itself, whatever its layer
+        return any(is_named(name, module) for name in self.lora.targets) and self._in_layers(module)
 
-    def adapts_head(self, module: str) -> bool:
-        """The same of the layer that makes the logits: ``all-linear`` leaves it out."""
+    def _in_layers(self, module: str) -> bool:
+        """Whether the module is in one of the layers that get adapters; what is in none has no number."""
+        return self.lora is None or not self.lora.layers or layer_number(module) in self.lora.layers
+
+    def adapts_parameter(self, path: str) -> bool:
+        """Whether the parameter, which is no linear layer's, gets one."""
+        return not self.disabled and any(is_named(name, path) for name in self.parameters)
+
+    def rank(self, module: str) -> int:
+        """The rank of the adapter of `module`; 0 without one."""
+        if self.lora is None:
+            return 0
+        return next((rank for pattern, rank in self.lora.ranks if ends_in(pattern, module)), self.lora.rank)
+
+    def adapts_named(self, module: str) -> bool:
+        """The same of an embedding, or the layer that makes the logits: ``all-linear`` leaves them out."""
         return self.lora is not None and self.lora.targets != (ALL_LINEAR,) and self.adapts(module)
 
     def quantises(self, module: str) -> bool:
@@ -79,6 +104,22 @@ EVERYTHING = Recipe()
 def is_named(name: str, module: str) -> bool:
     """Whether `name` is the path of the module or how it ends, from a dot on."""
     return module == name or module.endswith(f".{name}")
+
+
+def is_within(name: str, module: str) -> bool:
+    """Whether the module or one that it is part of has the name."""
+    return f".{name}." in f".{module}."
+
+
+def ends_in(pattern: str, module: str) -> bool:
+    """Whether the regular expression `pattern` is the path of the module or its end, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def layer_number(module: str) -> int | None:
+    """The number of the layer that the module is in, None outside of all: the first number in its path."""
+    found = LAYER_NUMBER.match(module)
+    return None if found is None else int(found[1])
 
 
 def covers(pattern: str, name: str) -> bool:

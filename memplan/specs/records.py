@@ -83,6 +83,7 @@ def setup_record(setup: Setup) -> dict[str, Any]:
         "offload": setup.offload,
         "reentrant": setup.reentrant,
         "upcast": setup.upcast,
+        "compile": setup.compile,
         "evaluation": None if setup.evaluation is None else evaluation_record(setup.evaluation),
     }
 
@@ -136,6 +137,8 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
             dtype=lora.get("dtype", "fp32"),
             dora=lora.get("dora", False),
             modules_to_save=tuple(lora.get("modules_to_save", ())),
+            layers=tuple(lora.get("layers", ())),
+            ranks=tuple(lora.get("ranks", {}).items()),
         )
     return Setup(
         **given,
@@ -147,6 +150,7 @@ def parse_setup(record: Mapping[str, Any]) -> Setup:
         offload=record.get("offload"),
         reentrant=record.get("reentrant", False),
         upcast=record.get("upcast", False),
+        compile=record.get("compile", False),
         evaluation=None if record.get("evaluation") is None else parse_evaluation(_checked(record["evaluation"])),
     )
 

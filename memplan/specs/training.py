@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError, did_you_mean
+from memplan.specs.adapter import check_token_targets, with_head
 from memplan.specs.recipe import EVERYTHING, Recipe
 from memplan.specs.values import dataclass
 
@@ -109,7 +110,11 @@ OBJECTIVES = (
 )
 TRACED = ("contrastive",)
 """Objectives that no formula describes: the real module is run."""
+IN_BATCH = ("contrastive",)
+"""Those whose loss compares all examples of a micro-batch: accumulated, it is another loss."""
 CLASSIFICATIONS = ("sequence-classification", "token-classification")
+TASK_TYPE_BY_OBJECTIVE = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+"""Objectives for which peft does more than for others, and what it calls them."""
 SCORED = ("reward", *CLASSIFICATIONS)
 """Objectives of models that have a layer of scores in place of the words' output layer."""
 PREFERRED = ("dpo", "dpo-precomputed")
@@ -233,6 +238,8 @@ class Setup:
     """What is not quantised is cast to fp32, as peft's ``prepare_model_for_kbit_training`` does."""
     evaluation: Evaluation | None = None
     """An evaluation between the steps; None: none is counted."""
+    compile: bool = False
+    """``torch.compile`` of the model with inductor (``TrainingArguments.torch_compile``)."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "data_parallel_size", "seq_len"):
@@ -251,6 +258,7 @@ class Setup:
         self._check_offload()
         self._check_reentrant()
         self._check_updates()
+        self._check_compiled()
 
     def _check_objective(self) -> None:
         """Raise `UsageError` where the loss of the objective is not computed like this."""
@@ -261,10 +269,10 @@ class Setup:
                 f"The loss of {self.objective} is not modelled as --loss {self.loss}.",
                 f"Use --loss {' or '.join(known)}.",
             )
-        if self.objective in SCORED and self.lora is not None:
-            raise UsageError(
-                "Adapters beside the layers of a classifier are not modelled.", "Leave --lora-rank or --objective out."
-            )
+        if self.objective == "token-classification" and self.lora is not None:
+            check_token_targets(self.lora)
+        if self.objective == "reward" and self.lora is not None:
+            raise UsageError("Adapters of a reward model are not modelled.", "Leave --lora-rank or --objective out.")
         if self.objective in UNEVALUATED and self.evaluation is not None:
             raise UsageError(
                 f"What the trainer evaluates for {self.objective} is not modelled.",
@@ -394,13 +402,47 @@ class Setup:
                 f"{what}, before GPUs could exchange their gradients.", "Use one GPU or another --optimizer."
             )
 
+    def _check_compiled(self) -> None:
+        """Raise `UsageError` for what is not modelled together with ``torch.compile``."""
+        if not self.compile:
+            return
+        cure = "Leave --compile or {} out."
+        if self.optimizer in IN_BACKWARD:
+            raise UsageError(
+                f"{self.optimizer} updates in the backward pass; a compiled one hands out gradients at its end.",
+                "Use another --optimizer, or leave --compile out.",
+            )
+        for is_given, what, flag in (
+            (self.objective != "lm", f"Training for {self.objective}", "--objective"),
+            (self.quantize is not None, "bitsandbytes' kernels", "--quantize"),
+            (self.lora is not None and self.lora.dora, "DoRA", "--dora"),
+            (self.offload is not None, "Offloading to the host", "--offload"),
+            (self.loss != "full", f"The {self.loss} loss", "--loss"),
+            (self.label_smoothing > 0, "Label smoothing", "--label-smoothing"),
+            (self.activation_checkpointing == "selective", "Selective checkpointing", "--checkpointing"),
+            (self.activation_checkpointing == SAVE_ATTENTION, "Saving what attention gives", "--checkpointing"),
+            (self.reentrant, "Reentrant checkpointing", "--reentrant"),
+            (self.is_flattened, "Several sequences in a row", "--batching"),
+        ):
+            if is_given:
+                raise UsageError(f"{what} under torch.compile is not modelled.", cure.format(flag))
+
+    @property
+    def passes_mask(self) -> bool:
+        """Whether attention is given a mask.
+
+        Under ``torch.compile`` transformers (5.23, masking_utils.py) may not look at data, and makes one for
+        scaled_dot_product_attention even where it hides nothing but the future.
+        """
+        return self.padding or (self.compile and self.attention == "sdpa")
+
     @property
     def recipe(self) -> Recipe:
         """What of the model is trained, and how the rest is stored."""
         if self.lora is None and not self.freeze:
             return EVERYTHING
         return Recipe(
-            lora=self.lora,
+            lora=with_head(self.lora) if self.lora and self.objective in CLASSIFICATIONS else self.lora,
             freeze=self.freeze,
             quantize=self.quantize,
             upcast=self.upcast,

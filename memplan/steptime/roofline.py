@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import Size
-from memplan.operators.tape import ATTENTION_KERNEL
+from memplan.operators.tape import ATTENTION_KERNEL, PRODUCTS
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class Timed(NamedTuple):
     """The forward pass without fused attention: what checkpointing computes twice that saves what attention gives."""
 
 
-def timed(tape: Tape) -> Timed:
-    """The work of a recorded piece."""
-    real = [op for op in tape.ops if _computes(op)]
+def timed(tape: Tape, *, fused: bool = False) -> Timed:
+    """The work of a recorded piece; `fused`: of its products alone."""
+    real = [op for op in tape.ops if _computes(op) and (op.name in PRODUCTS or not fused)]
     in_span = {id(op) for span in tape.spans for op in tape.ops[span.start : span.stop]}
     return Timed(
         (*(_forward(op) for op in real), *(_inside(op.loop.dtype, op.loop.moved) for op in real if op.loop)),

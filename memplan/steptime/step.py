@@ -95,12 +95,17 @@ class StepTime(NamedTuple):
 class TimedModel:
     """The work of a recorded model, ready to be timed for any size."""
 
-    def __init__(self, recording: Recording, speed: Speed, reference: Recording | None = None) -> None:
-        """`speed`: what the GPU can do; `reference`: a model that runs forward in every micro-step, too."""
+    def __init__(
+        self, recording: Recording, speed: Speed, reference: Recording | None = None, *, fused: bool = False
+    ) -> None:
+        """`speed`: what the GPU can do; `reference`: a model that runs forward in every micro-step, too.
+
+        `fused`: a compiler may put everything but the products into kernels that run anyway: they alone are timed.
+        """
         self.speed = speed
-        self.stem = timed(recording.stem.tape)
-        self.head = timed(recording.head.tape)
-        self.kinds = tuple(timed(kind.tape) for kind in recording.kinds)
+        self.stem = timed(recording.stem.tape, fused=fused)
+        self.head = timed(recording.head.tape, fused=fused)
+        self.kinds = tuple(timed(kind.tape, fused=fused) for kind in recording.kinds)
         self.order = recording.order
         self.reference = () if reference is None else tuple(timed(piece.tape) for piece in _each_run(reference))
         self._known: dict[tuple[int, int, int, int], tuple[float, float, dict[str, float]]] = {}

@@ -81,7 +81,7 @@ USAGE = [
     ("estimate bert-base --loss chunked", "causal language models", "--loss full"),
     ("estimate llama-3-8b --loss cut --precision fp32", "hidden states in fp32", "--loss full"),
     ("estimate llama-3-8b --objective orpo --loss tiled", "orpo is not modelled as --loss tiled", "--loss full"),
-    ("estimate llama-3-8b --objective reward --lora-rank 8", "Adapters beside the layers of a classifier", "Leave"),
+    ("estimate llama-3-8b --objective reward --lora-rank 8", "Adapters of a reward model", "Leave"),
     ("estimate opt-1.3b --objective reward", "reward is not modelled for opt", "Known: bert"),
     ("estimate llama-3-8b --objective orpo --eval-batch 4", "What the trainer evaluates for orpo", "--eval-batch"),
     ("estimate llama-3-8b --label-smoothing 0.1 --loss tiled", "and --loss tiled has none", "--loss full"),

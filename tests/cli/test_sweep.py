@@ -186,3 +186,17 @@ def test_the_help_says_how_a_range_is_written(run) -> None:
     for spelling in ("1,2,4", "1..64", "1..64x2", "512..4096+512", "parquet", "--lora-rank"):
         assert spelling in text
     assert "--target-batch" not in text
+
+
+def test_under_the_compiler_the_map_is_of_upper_ends(run) -> None:
+    """The document names both ends of every point, the text says which one the map shows."""
+    command = "sweep gpt2 --gpu 24GB --micro-batch 1,64 --seq-len 1024 --compile"
+    document = json.loads(run(f"{command} --json").out)
+    for point in document["points"]:
+        assert point["least_kept_activation_bytes"] < point["kept_activation_bytes"]
+        assert point["least_peak_process_bytes"] < point["peak_process_bytes"]
+    assert [point["verdict"] for point in document["points"]] == ["fits", "oom"]
+    text = " ".join(run(command).out.split())
+    assert "the map shows the upper ends of ranges" in text
+    assert "may run all the same" in text
+    assert "least_peak_process_bytes" in run(f"{command} --format csv").out

@@ -387,3 +387,42 @@ def test_a_plan_that_does_not_fit(run) -> None:
     ran = run("suggest own_modules:own_loss --gpu 530MB --target-batch 2048 --micro-batch 1024")
     assert ran.status == 3
     assert "Nothing fits" in ran.out
+
+
+def test_what_the_compiler_keeps_is_inside_the_range_of_the_estimate(run) -> None:
+    """GIVEN --compile, THEN the trace names bytes kept, and the estimate a range around them."""
+    pytest.importorskip("transformers")
+    setup = "config.json --micro-batch 2 --gpu rtx4090 --compile --json"
+    estimate, trace = parsed(run(f"estimate {setup}")), parsed(run(f"trace {setup}"))
+    check(estimate, "estimate")
+    check(trace, "estimate")
+    assert estimate["setup"]["compile"] is trace["setup"]["compile"] is True
+    kept, found = (one["compiled"]["kept_activation_bytes"] for one in (estimate, trace))
+    assert kept["low"] <= found["low"] == found["high"] <= kept["high"]
+    assert kept["high"] == estimate["kept_activation_bytes"]
+    low, traced = (one["compiled"]["peak_allocated_bytes"] for one in (estimate, trace))
+    assert low["low"] <= traced["low"]
+    assert traced["high"] == pytest.approx(low["high"], rel=0.005)
+    assert (estimate["compiled"]["is_traced"], trace["compiled"]["is_traced"]) == (False, True)
+    assert any(one["what"] == "graph breaks" for one in trace["unmodelled"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--diff", "compared without a compiler"),
+        ("--accumulation 2", "one micro-step is traced"),
+        ("--checkpointing full", "checkpointed layers is not traced"),
+    ],
+)
+def test_what_is_not_traced_under_the_compiler(run, options: str, said: str) -> None:
+    ran = run(f"trace config.json --compile {options}")
+    assert ran.status == 2
+    assert said in ran.err
+
+
+def test_a_module_of_ones_own_is_traced_under_the_compiler_and_not_planned(run) -> None:
+    assert parsed(run("estimate own_modules:mlp --compile --json"))["compiled"]["is_traced"]
+    ran = run("suggest own_modules:mlp --compile --gpu 24GB --target-batch 8")
+    assert ran.status == 2
+    assert "ask memplan trace" in ran.err

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from memplan.allocator.replay import replay
 from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import read_config
-from memplan.estimation.between import SCORES_HELD
 from memplan.estimation.estimate import Estimator
+from memplan.estimation.replaying import replay as replay_program
 from memplan.estimation.step import EVALUATION
 from memplan.probes.recorder import StorageRecorder
 from memplan.probes.trace import trace_training
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import LOSSES, Setup
+from memplan.specs.values import replace
 from tests.laws.models import GPT2, LLAMA, QWEN2
 from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, EAGER_ONLY
 
@@ -46,12 +48,12 @@ EVALUATIONS = {
 LORA = Lora(rank=8, dropout=0.1)
 
 
-def both(config: dict[str, Any], setup: Setup, *, grouped: bool = False) -> tuple[int, int]:
+def both(config: dict[str, Any], setup: Setup, *, grouped: bool = False, instant: str = EVALUATION) -> tuple[int, int]:
     """Allocated bytes by the formula and by the trace; `grouped`: fp32 has no fused kernel for it on CUDA."""
-    formula = Estimator(read_architecture(config, "config"), "config").peaks(setup).by_instant[EVALUATION]
+    formula = Estimator(read_architecture(config, "config"), "config").peaks(setup).by_instant[instant]
     force = grouped and setup.precision == "fp32" and setup.attention == "sdpa"
     trace = trace_training(config, setup, sdpa_kernel="flash" if force else None)
-    return formula, trace.phase_peaks()["evaluation"]
+    return formula, trace.phase_peaks()[instant]
 
 
 @pytest.mark.parametrize(
@@ -86,11 +88,10 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("model_type", "attention"), FAMILIES)
 def test_every_family(model_type: str, attention: str) -> None:
-    """Equal to the byte, but for a key-value cache (Gemma 3) and what is named in the answer (`SCORES_HELD`)."""
+    """Equal to the byte, but for a key-value cache (Gemma 3), which is named in the answer."""
     setup = Setup(micro_batch_size=2, seq_len=LENGTH, attention=attention, evaluation=Evaluation())
     formula, trace = both(CONFIG_BY_MODEL_TYPE[model_type], setup)
-    named = model_type == "gemma3" or (attention == "eager" and model_type in SCORES_HELD)
-    assert (formula == trace) != named, "mended, if it is equal: take it out of what is named"
+    assert (formula == trace) != (model_type == "gemma3"), "mended, if it is equal: take it out of what is named"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -119,6 +120,57 @@ def test_every_loss(loss: str, lora: Lora | None) -> None:
 def test_real_models_at_real_sizes(model: str, setup: Setup) -> None:
     formula, trace = both(read_config(model)[0], Setup(**{**vars(setup), "evaluation": Evaluation()}))
     assert formula == trace
+
+
+# -- through the allocator ---------------------------------------------------------------------------------------------
+
+
+OFF_IN_THE_STEP = {
+    ("gpt2", "bf16-mixed", "one by one"),
+    ("bert-base", "bf16-mixed", "one by one"),
+    *(("gpt2", "bf16", name) for name in EVALUATIONS if name != "logits kept"),
+}
+"""Where the step alone reserves 1 to 5 % more by the formula than by the trace, which an evaluation does not cover."""
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize(
+    ("model", "precision", "attention"),
+    [
+        ("gpt2", "bf16-mixed", "sdpa"),
+        ("gpt2", "bf16", "eager"),
+        ("qwen2.5-0.5b", "bf16", "sdpa"),
+        ("bert-base", "bf16-mixed", "sdpa"),
+    ],
+)
+def test_reserved_bytes(
+    request: pytest.FixtureRequest, model: str, precision: str, attention: str, evaluation: str
+) -> None:
+    """A step and an evaluation through the allocator: the formula's events against those of the real module.
+
+    One per cent, and a segment of 20 MiB: events a few places earlier or later find other blocks free.
+    """
+    if (model, precision, evaluation) in OFF_IN_THE_STEP:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the step's own reserved bytes are off"))
+    config = read_config(model)[0]
+    chosen = EVALUATIONS[evaluation]
+    setup = Setup(seq_len=512, precision=precision, attention=attention, evaluation=chosen)
+    of = Estimator(read_architecture(config, model), model)
+    formula = replay_program(of.program(setup), of.sizes(setup), 1, evaluation=of.evaluation(setup, chosen))
+    events = trace_training(config, setup).events
+    trace = replay([(event.key, event.num_bytes, event.sign) for event in events])
+    assert formula.reserved_bytes == pytest.approx(trace.peak_reserved_bytes, rel=0.01, abs=20 * 2**20)
+    assert formula.allocated_bytes == pytest.approx(trace.peak_allocated_bytes, rel=0.01)
+
+
+def test_reserved_bytes_without_an_evaluation_are_less() -> None:
+    """What the cache holds when an evaluation begins does not fit its larger tensors."""
+    of = Estimator(read_architecture(read_config("gpt2")[0], "gpt2"), "gpt2")
+    setup = Setup(seq_len=512)
+    with_evaluation = replace(setup, evaluation=Evaluation())
+    plain, evaluated = of.replayed_memory(setup), of.replayed_memory(with_evaluation)
+    assert evaluated.peak_reserved_bytes > plain.peak_reserved_bytes
+    assert evaluated.peak_reserved_bytes > evaluated.peak_allocated_bytes + 2**20
 
 
 # -- the real Trainer --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
 from memplan.operators.sizes import allocated
 from memplan.specs.adapter import Lora
+from memplan.specs.recipe import ALL_LINEAR
 from memplan.specs.training import Setup
 
 WIDTH, WORDS, BATCH, LENGTH, CLASSES = 64, 1000, 4, 100, 5
@@ -90,11 +91,27 @@ def test_how_many_classes() -> None:
     assert read_architecture(named, "config", dropout=0.0).classes == Classes(3, 0.0)
 
 
+def test_adapters_of_a_classifier() -> None:
+    """A copy of the head is trained beside them, and the original stays: one more head, all in all."""
+    rank, inner = 4, 128
+    setup = Setup(seq_len=8, objective=SEQUENCE, lora=Lora(rank=rank))
+    states = estimator(LLAMA).program(setup).states
+    adapters = rank * (4 * 2 * WIDTH + 3 * (WIDTH + inner))
+    assert states.num_trained == adapters + CLASSES * WIDTH
+    assert states.num_parameters == num_parameters(LLAMA, SEQUENCE) + adapters + CLASSES * WIDTH
+
+
+@pytest.mark.parametrize("targets", [(ALL_LINEAR,), ("q_proj", "score")])
+def test_adapters_of_the_head_of_tokens(targets: tuple[str, ...]) -> None:
+    """Peft fails on them."""
+    with pytest.raises(UsageError, match="has the head of a classifier of tokens in it"):
+        Setup(objective=TOKEN, lora=Lora(rank=4, targets=targets))
+
+
 @pytest.mark.parametrize(
     ("config", "choices", "said"),
     [
         (LLAMA, {"loss": "tiled"}, "not modelled as --loss tiled"),
-        (LLAMA, {"lora": Lora(rank=4)}, "Adapters beside the layers of a classifier"),
         (LLAMA | {"model_type": "opt", "ffn_dim": 128}, {}, "not modelled for opt"),
         (BERT | {"model_type": "gpt2"}, {"objective": TOKEN}, "not modelled for gpt2"),
     ],

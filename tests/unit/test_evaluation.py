@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import memplan
@@ -9,7 +11,8 @@ from memplan import UsageError
 from memplan.architectures.registry import read_architecture
 from memplan.estimation.between import saved_bytes, split_bytes
 from memplan.estimation.estimate import Estimator
-from memplan.estimation.step import EVALUATION, INSTANTS
+from memplan.estimation.generation import DECODING, PREFILL, Generation
+from memplan.estimation.step import EVALUATION, GENERATION, INSTANTS
 from memplan.operators.sizes import allocated
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation, evaluation_record, parse_evaluation
@@ -121,6 +124,8 @@ def test_it_takes_no_more_with_checkpointing() -> None:
     [
         ({"eval_batch": 0}, "eval_batch is 0"),
         ({"eval_samples": 1.5}, "eval_samples is 1.5"),
+        ({"eval_generate": 0}, "eval_generate is 0"),
+        ({"eval_generate": 5}, "Generation is not modelled for gpt2"),
         ({"eval_accumulation": 2}, "none are kept"),
     ],
 )
@@ -130,8 +135,79 @@ def test_refused(choices: dict, cause: str) -> None:
 
 
 def test_as_json_and_back() -> None:
-    evaluation = Evaluation(batch=3, samples=9, accumulation=2)
+    evaluation = Evaluation(batch=3, samples=9, accumulation=2, generate=4)
     assert parse_evaluation(evaluation_record(evaluation)) == evaluation
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+KEY_VALUE = 2 * 2 * 16 * BF16
+"""Bytes of keys and values of one token in one of the three layers."""
+
+
+def generated(num: int, batch: int = 64, **choices: Any) -> Generation:
+    chosen = Evaluation(batch=batch, generate=num)
+    found = estimator().evaluation(Setup(seq_len=LENGTH, evaluation=chosen, **choices), chosen).generation
+    assert found is not None
+    return found
+
+
+def test_the_cache_by_hand() -> None:
+    """Before the last step it holds the prompt and all tokens but that of the step."""
+    *_, last = generated(40).stages(64)
+    assert last.name == DECODING
+    assert last.cache.total(last.sizes) == 3 * 64 * KEY_VALUE * (LENGTH + 38)
+
+
+def test_one_token_needs_the_prefill_alone() -> None:
+    assert [stage.name for stage in generated(1).stages(4)] == [PREFILL]
+    assert [stage.name for stage in generated(2).stages(4)] == [PREFILL, DECODING]
+    assert [stage.name for stage in generated(3).stages(4)] == [PREFILL, DECODING, DECODING]
+
+
+def test_a_window_limits_what_the_cache_holds() -> None:
+    config = LLAMA | {"model_type": "mistral", "sliding_window": 32}
+    chosen = Evaluation(batch=64, generate=200)
+    of = estimator(config)
+    found = of.evaluation(Setup(seq_len=LENGTH, evaluation=chosen), chosen).generation
+    assert found is not None
+    _, first, last = found.stages(64)
+    number = 3 * 512
+    assert first.cache.total(first.sizes) == 3 * 64 * KEY_VALUE * LENGTH + number  # the prompt is let go after it
+    assert last.cache.total(last.sizes) == 3 * 64 * KEY_VALUE * 32 + number
+
+
+def test_every_token_more_takes_more() -> None:
+    of = estimator()
+    heights = [
+        of.peaks(Setup(seq_len=LENGTH, evaluation=Evaluation(batch=64, generate=num))).by_instant[GENERATION]
+        for num in (1, 500, 1000, 1500)
+    ]
+    assert heights == sorted(heights)
+    assert heights[3] - heights[2] == heights[2] - heights[1] > 3 * 64 * KEY_VALUE * 500
+
+
+@pytest.mark.parametrize(("num", "samples"), [(5, None), (5, 100), (3000, 100)])
+def test_the_rows_of_a_generation_add_up(num: int, samples: int | None) -> None:
+    """Of an evaluation that is highest where tokens are generated, too; no row is negative."""
+    found = memplan.estimate("qwen2.5-0.5b", seq_len=64, eval_generate=num, eval_samples=samples, loss="fused")
+    assert sum(row.bytes_at_peak for row in found.ledger) == found.memory.peak_process_bytes
+    assert all(row.num_bytes >= 0 for row in found.ledger)
+
+
+@pytest.mark.parametrize(
+    ("model", "choices", "cause"),
+    [
+        ("bert-base", {}, "does not generate"),
+        ("deepseek-v2-lite", {}, "Generation is not modelled for deepseek_v2"),
+        ("qwen2.5-0.5b", {"padding": True}, "padded prompts"),
+        ("qwen2.5-0.5b", {"eval_generate": 40_000}, "positions"),
+        ("qwen2.5-0.5b", {"objective": "dpo"}, "--objective dpo"),
+    ],
+)
+def test_no_generation(model: str, choices: dict, cause: str) -> None:
+    with pytest.raises(UsageError, match=cause):
+        memplan.estimate(model, **({"seq_len": 64, "eval_generate": 5} | choices))
 
 
 # -- saving and resuming -----------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_a_target_in_tokens_counts_both_sequences_of_a_pair() -> None:
     [
         ({"objective": "orpo", "loss": "tiled"}, "orpo is not modelled as --loss tiled"),
         ({"objective": "reward", "loss": "chunked"}, "reward is not modelled as --loss chunked"),
-        ({"objective": "reward", "lora": Lora(rank=4)}, "Adapters beside the layers of a classifier"),
+        ({"objective": "reward", "lora": Lora(rank=4)}, "Adapters of a reward model"),
         ({"objective": "orpo", "lora": Lora(rank=4, dropout=0.1)}, "ORPOTrainer switches dropout off"),
         ({"objective": "reward", "evaluation": Evaluation()}, "What the trainer evaluates for reward"),
         ({**TAUGHT, "evaluation": Evaluation()}, "What the trainer evaluates for distillation"),

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import HIDDEN, heads, merged
 from memplan.architectures.classifiers import sequence_labels, token_labels
+from memplan.operators.adapters import Base
 from memplan.operators.attention import attention
 from memplan.operators.elementwise import ACTIVATION_BY_NAME, add, dropout, keeps_result
 from memplan.operators.layout import take
 from memplan.operators.losses import cross_entropy, masked_lm_loss
-from memplan.operators.matrix import embedding, linear
+from memplan.operators.matrix import embedding, linear, with_adapter
 from memplan.operators.normalisation import layer_norm
 from memplan.operators.preference import reward_loss
 from memplan.operators.products import project
@@ -112,10 +113,11 @@ def layer(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
             attended = merged(t, attention(t, q, k, v, None, p=m.attention_dropout, softmax_dtype=None))
             t.keep_alive(q, k, v)
         x = attention_output = output(m, t, attended, x)
+        t.keep_alive(attended)
     with t.scope("intermediate"):
         fed = ACTIVATION_BY_NAME[m.activation](t, linear(t, x, m.intermediate_size, "dense", bias=True))
     x = output(m, t, fed, x)
-    t.keep_alive(before, attention_output)
+    t.keep_alive(before, attention_output, fed)
     return x
 
 
@@ -136,7 +138,9 @@ def head(m: Bert, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
             else t.parameter("decoder.weight", (m.vocab_size, m.hidden_size))
         )
         transformed = transform(m, t, x, inner, norm)
-        logits = project(t, transformed, weight, bias, m.vocab_size)
+        with t.scope("decoder"):
+            logits = project(t, transformed, weight, bias, m.vocab_size)
+            logits = with_adapter(t, Base(transformed, logits, weight, bias), makes_logits=True)
     labels = int64(t, "labels", HIDDEN)
     t.external("num_items_in_batch", (), "int64", role="input")  # given, and not used
     with t.scope("loss"):

@@ -92,6 +92,9 @@ def stem(m: Deberta, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
         if m.normalised:
             rows = layer_norm(t, rows, "LayerNorm")
     t.keep_alive(ones, token_types)
+    t.hold_in_model(ones)
+    t.hold_in_model(token_types)
+    t.all_outputs_held = True  # output_hidden_states
     return x, {"pairs": pairs, "relative": relative, "rows": rows}
 
 

@@ -30,6 +30,7 @@ from memplan.architectures.families.moe import read_experts
 from memplan.errors import ConfigError
 from memplan.operators.attention import attention, cached, softmax
 from memplan.operators.elementwise import add, keeps_result, mul, scale, sub
+from memplan.operators.fused_adapters import adapted_matrix
 from memplan.operators.layout import cat, split, take, write_slice
 from memplan.operators.matrix import embedding, linear
 from memplan.operators.normalisation import rms_norm
@@ -150,7 +151,7 @@ def complex_tables(t: Tape, dim: int) -> dict[str, Tensor]:
 
 def _logits(m: DeepSeek, t: Tape, x: Tensor) -> Tensor:
     """Scores of the experts, in fp32 but under autocast."""
-    weight = t.parameter("weight", (m.experts.num, m.hidden_size))
+    weight = adapted_matrix(t, t.parameter("weight", (m.experts.num, m.hidden_size)))
     logits = project(t, t.cast(x, "fp32"), t.cast(weight, "fp32"), None, m.experts.num)
     t.hold_in_module(logits)
     return logits
@@ -266,6 +267,7 @@ def _build(m: DeepSeek, config: Config, model_type: str, *, turn: Turn, route: R
         layers=tuple(dense if i < m.num_dense else sparse for i in range(m.num_layers)),
         buffers=(*rope, *(Buffer(bias.format(i), (m.experts.num,), "fp32") for i in experts_from)),
         unmodelled=spoken_of(config),
+        cache_windows=None,  # the cache holds latents, not keys and values
     )
 
 

@@ -116,7 +116,7 @@ def queries_keys_values(m: Falcon, t: Tape, joint: Tensor) -> tuple[Tensor, Tens
 
 def factors(m: Falcon, t: Tape, *parts: Tensor) -> tuple[Tensor, ...]:
     """`parts` as a batched product takes them: a single head shown for every head, slices copied."""
-    return slices_batched(t, *(repeat_heads(t, x, m.num_heads, m.num_heads // _heads(x)) for x in parts))
+    return tuple(slices_batched(t, *(repeat_heads(t, x, m.num_heads, m.num_heads // _heads(x)) for x in parts)))
 
 
 def written_out(

@@ -193,5 +193,6 @@ def gpt_oss(config: Config) -> Architecture:
         layers=_layers(m),
         head=partial(head, m),
         attentions=("eager",),
+        cache_windows=None,  # sinks stand beside what the cache holds
         unmodelled=spoken_of(config),
     )

@@ -12,7 +12,7 @@ scaled_dot_product_attention here; the flash-attention package's kernel is not d
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.architecture import Architecture, Buffer, int64
 from memplan.architectures.blocks import HIDDEN, causal_mask, counted_positions, heads, merged
@@ -67,7 +67,7 @@ def sine_and_cosine(m: GPTJ, t: Tape, position_ids: Tensor, dtype: str) -> tuple
     rows = t.cast(t.op("gather", (table, index), (1, "s", m.rotary_dim), dtype="fp32"), dtype)
     half = (1, "s", m.rotary_dim // 2)
     sine, cosine = split(t, rows, (half, half))
-    return sine, cosine, (table, index)
+    return sine, cosine, (table, index, rows)
 
 
 def turned(m: GPTJ, t: Tape, x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ def turned(m: GPTJ, t: Tape, x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
     straight = mul(t, turning, cosine)
     first, second = take(t, turning, half), take(t, turning, half)
     swapped = cat(t, (neg(t, second), first), whole)
-    return cat(t, (add(t, straight, mul(t, swapped, sine)), passing), x.shape)
+    turned_part = add(t, straight, mul(t, swapped, sine))
+    t.hold_in_module(turned_part, passing)
+    return cat(t, (turned_part, passing), x.shape)
 
 
 def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
@@ -93,10 +95,12 @@ def self_attention(m: GPTJ, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     k, q = turned(m, t, k, sine, cosine), turned(m, t, q, sine, cosine)
     by_head = ("b", m.num_heads, "s", m.head_dim)
     q, k = t.view(q, by_head), t.view(k, by_head)
+    t.hold_in_module(q, k)
     k, v = cached(t, k, v)
     q, k = t.cast(q, "fp32"), t.cast(k, "fp32")
-    p, mask = m.attention_dropout, shared.get("mask")
-    out = attention(t, q, k, v, mask, p=p, softmax_dtype=None, weights_dtype=v.dtype, returned=True, caches=False)
+    mask = shared.get("mask")
+    how: dict[str, Any] = {"softmax_dtype": None, "weights_dtype": v.dtype, "returned": True, "caches": False}
+    out = attention(t, q, k, v, mask, p=m.attention_dropout, **how)
     out = dropout(t, linear(t, merged(t, out), m.hidden_size, "out_proj"), m.residual_dropout)
     t.keep_alive(*variables)
     return out

@@ -85,6 +85,7 @@ def internlm2(config: Config) -> Architecture:
         stem=partial(stem, m),
         layers=(one,) * m.num_layers,
         head=partial(head, m),
+        cache_windows=None,  # a cache of its own
         unmodelled=(
             (
                 "differences between versions of the published code",

@@ -82,7 +82,6 @@ def stem(m: Llama, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
     """Embedding, causal mask and rotary tables."""
     with t.scope("model"):
         x = embedding(t, int64(t, "input_ids", HIDDEN), m.vocab_size, m.hidden_size, "embed_tokens")
-        t.holds_output = not m.embedding_scaled  # inputs_embeds
         if m.embedding_scaled:
             x = scale(t, x)
         shared = masks(t, x, full=m.full_mask, window=m.masked_window)
@@ -173,6 +172,11 @@ def needs_mask_beyond(window: int | None) -> frozenset[int]:
     return frozenset() if window is None else frozenset({window - 1})
 
 
+def cache_windows(m: Llama) -> tuple[int | None, ...]:
+    """`Architecture.cache_windows` of such a model."""
+    return tuple(m.window if m.sliding and m.sliding[i] else None for i in range(m.num_layers))
+
+
 def build(m: Llama, config: Config, model_type: str, **changes: object) -> Architecture:
     """The architecture of these numbers."""
     values: dict[str, object] = {
@@ -189,6 +193,7 @@ def build(m: Llama, config: Config, model_type: str, **changes: object) -> Archi
             Buffer(f"model.rotary_emb.{name}", (m.head_dim // 2,), "fp32") for name in ("inv_freq", "original_inv_freq")
         ),
         "windows": needs_mask_beyond(m.masked_window),
+        "cache_windows": cache_windows(m),
     }
     return Architecture(**(values | changes))  # type: ignore[arg-type]
 

@@ -75,14 +75,17 @@ def self_attention(m: MPT, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
     if m.clipped:
         joint = keeps_input(t, "clamp", joint)
     q, k, v = split_heads(t, joint, m.num_heads, m.head_dim)
-    q, k, v = slices_batched(t, q, *cached(t, k, v))
+    k, v = cached(t, k, v)
+    batched = slices_batched(t, q, k, v)
     b, num, s, head_dim = q.shape
-    scores = scale(t, matmul(t, q, k, (b, num, s, s), head_dim))
+    scores = scale(t, matmul(t, next(batched), next(batched), (b, num, s, s), head_dim))
     bias = t.view(shared["alibi"], (num, 1, s))
     scores = masked_fill(t, add(t, scores, bias), shared["mask"])
-    weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), v.dtype), m.dropout)
+    weights = dropout(t, t.cast(softmax(t, scores, dtype="fp32"), joint.dtype), m.dropout)
+    t.hold_in_module(joint, scores)
+    t.hold_into_next(weights)
     t.also_returns(weights)
-    out = copy(t, matmul(t, weights, v, q.shape, s), (b, s, num, head_dim))
+    out = copy(t, matmul(t, weights, next(batched), (b, num, s, head_dim), s), (b, s, num, head_dim))
     return linear(t, merged(t, out), m.hidden_size, "out_proj")
 
 

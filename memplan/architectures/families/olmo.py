@@ -105,10 +105,17 @@ def layer2(m: Olmo, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
     """One layer of OLMo 2."""
     with t.scope("self_attn"):
         attended = self_attention(m, t, x, shared)
-    x = add(t, x, rms_norm(t, attended, "post_attention_layernorm", gain_in_fp32=True))
+    x = _added(t, x, attended, "post_attention_layernorm")
     with t.scope("mlp"):
         fed = gated_mlp(t, x, m.intermediate_size, m.activation)
-    return add(t, x, rms_norm(t, fed, "post_feedforward_layernorm", gain_in_fp32=True))
+    return _added(t, x, fed, "post_feedforward_layernorm")
+
+
+def _added(t: Tape, x: Tensor, made: Tensor, norm: str) -> Tensor:
+    """``x + norm(made)``; a variable of the layer holds what was made until it is normalised."""
+    normed = rms_norm(t, made, norm, gain_in_fp32=True)
+    t.keep_alive(made)
+    return add(t, x, normed)
 
 
 def head(m: Olmo, t: Tape, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:

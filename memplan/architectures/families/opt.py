@@ -66,6 +66,8 @@ def stem(m: OPT, t: Tape) -> tuple[Tensor, dict[str, Tensor]]:
         places = embedding(t, add_scalar(t, position_ids), rows, m.hidden_size, "embed_positions")
         if m.embedding_size != m.hidden_size:
             x = linear(t, x, m.hidden_size, "project_in")
+        t.hold_in_model(places)
+        t.hold_in_model(ones)
         x = add(t, x, places)
     return x, shared | {"position_ids": position_ids}
 

@@ -74,7 +74,7 @@ def self_attention(m: Phi, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) -> 
     v = heads(t, linear(t, x, m.num_kv_heads * m.head_dim, "v_proj", bias=True), m.num_kv_heads, m.head_dim)
     if m.qk_norm:
         q, k = layer_norm(t, q, "q_layernorm"), layer_norm(t, k, "k_layernorm")
-    q, k = (partial_rotary(t, part, shared["cos"], shared["sin"], m.rotary_dim) for part in (q, k))
+    q, k = (partial_rotary(t, part, shared["cos"], shared["sin"], m.rotary_dim, held=True) for part in (q, k))
     out = merged(t, attention(t, q, k, v, shared.get("mask"), p=m.attention_dropout, by_head=True))
     return linear(t, out, m.hidden_size, "dense", bias=True)
 

@@ -59,6 +59,7 @@ def self_attention(m: Phi3, t: Tape, x: Tensor, shared: Mapping[str, Tensor]) ->
     """Grouped-query attention on slices of a joint projection."""
     b, s, _ = x.shape
     qkv = linear(t, x, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim, "qkv_proj")
+    t.hold_in_module(qkv)
     q, k, v = (take(t, qkv, (b, num, s, m.head_dim)) for num in (m.num_heads, m.num_kv_heads, m.num_kv_heads))
     q, k = turned(m, t, q, shared), turned(m, t, k, shared)
     t.keep_alive(qkv)

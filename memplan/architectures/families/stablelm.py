@@ -86,7 +86,7 @@ def self_attention(m: StableLM, t: Tape, x: Tensor, shared: Mapping[str, Tensor]
     v = heads(t, linear(t, x, m.num_kv_heads * m.head_dim, "v_proj", bias=m.qkv_bias), m.num_kv_heads, m.head_dim)
     if m.qk_norm:
         q, k = norm_per_head(t, q, "q_layernorm"), norm_per_head(t, k, "k_layernorm")
-    q, k = (partial_rotary(t, part, shared["cos"], shared["sin"], m.rotary_dim) for part in (q, k))
+    q, k = (partial_rotary(t, part, shared["cos"], shared["sin"], m.rotary_dim, held=True) for part in (q, k))
     out = merged(t, attention(t, q, k, v, shared.get("mask"), p=m.attention_dropout, by_head=True))
     return linear(t, out, m.hidden_size, "o_proj")
 
