@@ -119,6 +119,8 @@ def test_other_choices(precision: str, dtype: str | None, attention: str, paddin
         {"activation_checkpointing": "full", "offload": "activations"},
         {"optimizer": "lomo"},
         {"lora": Lora(rank=8), "quantize": "nf4"},
+        {"lora": Lora(rank=8, targets=("q_proj", "lm_head"))},
+        {"lora": Lora(rank=8, modules_to_save=("lm_head",))},
     ],
     ids=str,
 )
