@@ -105,7 +105,7 @@ FAULTS = [
     ],
     *[
         (f"estimate gpt2 --objective {name}", f"--objective {name} is not modelled yet", "Known: lm, dpo")
-        for name in ("kto", "grpo", "contrastive")
+        for name in ("kto", "grpo")
     ],
 ]
 
