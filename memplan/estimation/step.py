@@ -510,8 +510,7 @@ def run_without_graph(companion: Companion) -> tuple[tuple[Part, ...], tuple[Par
     layers = [(kinds[kind], places) for kind, places in runs]
     if first is not None:
         layers = [(first, (0,)), (layers[0][0], layers[0][1][1:]), *layers[1:]]
-    body = [(stem, (STEM,)), *layers]
-    pieces = [*body, (head, (HEAD,))]
+    pieces = [(stem, (STEM,)), *layers, (head, (HEAD,))]
 
     def part(segment: Segment, places: tuple[int, ...]) -> Part:
         return Part(companion.instant, segment, places, companion)
@@ -521,7 +520,8 @@ def run_without_graph(companion: Companion) -> tuple[tuple[Part, ...], tuple[Par
         return [Part(instant, gone[id(piece)], places, companion) for piece, places in pieces if gone[id(piece)].events]
 
     run = (
-        *(part(piece.without_graph, places) for piece, places in body),
+        part(stem.without_graph, (STEM,)),
+        *(part(segment, places) for segment, places in _layers_without_graph(layers)),
         part(stem.released_without_graph("shared", *(("result",) if held else ())), (STEM,)),
         part(head.without_graph, (HEAD,)),
         *end(companion.instant, "cached"),
@@ -530,6 +530,23 @@ def run_without_graph(companion: Companion) -> tuple[tuple[Part, ...], tuple[Par
     if not companion.result:
         return (*run, handed_out), ()
     return run, (handed_out._replace(instant=LOSS), *end(LOSS, "handed out"))
+
+
+def _layers_without_graph(
+    layers: Sequence[tuple[PieceLifetimes, tuple[int, ...]]],
+) -> Iterator[tuple[Segment, tuple[int, ...]]]:
+    """The layers, one after the other; what one returns beside its result goes when the next has run."""
+    before: list[tuple[Segment, tuple[int, ...]]] = []
+    for piece, places in layers:
+        if not piece.tape.in_next:
+            yield piece.without_graph, places
+            continue
+        gone = piece.released_without_graph("returned")
+        for place in places:
+            yield piece.without_graph, (place,)
+            yield from before
+            before = [(gone, (place,))]
+    yield from before
 
 
 def _of_companion(companion: Companion, row: Row) -> Row:

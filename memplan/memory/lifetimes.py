@@ -305,7 +305,8 @@ class PieceLifetimes:
         """What a run without a graph has left of the piece goes: all that is of one of these `kinds`.
 
         ``cached``: autocast's copies; ``result``: what it hands on; ``handed out``: what the model returns besides (its
-        cache of keys and values); ``shared``: the rest, of the stem what the layers share.
+        cache of keys and values); ``returned``: what a layer does, held until the next has run; ``shared``: the rest,
+        of the stem what the layers share.
         """
         alive: dict[tuple[Any, ...], Event] = {}
         for event in self.without_graph.events:
@@ -321,6 +322,8 @@ class PieceLifetimes:
             return "result"
         if self.tape.storages[s].cached:
             return "cached"
+        if s in {x.storage for x in self.tape.in_next}:
+            return "returned"
         return "handed out" if s in {x.storage for x in self.tape.handed_out} else "shared"
 
     @property
