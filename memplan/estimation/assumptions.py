@@ -17,6 +17,7 @@ from memplan.specs.training import (
     CLASSIFICATIONS,
     DISTILLATION,
     LOSSES_BY_OBJECTIVE,
+    OFFLOADED,
     OPTIMIZERS,
     PRECISIONS,
     library_of,
@@ -155,6 +156,15 @@ _KEPT_BY_OPTIMIZER = {
 
 def _optimizer_states(case: _Case) -> Iterator[Assumption]:
     held, host = case.program.optimizer_states.total(case.sizes), case.program.host_bytes
+    if host and case.optimizer == OFFLOADED:
+        yield Assumption(
+            "optimizer",
+            f"runs on the host: {format_bytes(host)} of pinned memory for weights, gradients and states there",
+            "all on the device",
+            case.effect(replace(case.setup, optimizer="adamw-fused")),
+            "torchao's CPUOffloadOptimizer, gradients left on the device; clipping does not reach those on the host",
+        )
+        return
     if host:
         yield Assumption(
             "optimizer states",
@@ -238,6 +248,10 @@ def left_out_of(optimizer: str) -> tuple[tuple[str, str], ...]:
 
 
 _LEFT_OUT_BY_OPTIMIZER = {
+    OFFLOADED: (
+        "the optimizer's step on the host",
+        "it takes as long as the host's memory and cores do",
+    ),
     "muon": ("the time of Newton-Schulz iterations", "the step time counts the optimizer's memory traffic alone"),
     "galore-adamw": (
         "cuSOLVER's workspace and the time of decompositions",

@@ -26,6 +26,8 @@ adamw-32bit, lion,       2n, n, n, 3n in fp32                        none
 rmsprop-32bit, ademamix
 paged-...                the same; from 100,000 numbers on in the    none
                          host's memory
+adamw-offloaded          below 4,096 numbers as adamw-fused; else a  none
+                         copy, a gradient and 2n in the host's memory
 galore-adamw             of a matrix 2 of rank 128 and a projection  loop: singular vectors in fp32
 apollo-adamw             of a matrix 2 of rank 128 and a projection  loop: 2n
 adamw-in-backward        as adamw-fused                              none, and no gradients but the one at hand
@@ -34,10 +36,10 @@ adalomo                  rows + columns in fp32 (a vector: n)        as adafacto
 =======================  ==========================================  ==================================================
 
 Sources: torch/optim (2.13); transformers/optimization.py, trainer.py, trainer_optimizer.py (5.23); bitsandbytes/optim
-(0.50.2), whose CUDA kernels allocate nothing (backends/cuda/ops.py); schedulefree 1.4.1; galore_torch 1.0;
-apollo_torch 1.0.3; lomo_optim 0.1.1.  Weight decay as the Trainer has it by default, 0: with another, SGD, RMSprop and
-Adagrad (foreach) also hold a copy of all gradients.  All parameters are one group; the Trainer's two make the
-temporaries of norms and biases, which are small, come later.
+(0.50.2), whose CUDA kernels allocate nothing (backends/cuda/ops.py); torchao/optim/cpu_offload.py (0.18), which leaves
+gradients on the device; schedulefree 1.4.1; galore_torch 1.0; apollo_torch 1.0.3; lomo_optim 0.1.1.  Weight decay as
+the Trainer has it by default, 0: with another, SGD, RMSprop and Adagrad (foreach) also hold a copy of all gradients.
+All parameters are one group; the Trainer's two make the temporaries of norms and biases, which are small, come later.
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ BLOCK = 256
 LEAST_8BIT = 4096
 """Numbers of the smallest tensor that bitsandbytes keeps in 8 bits (``min_8bit_size``)."""
 
+LEAST_OFFLOADED = 4096
+"""Numbers of the smallest tensor that torchao's CPUOffloadOptimizer updates on the host (``minimal_size``)."""
+
 LEAST_PAGED = 100_000
 """Numbers of the smallest tensor whose states bitsandbytes pages (``Optimizer8bit.get_state_buffer``)."""
 
@@ -81,7 +86,7 @@ class State(NamedTuple):
     dtype: str
     source: str
     on_host: bool = False
-    """Whether it lies in unified memory, outside what the caching allocator hands out."""
+    """Whether it lies in unified or in the host's memory, outside what the caching allocator hands out."""
 
 
 class Phase(NamedTuple):
@@ -140,6 +145,15 @@ def _nothing(_: Trained) -> Iterable[State]:
 
 def _adamw_fused(p: Trained) -> Iterable[State]:
     return (*_adamw(p), State("step", (), "fp32", FUSED_STEP_SOURCE))
+
+
+def _adamw_offloaded(p: Trained) -> Iterable[State]:
+    """The step counts of what is on the host are not counted: 4 bytes a tensor."""
+    if _product(p.shape) < LEAST_OFFLOADED:
+        return _adamw_fused(p)
+    names = ("parameter on the host", "gradient on the host", "exp_avg", "exp_avg_sq")
+    source = "torchao.optim.CPUOffloadOptimizer: pinned, of torch.optim.AdamW(fused=True) on the host"
+    return (State(name, p.shape, p.dtype, source, on_host=True) for name in names)
 
 
 def _muon(p: Trained) -> Iterable[State]:
@@ -269,6 +283,7 @@ def _paged_and_not() -> dict[str, Optimizer]:
 OPTIMIZER_BY_NAME = {
     "adamw-foreach": Optimizer(_adamw, (Phase(_all, FOREACH_SOURCE, together=(ROOT,)),)),
     "adamw-fused": Optimizer(_adamw_fused),
+    "adamw-offloaded": Optimizer(_adamw_offloaded),
     "adamw-forloop": Optimizer(
         _adamw, (Phase(_all, "torch/optim/adam.py: _single_tensor_adam", loop=loops.adamw_forloop),)
     ),

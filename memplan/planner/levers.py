@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.planner.plan import Candidate, Lever
 from memplan.specs.adapter import Lora
-from memplan.specs.training import LOSSES_BY_OBJECTIVE, PRECISIONS, SAVE_ATTENTION
+from memplan.specs.training import LOSSES_BY_OBJECTIVE, OFFLOADED, PRECISIONS, SAVE_ATTENTION
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ USUAL_RANK = 16
 """The rank of the LoRA levers: what TRL's scripts take (`ModelConfig.lora_r`)."""
 
 COPIED = "copies over PCIe, there and back, on the compute stream: their time is not counted"
+ON_HOST = (
+    "torchao's; the host computes the step, whose time is not counted, and gradients go there before they are clipped"
+)
 LOW_RANK = (
     "only corrections of low rank are trained: near full fine-tuning on small data as a rule, not in pre-training"
 )
@@ -170,5 +173,8 @@ def _other_optimizers(setup: Setup) -> Iterator[Change]:
         yield Change("8-bit optimizer states", f"--optimizer {eight}", {"optimizer": eight}, ROUNDING, ROUNDED)
     if paged:
         yield Change("optimizer states in unified memory", f"--optimizer {paged}", {"optimizer": paged})
+    if eight == "adamw-8bit" and setup.lora is None:
+        fields = {"optimizer": OFFLOADED}
+        yield Change("the optimizer on the host", f"--optimizer {OFFLOADED}", fields, ROUNDING, ON_HOST)
     if setup.optimizer != "sgd":
         yield Change("no optimizer states", "--optimizer sgd", {"optimizer": "sgd"}, OTHER, NO_MOMENTS)

@@ -150,6 +150,12 @@ def _schedule_free(kind: str) -> Make:
     return make
 
 
+def _offloaded(module: nn.Module) -> Any:
+    require("torchao")
+    made: Any = import_module("torchao.optim").CPUOffloadOptimizer
+    return made(_parameters(module), torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
+
+
 class InBackward:
     """Updates each parameter as soon as its gradient is there: a hook and an optimizer for each."""
 
@@ -205,6 +211,7 @@ REAL_ON_META: dict[str, Make] = {
 
 WITH_NUMBERS: dict[str, Make] = {
     "adamw-fused": _torch("AdamW", fused=True),
+    "adamw-offloaded": _offloaded,
     "adamw-32bit": _bitsandbytes("AdamW", 32),
     "adamw-8bit": _bitsandbytes("AdamW", 8),
     "paged-adamw": _bitsandbytes("AdamW", 32, paged=True),

@@ -39,6 +39,7 @@ OPTIMIZERS = {
             "adamw-forloop",
             "adamw-32bit",
             "adamw-8bit",
+            "adamw-offloaded",
             "paged-adamw",
             "paged-adamw-8bit",
             "adafactor",
@@ -69,10 +70,13 @@ OPTIMIZERS = {
 }
 """Optimizers by name, and the implementation the name stands for (torch.optim.AdamW picks foreach on CUDA)."""
 
+OFFLOADED = "adamw-offloaded"
+"""The optimizer that runs on the host."""
 IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
 """Optimizers that update each parameter in the backward pass: no gradient is left to add up, to clip or to reduce."""
 
 LIBRARY_BY_PART = {
+    "offloaded": "torchao",
     "8bit": "bitsandbytes",
     "32bit": "bitsandbytes",
     "paged": "bitsandbytes",

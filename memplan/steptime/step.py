@@ -33,6 +33,7 @@ TRAFFIC_BY_OPTIMIZER = {
     "adamw-foreach": Traffic(20),
     "adamw-forloop": Traffic(20),
     "adamw-fused": Traffic(7),
+    "adamw-offloaded": Traffic(2),
     "sgd": Traffic(3),
     "sgd-momentum": Traffic(8),
     "rmsprop": Traffic(13),
@@ -63,6 +64,7 @@ TRAFFIC_BY_OPTIMIZER = {
 }
 """Of each implementation, counted kernel by kernel.
 
+Of what is offloaded the gradient is read and the parameter written; the host's work is not counted.
 bitsandbytes reads the gradient, reads and writes the parameter and its states.  Adafactor's numbers are all fp32.
 Of Muon, GaLore and APOLLO the elementwise part alone: their matrix products come on top.
 """

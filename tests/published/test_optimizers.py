@@ -7,6 +7,7 @@ is read off backends/cuda/ops.py, which hands pointers over.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +20,7 @@ from memplan.architectures.registry import read_architecture
 from memplan.errors import UsageError
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
-from memplan.memory.optimizers import LEAST_PAGED, OPTIMIZER_BY_NAME
+from memplan.memory.optimizers import LEAST_OFFLOADED, LEAST_PAGED, OPTIMIZER_BY_NAME
 from memplan.operators.sizes import allocated, bind
 from memplan.probes import optimizers as real
 from memplan.probes.optimizers import REAL_ON_META, WITH_NUMBERS
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-NEEDS_CUDA = {"paged-ademamix", "paged-ademamix-8bit"}
-"""On a CPU bitsandbytes pages no other optimizer, but fails at these."""
+NEEDS_CUDA = {"paged-ademamix", "paged-ademamix-8bit", "adamw-offloaded"}
+"""On a CPU bitsandbytes pages no other optimizer, but fails at these; torchao asks for a GPU."""
 
 
 def need_library_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +106,55 @@ def test_paged_states_are_those_that_bitsandbytes_asks_unified_memory_for(
     )
     found = states_of(list(rows.values()), name).optimizer_states().rows
     assert on_device == sorted((row.shape, size.factor) for row, size, _ in found if row.tensor != "code books")
+
+
+class NoStream:
+    """A CUDA stream where there is no CUDA: everything has happened."""
+
+    def wait_stream(self, _: object) -> None:
+        pass
+
+    def record_event(self) -> NoStream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torchao_keeps_on_the_host_and_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own optimizer, with streams that do nothing and memory that is not pinned."""
+    pytest.importorskip("torchao")
+    from torchao.optim import cpu_offload
+
+    empty_like = torch.empty_like
+    monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+    def unpinned(x: Any, *, pin_memory: bool = False, **how: Any) -> Any:
+        return empty_like(x, **how)
+
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    module = Model().to(torch.bfloat16)
+    rows = trained(module)
+    assert {p.numel() >= LEAST_OFFLOADED for p in rows} == {True, False}
+    optimizer = WITH_NUMBERS["adamw-offloaded"](module)
+    for p in module.parameters():
+        p.sum().backward()
+    assert all(p.grad is not None for p in rows)  # they stay on the device
+    optimizer.step()
+    on_host = []
+    for p, copy in optimizer.param_d2h_map.items():
+        state = optimizer.optim_dict[p].state[copy]
+        on_host += [copy, copy.grad, state["exp_avg"], state["exp_avg_sq"]]
+    on_device = [x for state in optimizer.d_opt.state.values() for x in state.values()]
+    states = [state for row in rows.values() for state in OPTIMIZER_BY_NAME["adamw-offloaded"].states(row)]
+    for found, expected in ((on_host, True), (on_device, False)):
+        assert sorted((tuple(x.shape), x.dtype) for x in found) == sorted(
+            (state.shape, DTYPES[state.dtype]) for state in states if state.on_host == expected
+        )
 
 
 LLAMA: dict[str, Any] = {
