@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from memplan.errors import MemplanError
 from memplan.estimation.step import LOSS
 from memplan.operators.attention import MOST_OF_FLASH
+from memplan.specs.conversions import converted
 from memplan.specs.recipe import ALL_LINEAR
 from memplan.specs.training import OPTIMIZERS, PRECISIONS
 from memplan.specs.values import NamedTuple, replace
@@ -77,6 +78,7 @@ def lints(estimator: Estimator, setup: Setup, program: StepProgram, sizes: Sizes
         _frozen_inputs,
         _int8_inputs,
         _adapters,
+        _adapted_experts,
         _mask,
         _one_row,
         _wide_heads,
@@ -189,6 +191,23 @@ def _adapters(run: _Run) -> Iterator[Lint]:
             "peft, tuners/tuners_utils.py: cast_adapter_dtype, _cast_input_dtype",
             effect,
         )
+
+
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _adapted_experts(run: _Run) -> Iterator[Lint]:
+    """Adapters of stacked experts, which peft makes anew as whole matrices, and autograd keeps."""
+    lora = run.setup.lora
+    if lora is None or not converted(run.setup.recipe, run.estimator.architecture.model_type).parameters:
+        return
+    yield Lint(
+        "adapters of experts",
+        "in every layer all experts are made anew as one sum of weights and adapters, which is kept for the backward "
+        "pass; adapters of the attention alone (--lora-targets q_proj,k_proj,v_proj,o_proj) keep none",
+        "peft, tuners/lora/layer.py: ParamWrapper",
+        run.effect(lora=replace(lora, targets=ATTENTION_LAYERS)),
+    )
 
 
 def _mask(run: _Run) -> Iterator[Lint]:

@@ -38,6 +38,12 @@ CASES = [
         {"checkpointing": "full", "reentrant": True, "micro_batch": 8, "loss": "tiled", "optimizer": "sgd"},
         {"reentrant": False},
     ),
+    (
+        "adapters of experts",
+        "qwen3-30b-a3b",
+        {"lora_rank": 8},
+        {"lora_targets": "q_proj,k_proj,v_proj,o_proj"},
+    ),
     ("a mask rules flash attention out", "qwen2.5-0.5b", {"padding": True}, {"padding": False}),
     (
         "sequences in one row without flash attention",
