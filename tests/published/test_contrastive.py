@@ -112,6 +112,7 @@ def test_scores_grow_with_the_square_of_the_batch() -> None:
     assert second % (2 * 16 * 16 * 4) == 0
 
 
+@pytest.mark.slow
 def test_a_plan_counts_pairs() -> None:
     """The plan comes from traces, and names what it counts."""
     found = memplan.suggest("bert-base", gpu="16GB", target_batch=64, seq_len=128, objective="contrastive")

@@ -18,7 +18,7 @@ from memplan.operators.tape import Parameter
 from memplan.planner.levers import EIGHT_BITS_BY_OPTIMIZER, PAGED_BY_OPTIMIZER
 from memplan.report.document import estimate_document
 from memplan.report.trainer import OPTIM_BY_OPTIMIZER, trainer_arguments
-from memplan.specs.training import OPTIMIZERS, Setup, library_of
+from memplan.specs.training import OFFLOADED, OPTIMIZERS, Setup, library_of
 from memplan.steptime.step import bytes_of_update
 
 SIZES = Sizes({})
@@ -221,14 +221,27 @@ def test_what_needs_gradients_is_refused(choices: dict[str, int]) -> None:
 def test_every_optimizer_is_answered_for(optimizer: str) -> None:
     answer = memplan.estimate("gpt2", optimizer=optimizer, gpu="rtx4090", seq_len=128)
     said = {one.what: one for one in answer.assumptions}
-    assert ("optimizer states" in said) == (answer.optimizer_state_bytes + answer.host_bytes > 0)
+    about = "optimizer" if optimizer == OFFLOADED else "optimizer states"
+    assert (about in said) == (answer.optimizer_state_bytes + answer.host_bytes > 0)
     assert sum(row.bytes_at_peak for row in answer.ledger if row.module != "process") == (
         answer.memory.peak_allocated_bytes
     )
     assert answer.step_time is not None
     assert answer.step_time.optimizer_s > 0
     assert estimate_document(answer)["host_bytes"] == answer.host_bytes
-    assert bool(answer.host_bytes) == optimizer.startswith("paged")
+    assert bool(answer.host_bytes) == (optimizer.startswith("paged") or optimizer == OFFLOADED)
+
+
+def test_an_optimizer_on_the_host_leaves_weights_and_gradients_on_the_device() -> None:
+    """By hand: GPT-2's norms and biases have fewer than 4,096 numbers; all else is on the host four times."""
+    answer = memplan.estimate("gpt2", optimizer=OFFLOADED)
+    vectors = 12 * (4 * 768 + 2304 + 768 + 3072 + 768) + 2 * 768
+    assert answer.host_bytes == 4 * 2 * (124_439_808 - vectors)
+    assert answer.gradient_bytes == memplan.estimate("gpt2", optimizer="adamw-fused").gradient_bytes
+    assert (
+        "the optimizer's step on the host",
+        "it takes as long as the host's memory and cores do",
+    ) in answer.unmodelled
 
 
 def test_paged_states_are_said_to_be_on_the_host() -> None:
