@@ -21,7 +21,9 @@ from memplan.catalog.models import read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
 from memplan.specs.adapter import Lora
+from memplan.specs.conversions import PARAMETER_BY_NAME
 from memplan.specs.training import Setup
+from memplan.specs.values import replace
 from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, EAGER_ONLY, kernel_to_force
 from tests.support.witnesses import compare
 
@@ -38,6 +40,8 @@ LORAS = {
     "on two layers": Lora(rank=8, targets=("q_proj", "v_proj")),
     "with trained embeddings": Lora(rank=8, modules_to_save=("embed_tokens", "lm_head")),
 }
+DIRECT, LATENT = ("q_proj", "k_proj", "v_proj", "o_proj"), ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+"""Linear layers of attention, and of attention with latent keys and values."""
 DORAS = {"DoRA": Lora(rank=8, dora=True), "DoRA with dropout": Lora(rank=8, dropout=0.05, dtype="base", dora=True)}
 
 
@@ -86,8 +90,11 @@ def test_adapters_of_llama_like_families(model_type: str, precision: str, checkp
     list(product(OTHERS, ("bf16", "bf16-mixed"), ("none", "full"), list(LORAS)[1:3])),
 )
 def test_adapters_of_other_families(model_type: str, precision: str, checkpointing: str, lora: str) -> None:
-    """Kept bytes are exact there, too."""
-    agree(run(model_type, lora=LORAS[lora], precision=precision, activation_checkpointing=checkpointing), 0.02)
+    """Kept bytes are exact there, too; peft has no dropout for the experts that all-linear would reach."""
+    chosen = LORAS[lora]
+    if model_type in PARAMETER_BY_NAME:
+        chosen = replace(chosen, targets=LATENT if model_type.startswith("deepseek") else DIRECT)
+    agree(run(model_type, lora=chosen, precision=precision, activation_checkpointing=checkpointing), 0.02)
 
 
 @pytest.mark.parametrize("lora", DORAS.values(), ids=DORAS)
