@@ -9,11 +9,13 @@ headroom, and the first whose run also fits when it is replayed through the cach
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.planner.levers import levers_of
 from memplan.planner.plan import Candidate, Lever, Plan, Rejection, WayOut
+from memplan.specs.adapter import Lora
+from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import IN_BATCH
 from memplan.specs.values import replace
 from memplan.units import format_bytes
@@ -113,7 +115,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     position, tried = look.first_that_fits(ranked)
     best = tried[-1] if position < len(ranked) else None
     refused += tried[:position]
-    nearest = None if best else look.replayed(min(refused, key=lambda c: c.short_by_bytes))
+    nearest = None if best else look.replayed(min(refused, key=lambda c: (c.short_by_bytes, c.setup.micro_batch_size)))
     start = best or nearest
     assert start is not None
     levers = levers_of(look.candidate, look.candidate(start.setup)) if estimator.prices_levers else ()
@@ -166,20 +168,31 @@ def _rejections(refused: Sequence[Candidate], best: Candidate | None) -> tuple[R
 
 
 def _ways_out(look: Search, start: Candidate, levers: Sequence[Lever]) -> tuple[WayOut, ...]:
-    """The fewest levers that make `start` fit; among equally many those that keep the update, then the fastest."""
-    helping = [lever for lever in levers if lever.delta_bytes < 0]
+    """The fewest levers that make `start` fit: those that keep the update first, then the fastest.
+
+    One that frees nothing by itself may free the second-highest point of the step: it counts beside others.
+    """
+    keeping = [lever for lever in levers if lever.same_update and lever.delta_bytes <= 0]
+    helping = [lever for lever in levers if lever.delta_bytes <= 0]
+    found = _fewest(look, start, keeping)
+    found += [way for way in _fewest(look, start, helping) if way.levers not in [one.levers for one in found]]
+    return tuple(found[:MOST_WAYS_OUT])
+
+
+def _fewest(look: Search, start: Candidate, levers: Sequence[Lever]) -> list[WayOut]:
+    """The cheapest of the fewest levers that fit, as replayed."""
     for num in (1, 2, 3):
         found = []
-        for group in combinations(helping, num):
+        for group in combinations(levers, num):
             candidate = _with_all(look, start.setup, group)
             if candidate is not None and candidate.fits:
                 found.append(WayOut(levers=group, candidate=candidate))
         replayed = [
             way._replace(candidate=look.replayed(way.candidate)) for way in sorted(found, key=_cost)[:MOST_WAYS_OUT]
         ]
-        if fitting := tuple(way for way in replayed if way.candidate.fits):
+        if fitting := [way for way in replayed if way.candidate.fits]:
             return fitting
-    return ()
+    return []
 
 
 def _cost(way: WayOut) -> tuple[int, int, float]:
@@ -190,13 +203,40 @@ def _cost(way: WayOut) -> tuple[int, int, float]:
 
 def _with_all(look: Search, setup: Setup, levers: Sequence[Lever]) -> Candidate | None:
     """All changes together; None where two change the same thing, or cannot be had together."""
-    changes: dict[str, object] = {}
+    changes: dict[str, dict[str, object]] = {}
     for lever in levers:
-        changed = {name: value for name, value in vars(lever.candidate.setup).items() if value != getattr(setup, name)}
-        if changed.keys() & changes.keys():
-            return None
-        changes |= changed
+        for name, parts in _changed(setup, lever.candidate.setup).items():
+            there = changes.setdefault(name, {})
+            if there.keys() & parts.keys() or (there and WHOLE in (*there, *parts)):
+                return None
+            there |= parts
     try:
-        return look.candidate(replace(setup, **changes))  # type: ignore[arg-type]
+        return look.candidate(_changed_setup(setup, changes))
     except UsageError:
         return None
+
+
+WHOLE = ""
+"""The name of a setting as a whole, beside those of its parts."""
+
+
+def _changed(setup: Setup, other: Setup) -> dict[str, dict[str, object]]:
+    """For each setting that differs its parts that do: of an evaluation or adapters several may be changed apart."""
+    found: dict[str, dict[str, object]] = {}
+    for name, value in vars(other).items():
+        before = getattr(setup, name)
+        if value == before:
+            continue
+        if isinstance(value, (Evaluation, Lora)) and before is not None:
+            found[name] = {part: new for part, new in vars(value).items() if new != getattr(before, part)}
+        else:
+            found[name] = {WHOLE: value}
+    return found
+
+
+def _changed_setup(setup: Setup, changes: dict[str, dict[str, object]]) -> Setup:
+    fields: dict[str, Any] = {
+        name: parts[WHOLE] if WHOLE in parts else replace(getattr(setup, name), **parts)
+        for name, parts in changes.items()
+    }
+    return replace(setup, **fields)

@@ -7,6 +7,7 @@ import pytest
 import memplan
 from memplan.errors import UsageError
 from memplan.planner.goal import Goal, Target, target_from_tokens
+from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import Setup, checkpointed_layers
 
 GIB = 2**30
@@ -147,6 +148,19 @@ def test_an_evaluation_that_is_the_peak_has_levers() -> None:
     for flag in ("--eval-batch 1", "--eval-accumulation 1"):
         assert levers[flag].delta_bytes < 0
         assert levers[flag].delta_step_time_s == 0
+
+
+def test_two_changes_of_one_evaluation_are_a_way_out() -> None:
+    """GIVEN an evaluation that is far above the card WHEN both of its levers are needed THEN they are found together."""
+    plan = memplan.suggest(
+        "qwen2.5-1.5b", gpu="16GB", target_batch=16, lora_rank=16, eval_batch=8, eval_samples=20, label_smoothing=0.1
+    )
+    assert plan.nearest is not None
+    assert plan.nearest.setup.micro_batch_size == 1
+    way = plan.ways_out[0]
+    assert sorted(lever.flag for lever in way.levers) == ["--eval-accumulation 1", "--eval-batch 1"]
+    assert way.candidate.fits
+    assert way.candidate.setup.evaluation == Evaluation(batch=1, samples=20, accumulation=1)
 
 
 def test_a_lever_is_priced_in_tensors() -> None:
