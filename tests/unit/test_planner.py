@@ -151,7 +151,7 @@ def test_an_evaluation_that_is_the_peak_has_levers() -> None:
 
 
 def test_two_changes_of_one_evaluation_are_a_way_out() -> None:
-    """GIVEN an evaluation that is far above the card WHEN both of its levers are needed THEN they are found together."""
+    """GIVEN an evaluation far above the card WHEN both of its levers are needed THEN they are found together."""
     plan = memplan.suggest(
         "qwen2.5-1.5b", gpu="16GB", target_batch=16, lora_rank=16, eval_batch=8, eval_samples=20, label_smoothing=0.1
     )
