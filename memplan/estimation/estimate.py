@@ -418,6 +418,8 @@ class Estimator:
         """The range under ``torch.compile``, whose upper end `memory` is."""
         program, sizes = self.program(setup), self.sizes(setup)
         kept, low = compiled.least(program, sizes, peaks.by_instant, setup.gradient_accumulation_steps)
+        if setup.evaluation is not None:
+            low = max(low, self.evaluation(setup, setup.evaluation).least(sizes))
         return compiled.range_of(Range(kept, peaks.kept_activation_bytes), low, memory)
 
     def longest_head(self, setup: Setup) -> int:

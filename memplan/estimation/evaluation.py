@@ -100,6 +100,12 @@ class EvaluationProgram:
         """Highest number of allocated bytes."""
         return max(self.peaks(training_sizes).values())
 
+    def least(self, training_sizes: Sizes) -> int:
+        """What the loop itself holds at its highest, beside what is there all the time: no model runs."""
+        steps = self.setup.gradient_accumulation_steps
+        base = sum(x.total(training_sizes) for x in self.program.resident(steps, with_states=True))
+        return int(base + max(high.held.total(self.sizes(high.batch or 1)) for high in self._highs()))
+
     def peaks(self, training_sizes: Sizes) -> dict[str, int]:
         """The same of the evaluation, and of what it generates."""
         steps = self.setup.gradient_accumulation_steps

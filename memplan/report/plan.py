@@ -217,6 +217,8 @@ def _no_trainer(setup: Document) -> str:
     if setup["freeze"]:
         missing.append("frozen parts")
     config = CONFIG_BY_OBJECTIVE.get(setup["objective"], CONFIG_OF_TRAINER)
+    if not missing:
+        return "TRL's trainers generate nothing in an evaluation: it takes a training loop of one's own"
     return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 

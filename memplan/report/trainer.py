@@ -73,7 +73,8 @@ CONFIG_BY_OBJECTIVE = {
 }
 """What holds the arguments of TRL's trainers, and of sentence-transformers'."""
 CONFIG_OF_SFT = "SFTConfig"
-OF_TRANSFORMERS = (CONFIG_OF_TRAINER, CONFIG_BY_OBJECTIVE["contrastive"])
+CONFIG_OF_GENERATION = "Seq2SeqTrainingArguments"
+OF_TRANSFORMERS = (CONFIG_OF_TRAINER, CONFIG_OF_GENERATION, CONFIG_BY_OBJECTIVE["contrastive"])
 """Those with the names and defaults of transformers."""
 WITHOUT_DROPOUT = tuple(CONFIG_BY_OBJECTIVE[objective] for objective in TRAINER_BY_OBJECTIVE)
 """Those whose trainers switch dropout off unless they are told otherwise (``disable_dropout``)."""
@@ -107,6 +108,8 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     if optim is None or not _checkpoints(setup) or not has_loss(setup.loss, setup.objective) or setup.freeze:
         return None
     config = config_of(setup)
+    if _generates(setup) and config != CONFIG_OF_GENERATION:
+        return None
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": setup.micro_batch_size,
@@ -156,7 +159,13 @@ def config_of(setup: Setup) -> str:
     if setup.objective in CONFIG_BY_OBJECTIVE:
         return CONFIG_BY_OBJECTIVE[setup.objective]
     of_sft = setup.is_flattened or setup.activation_checkpointing == SAVE_ATTENTION
-    return CONFIG_OF_SFT if of_sft or setup.loss not in LOSSES_OF_TRAINER else CONFIG_OF_TRAINER
+    if of_sft or setup.loss not in LOSSES_OF_TRAINER:
+        return CONFIG_OF_SFT
+    return CONFIG_OF_GENERATION if _generates(setup) else CONFIG_OF_TRAINER
+
+
+def _generates(setup: Setup) -> bool:
+    return setup.evaluation is not None and setup.evaluation.generate is not None
 
 
 def has_loss(loss: str, objective: str) -> bool:
@@ -169,7 +178,11 @@ def _of_evaluation(setup: Setup) -> dict[str, Any]:
     if found is None:
         return {}
     moved = {} if found.accumulation is None else {"eval_accumulation_steps": found.accumulation}
-    return {"eval_strategy": "steps", "per_device_eval_batch_size": found.batch} | moved
+    generated: dict[str, Any] = {}
+    if found.generate is not None:
+        length = setup.seq_len + found.generate
+        generated = {"predict_with_generate": True, "generation_max_length": length}
+    return {"eval_strategy": "steps", "per_device_eval_batch_size": found.batch} | moved | generated
 
 
 def _checkpoints(setup: Setup) -> bool:

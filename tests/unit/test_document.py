@@ -235,6 +235,16 @@ def test_evaluation_in_the_arguments() -> None:
     assert "per_device_eval_batch_size" not in trainer_arguments(Setup())["arguments"]
 
 
+def test_generation_in_the_arguments() -> None:
+    """Seq2SeqTrainer generates, behind 100 tokens of a prompt; TRL's trainers do not."""
+    evaluation = Evaluation(batch=4, generate=28)
+    found = trainer_arguments(Setup(seq_len=100, evaluation=evaluation))
+    assert found["config"] == "Seq2SeqTrainingArguments"
+    assert found["arguments"]["predict_with_generate"] is True
+    assert found["arguments"]["generation_max_length"] == 128
+    assert trainer_arguments(Setup(loss="tiled", evaluation=evaluation)) is None
+
+
 def test_how_a_model_is_made_ready() -> None:
     """What no class of arguments says: the adapters' dtype, the casts of k-bit training, dropout of the config."""
     lora = Lora(rank=8, dtype="base")
