@@ -14,8 +14,8 @@ lower end   what no choice can do without.  Products are never computed again (`
             thus the inputs of matrix products and attention kernels where the backward reads them, and results of
             products that other operators keep.  Layers that are checkpointed keep what goes in.
 
-Left out of the lower end are temporaries altogether, but not what the loop of an evaluation keeps of the batches; of the
-upper end what `UNMODELLED` names.  What has a number for every pair of tokens does not count: in place of attention
+Left out of the lower end are temporaries altogether, but not what the loop of an evaluation keeps of the batches; of
+the upper end what `UNMODELLED` names.  What has a number for every pair of tokens does not count: in place of attention
 that is written out inductor may put a fused kernel (fx_passes/fuse_attention.py), and the masks of all layers are
 computed once where they are the same.
 """

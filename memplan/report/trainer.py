@@ -103,13 +103,9 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
     prepare_model_for_kbit_training first, and `dropout` is for every probability of the model's config, None to leave
     them.
     """
-    optim = OPTIM_BY_OPTIMIZER.get(setup.optimizer)
-    mode = setup.activation_checkpointing
-    if optim is None or not _checkpoints(setup) or not has_loss(setup.loss, setup.objective) or setup.freeze:
+    if not _is_offered(setup):
         return None
-    config = config_of(setup)
-    if _generates(setup) and config != CONFIG_OF_GENERATION:
-        return None
+    optim, mode, config = OPTIM_BY_OPTIMIZER[setup.optimizer], setup.activation_checkpointing, config_of(setup)
     parameters, autocast = PRECISIONS[setup.precision]
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": setup.micro_batch_size,
@@ -152,6 +148,15 @@ def trainer_arguments(setup: Setup) -> dict[str, Any] | None:
         "upcast": setup.upcast,
         "dropout": None if setup.dropout == 0 and config in WITHOUT_DROPOUT else setup.dropout,
     }
+
+
+def _is_offered(setup: Setup) -> bool:
+    """Whether there are arguments that ask for all of it."""
+    if setup.optimizer not in OPTIM_BY_OPTIMIZER or setup.freeze:
+        return False
+    if _generates(setup) and config_of(setup) != CONFIG_OF_GENERATION:
+        return False
+    return _checkpoints(setup) and has_loss(setup.loss, setup.objective)
 
 
 def config_of(setup: Setup) -> str:
