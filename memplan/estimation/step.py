@@ -22,6 +22,7 @@ from memplan.memory.events import Event, Row, Segment, Sizes, maximum
 from memplan.memory.in_backward import updating
 from memplan.memory.lifetimes import WITHOUT_GRAPH, PieceLifetimes
 from memplan.memory.model_states import ModelStates, Tensors
+from memplan.memory.tied import waiting
 from memplan.operators.sizes import num_bytes
 from memplan.operators.tape import Batch, Numerics
 from memplan.specs.training import DISTILLATION, OPTIMIZERS, PRECISIONS, checkpointed_layers
@@ -426,8 +427,7 @@ class Layout:
         return self._backward(updated)
 
     def _backward(self, choose: Callable[[tuple[Segment, Segment]], Segment]) -> tuple[Part, ...]:
-        in_head = {p.name for p in self.recording.head.tape.parameters}
-        tied = frozenset(in_head & {p.name for p in self.recording.stem.tape.parameters})
+        tied = waiting(self.recording.head.tape, self.recording.stem.tape)
         return (
             Part(LOSS, choose(self.head.backward(tied)), (HEAD,)),
             *self._releasing(self._in_layers(BACKWARD, lambda x: choose(x.backward()), reverse=True)),

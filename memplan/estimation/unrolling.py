@@ -130,7 +130,7 @@ class Unrolling:
             elif key == ("gradient of output",):
                 kind, slot = 2, 0
             else:
-                kind, slot = (3 if tied else 0), self._slot((again, *key) if key[0] == "grad" else key)
+                kind, slot = (3 if tied else 0), self._slot((again, *key) if key[0] in {"grad", "tied"} else key)
             if key == ("gradient of hidden",):
                 hands_on = slot
             if event.row.kind == "gradient" and kind in {0, 3}:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from memplan.architectures.architecture import Piece
+    from memplan.memory.tied import Waiting
     from memplan.operators.sizes import Shape
     from memplan.operators.tape import Gradient, Op, Storage, Tensor
 
@@ -105,7 +106,7 @@ class PieceLifetimes:
         """What is kept although it is within what is computed again (torch's selective activation checkpointing)."""
         self._span_of = {i: span for span in self.spans for i in range(span.start, span.stop)}
         self._shared_names = {x.storage: name for name, x in piece.shared.items()} if piece.hidden is not None else {}
-        self._backwards: dict[frozenset[str], tuple[Segment, Segment]] = {}
+        self._backwards: dict[Waiting, tuple[Segment, Segment]] = {}
         self.reasons = self._reasons()
         losses = [op for op in self.tape.ops if op.module.startswith("loss")]
         self._logits = {x.storage for op in losses for x in op.inputs} if self.ends_in_loss else set()
@@ -366,7 +367,7 @@ class PieceLifetimes:
         )
         return Segment("loss released", events)
 
-    def backward(self, tied: frozenset[str] = frozenset()) -> tuple[Segment, Segment]:
+    def backward(self, tied: Waiting = frozenset()) -> tuple[Segment, Segment]:
         """The backward pass of the piece, once: in the first micro-step, and in later ones.
 
         In the first, gradients of parameters are born and stay; in later ones they are added to those that are there.
@@ -386,10 +387,10 @@ def _hold(held: dict[int, int], tensors: Iterable[Tensor]) -> None:
 class _Backward:
     """One walk of autograd's engine through a piece."""
 
-    def __init__(self, lifetimes: PieceLifetimes, tied: frozenset[str]) -> None:
+    def __init__(self, lifetimes: PieceLifetimes, tied: Waiting) -> None:
         self.lifetimes = lifetimes
         self.tape = lifetimes.tape
-        self.tied = tied
+        self.tied = dict(tied)
         self.reentrant = lifetimes.no_grad is not None
         self.events: list[Event] = []
         self.added: set[int] = set()
@@ -671,14 +672,26 @@ class _Backward:
             if self.lifetimes.ends_in_loss:
                 self._rename(number, ("tied", name))
                 return
-            # The one that waits is a transposed view (linear's), which input_buffer.cpp does not add to in place.
-            row = _parameter_gradient_row(name, x)
+            number = self._add_to_waiting(name, x, number)
+        self.added.add(len(self.events))
+        self._release(number)
+
+    def _add_to_waiting(self, name: str, x: Tensor, number: int) -> int:
+        """The stem's gradient of a shared parameter is added to the head's; the block of the sum."""
+        row = _parameter_gradient_row(name, x)
+        new_where = self.tied[name]
+        if new_where == ():
             both = self._allocate(x.bytes, row)
             self._release(number)
             self.events.append(Event(("tied", name), x.bytes, -1, row))
-            number = both
-        self.added.add(len(self.events))
+            return both
+        if new_where is not None:  # in that case the old one goes at once: a block for a moment is as much
+            size = Size(x.bytes.factor, tuple(sorted((*x.bytes.dims, *map(str, new_where)))))
+            self._release(self._allocate(size, row._replace(kind="temporary")))
         self._release(number)
+        waits = len(self.blocks)
+        self.blocks[waits], self.holders[waits] = (("tied", name), x.bytes, row), 1
+        return waits
 
     def _rename(self, number: int, name: tuple[Any, ...], row: Row | None = None) -> None:
         """Give a block another name, from its allocation on."""

@@ -31,6 +31,7 @@ PAIRS = "b*(s-1)"
 
 CHUNK_TOKENS = 256
 """Tokens of a chunk in TRL 1.7 to 1.14 (``_CHUNKED_LM_HEAD_CHUNK_SIZE`` in trainer/sft_trainer.py)."""
+CHUNKS = "chunks of cross-entropy"
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Of a tile in TRL 1.16 (kernels/chunked_logprob.py, ``_CHUNKED_LOGPROB_CHUNK_SIZE`` in trainer/utils.py)."""
 
@@ -95,7 +96,7 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
     trained = [x for x in (hidden, weight) if x.requires_grad]
     sums = [Size(3 * x.bytes.factor // CHUNK_TOKENS, ("n", *x.bytes.dims)) for x in trained]  # of every chunk
     return t.op(
-        "chunks of cross-entropy",
+        CHUNKS,
         inputs,
         (),
         dtype="fp32",
