@@ -111,8 +111,7 @@ def cuda_attention(
         if kernel == "flash":
             return _flash(query, key, value, dropout_p, is_causal, scale)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # convert_boolean_attn_mask
-            hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
-            attn_mask = torch.where(attn_mask, 0.0, hidden)
+            attn_mask = torch.where(attn_mask, 0.0, _lowest(query))
         if kernel == "efficient":
             return _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
         if kernel == "cudnn":
@@ -123,6 +122,10 @@ def cuda_attention(
         return math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]  # type: ignore[no-any-return]
 
     return scaled_dot_product_attention
+
+
+def _lowest(query: torch.Tensor) -> torch.Tensor:
+    return torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
 
 
 def _flash(
