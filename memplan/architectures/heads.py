@@ -20,7 +20,7 @@ from memplan.operators.layout import take
 from memplan.operators.losses import causal_lm_loss, smoothed_loss
 from memplan.operators.odds import odds_loss
 from memplan.operators.preference import dpo_loss
-from memplan.specs.training import DISTILLATION, PAIRED, PREFERRED, SCORED
+from memplan.specs.training import DISTILLATION, FUSED, PAIRED, PREFERRED, SCORED
 
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape, Tensor
@@ -68,7 +68,7 @@ def check_loss(loss: str, model_type: str, task: str, objective: str = "lm") -> 
             f"--loss {loss} is a loss of causal language models; {model_type} is trained on another task ({task}).",
             "Use --loss full.",
         )
-    if loss == "fused" and model_type not in LIGER_MODEL_TYPES:
+    if loss == FUSED and model_type not in LIGER_MODEL_TYPES:
         raise UsageError(
             f"Liger Kernel has no fused loss for {model_type}: Trainer would go on with all logits.",
             "Use --loss full, chunked or tiled.",

@@ -17,7 +17,6 @@ from memplan.estimation.step import check_vocabularies
 from memplan.probes.heads import language_model
 from memplan.probes.losses import IGNORED, masked
 from memplan.probes.training import accepts_num_items, outputs_to_fp32
-from memplan.specs.training import PRECISIONS
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def find_teacher(model: TracedModel, student: nn.Module, setup: Setup) -> Distil
 
 
 def _setup_of_teacher(setup: Setup) -> Setup:
-    """All weights as they were loaded, for a model that is not trained."""
-    precision = next(name for name, dtypes in PRECISIONS.items() if dtypes == setup.teacher_numerics)
+    """All weights as they were loaded, for a model that is not trained; in what autocast it runs, the loop knows."""
+    precision, _ = setup.teacher_numerics
     plain: dict[str, Any] = {"lora": None, "freeze": (), "quantize": None, "upcast": False}
     plain |= {"activation_checkpointing": "none", "offload": None, "reentrant": False}
     lm: dict[str, Any] = {"objective": "lm", "teacher": None, "teacher_dtype": None, "dropout": 0.0}

@@ -14,6 +14,7 @@ import torch
 
 from memplan.probes.faults import require
 from memplan.probes.generation import generate
+from memplan.specs.training import FUSED
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ def evaluate(run: TrainingRun, setup: Setup, evaluation: Evaluation, step: int) 
             run.witness.enter("generation", step, -1)
             tokens = generate(run, inputs, evaluation.generate)
             run.witness.enter("evaluation", step, -1)
-        results = _predict(run, inputs, size, keeps=keeps)
+        given = inputs
+        if setup.loss == FUSED and not evaluation.keeps_logits:
+            given = {**inputs, "skip_logits": True}
+        results = _predict(run, given, size, keeps=evaluation.keeps_logits)
         if tokens is not None and keeps:
-            results = (results[0], tokens, results[2])
-        del tokens
+            results = (results[0], tokens, inputs["labels"])
+        del tokens, given
         kept.add(results)
         left, number = left - size, number + 1
         if evaluation.accumulation is not None and number % evaluation.accumulation == 0:
@@ -73,6 +77,7 @@ class _Kept:
 
 
 def _predict(run: TrainingRun, inputs: Any, size: int, *, keeps: bool) -> tuple[Any, ...]:
+    """Losses of the sequences, with logits and labels where they are kept."""
     with torch.no_grad():
         num_items = run.num_items(inputs["labels"].numel()) if run.takes_num_items else None
         with run.autocast() if run.autocast else contextlib.nullcontext():

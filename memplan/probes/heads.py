@@ -2,16 +2,21 @@
 
 `use_loss` replaces the ``forward`` of a causal language model by one that runs everything below the output layer, hands
 the hidden states, the weight of the output layer and the labels to one of the losses of `memplan.probes.losses`, and
-returns no logits.  That is how those libraries do it, too:
+returns no logits.  Without labels the model does what it did before, so that it generates as ever.  That is how those
+libraries do it, too:
 
 chunked   TRL 1.14, ``_patch_chunked_ce_lm_head`` (trainer/sft_trainer.py)
 tiled     TRL 1.16, ``add_fused_lm_head`` (trainer/utils.py)
 fused     Liger Kernel 0.8.5, ``lce_forward`` (transformers/model/llama.py)
 cut       cut-cross-entropy 25.1.1, ``linear_cross_entropy(..., shift=True)``, as Unsloth calls it
+
+Liger's has all logits in evaluation mode, unless it is told to skip them, as the Trainer does where it keeps none
+(``prediction_step`` of transformers 5.23).
 """
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,7 @@ from memplan.architectures.heads import ALL_LOGITS
 from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.losses import LOSS_BY_NAME, Head, chunked
+from memplan.specs.training import FUSED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +44,8 @@ def use_loss(
         UsageError: the module is no causal language model of transformers.
     """
     if loss not in ALL_LOGITS:
-        _replace_loss(_causal_model(module, loss), LOSS_BY_NAME[loss], autocast, supervised, unlabelled)
+        model = _causal_model(module, loss)
+        _replace_loss(model, LOSS_BY_NAME[loss], autocast, supervised, unlabelled, evaluates_logits=loss == FUSED)
 
 
 def use_library_loss(module: nn.Module, loss: str) -> None:
@@ -53,7 +60,7 @@ def use_library_loss(module: nn.Module, loss: str) -> None:
     if loss not in LIBRARY_LOSS_BY_NAME:
         known = ", ".join(LIBRARY_LOSS_BY_NAME)
         raise UsageError(f"--loss {loss} is not measured.", f"Use --loss full, {known}, or memplan trace.")
-    _replace_loss(_causal_model(module, loss), LIBRARY_LOSS_BY_NAME[loss], None)
+    _replace_loss(_causal_model(module, loss), LIBRARY_LOSS_BY_NAME[loss], None, evaluates_logits=loss == FUSED)
 
 
 def _causal_model(module: nn.Module, loss: str) -> Any:
@@ -78,11 +85,30 @@ def language_model(module: nn.Module, what: str) -> Any:
 
 
 def _replace_loss(
-    model: Any, compute: Loss, autocast: CudaAutocast | None, supervised: float = 1.0, unlabelled: int = 0
+    model: Any,
+    compute: Loss,
+    autocast: CudaAutocast | None,
+    supervised: float = 1.0,
+    unlabelled: int = 0,
+    *,
+    evaluates_logits: bool,
 ) -> None:
+    """`evaluates_logits`: whether the model has its own loss, of all logits, in evaluation mode."""
+    own = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() asks which arguments there are
     def forward(
-        self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
+        self: Any,
+        input_ids: Any = None,
+        labels: Any = None,
+        num_items_in_batch: Any = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return own(input_ids=input_ids, **kwargs)
+        if evaluates_logits and not (self.training if skip_logits is None else skip_logits):
+            return own(input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
         outputs = self.base_model(input_ids=input_ids, **kwargs)
         head = head_of(self, autocast, supervised)._replace(unlabelled=unlabelled)
         return compute(outputs[0], head, labels, num_items_in_batch)

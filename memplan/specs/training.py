@@ -91,7 +91,14 @@ LIBRARY_BY_PART = {
 """Part of an optimizer's name -> the library it comes with; the others are torch's."""
 
 ATTENTIONS = ("eager", "sdpa", "flash")
-LOSSES = ("full", "full-kept", "chunked", "tiled", "fused", "cut")
+FUSED = "fused"
+LOSSES = ("full", "full-kept", "chunked", "tiled", FUSED, "cut")
+WITHOUT_LOGITS = ("chunked", "tiled", "cut")
+"""Losses that hand out no logits in an evaluation either.
+
+Those of TRL 1.14 and of cut cross-entropy have none; TRL 1.16 runs the model once more for them, which is deprecated
+(``compute_loss`` in trainer/sft_trainer.py).  Liger's model computes them in evaluation mode.
+"""
 OFFLOADS = ("activations",)
 SAVE_ATTENTION = "save-attention"
 """Checkpointing of all but what attention gives."""
@@ -149,7 +156,7 @@ TRAINER_BY_OBJECTIVE = {
     DISTILLATION: "GKDTrainer",
 }
 """TRL's, of objectives that are not transformers' own; all of them switch dropout off (``disable_dropout=True``)."""
-UNEVALUATED = ("orpo", "reward", DISTILLATION, "contrastive")
+UNEVALUATED = (*PREFERRED, "orpo", "reward", DISTILLATION, "contrastive")
 """Objectives whose trainer has an evaluation of its own, which is not modelled."""
 
 
@@ -253,6 +260,7 @@ class Setup:
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("loss", self.loss, LOSSES)
         self._check_objective()
+        self._check_evaluation()
         self._check_smoothing()
         check_checkpointing(self.activation_checkpointing)
         check_dropout(self.dropout)
@@ -289,6 +297,14 @@ class Setup:
                 "Leave --lora-dropout out.",
             )
         self._check_teacher()
+
+    def _check_evaluation(self) -> None:
+        """Raise `UsageError` where an evaluation would keep logits that the loss does not hand out."""
+        if self.evaluation is not None and self.evaluation.keeps_logits and self.loss in WITHOUT_LOGITS:
+            raise UsageError(
+                f"An evaluation with --loss {self.loss} has no logits that it could keep.",
+                "Leave --eval-samples out, or use --loss full or fused.",
+            )
 
     def _check_teacher(self) -> None:
         """Raise `UsageError` where a teacher is missing, has nothing to teach, or speaks in another dtype."""

@@ -84,6 +84,8 @@ USAGE = [
     ("estimate llama-3-8b --objective reward --lora-rank 8", "Adapters of a reward model", "Leave"),
     ("estimate opt-1.3b --objective reward", "reward is not modelled for opt", "Known: bert"),
     ("estimate llama-3-8b --objective orpo --eval-batch 4", "What the trainer evaluates for orpo", "--eval-batch"),
+    ("trace gpt2 --objective dpo --eval-batch 8", "What the trainer evaluates for dpo", "--eval-batch"),
+    ("trace gpt2 --loss tiled --eval-batch 8 --eval-samples 16", "has no logits that it could keep", "--eval-samples"),
     ("estimate llama-3-8b --label-smoothing 0.1 --loss tiled", "and --loss tiled has none", "--loss full"),
     ("estimate llama-3-8b --label-smoothing 0.1 --objective dpo", "not for --objective dpo", "Leave"),
     ("estimate bert-base --label-smoothing 0.1", "causal language models", "memplan trace"),

@@ -90,6 +90,8 @@ def test_the_formula_is_the_trace(
         ("bf16", None, "flash", False),
         ("bf16-mixed", None, "sdpa", True),
         ("fp16", None, "sdpa", False),
+        ("fp16-mixed", "fp16", "sdpa", False),
+        ("bf16-autocast", "fp16", "sdpa", False),
     ],
 )
 def test_other_choices(precision: str, dtype: str | None, attention: str, padding: bool) -> None:

@@ -19,7 +19,7 @@ from memplan.probes.recorder import StorageRecorder
 from memplan.probes.trace import trace_training
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
-from memplan.specs.training import LOSSES, Setup
+from memplan.specs.training import LOSSES, WITHOUT_LOGITS, Setup
 from memplan.specs.values import replace
 from tests.laws.models import GPT2, LLAMA, QWEN2
 from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, EAGER_ONLY
@@ -101,6 +101,16 @@ def test_every_loss(loss: str, lora: Lora | None) -> None:
     setup = Setup(micro_batch_size=2, seq_len=LENGTH, loss=loss, lora=lora, evaluation=Evaluation())
     formula, trace = both(LLAMA, setup)
     assert formula == pytest.approx(trace, rel=1e-3 if loss in {"chunked", "tiled"} else 0)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss not in WITHOUT_LOGITS])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_every_loss_that_hands_out_logits(loss: str, precision: str) -> None:
+    """Liger's model computes all logits, and its own loss of them, in evaluation mode."""
+    kept = EVALUATIONS["logits kept"]
+    setup = Setup(micro_batch_size=2, seq_len=LENGTH, loss=loss, precision=precision, evaluation=kept)
+    formula, trace = both(LLAMA, setup)
+    assert formula == trace
 
 
 @pytest.mark.parametrize(

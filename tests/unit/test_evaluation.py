@@ -127,6 +127,9 @@ def test_it_takes_no_more_with_checkpointing() -> None:
         ({"eval_generate": 0}, "eval_generate is 0"),
         ({"eval_generate": 5}, "Generation is not modelled for gpt2"),
         ({"eval_accumulation": 2}, "none are kept"),
+        ({"eval_samples": 8, "loss": "chunked"}, "--loss chunked has no logits"),
+        ({"eval_samples": 8, "loss": "tiled"}, "--loss tiled has no logits"),
+        ({"eval_samples": 8, "loss": "cut"}, "--loss cut has no logits"),
     ],
 )
 def test_refused(choices: dict, cause: str) -> None:
@@ -202,7 +205,7 @@ def test_the_rows_of_a_generation_add_up(num: int, samples: int | None) -> None:
         ("deepseek-v2-lite", {}, "Generation is not modelled for deepseek_v2"),
         ("qwen2.5-0.5b", {"padding": True}, "padded prompts"),
         ("qwen2.5-0.5b", {"eval_generate": 40_000}, "positions"),
-        ("qwen2.5-0.5b", {"objective": "dpo"}, "--objective dpo"),
+        ("qwen2.5-0.5b", {"objective": "dpo"}, "What the trainer evaluates for dpo"),
     ],
 )
 def test_no_generation(model: str, choices: dict, cause: str) -> None:

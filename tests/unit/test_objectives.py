@@ -219,6 +219,7 @@ def test_a_target_in_tokens_counts_both_sequences_of_a_pair() -> None:
         ({"objective": "reward", "lora": Lora(rank=4)}, "Adapters of a reward model"),
         ({"objective": "orpo", "lora": Lora(rank=4, dropout=0.1)}, "ORPOTrainer switches dropout off"),
         ({"objective": "reward", "evaluation": Evaluation()}, "What the trainer evaluates for reward"),
+        ({"objective": "dpo", "loss": "tiled", "evaluation": Evaluation()}, "What the trainer evaluates for dpo"),
         ({**TAUGHT, "evaluation": Evaluation()}, "What the trainer evaluates for distillation"),
         ({**TAUGHT, "batching": "padding-free"}, "own loss, not for distillation"),
         ({**TAUGHT, "label_smoothing": 0.1}, "not for --objective distillation"),
