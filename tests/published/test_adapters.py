@@ -224,6 +224,40 @@ def test_some_layers_and_ranks_of_all(model_type: str, precision: str, dora: boo
     agree(run(model_type, lora=in_some(model_type, some, dora=dora, **fields), precision=precision), 0.01)
 
 
+LAST = {
+    "adapters of the last layer": {"lora": Lora(rank=8, targets=("q_proj", "v_proj"), layers=(2,))},
+    "adapters of the queries of one": {"lora": Lora(rank=8, targets=("q_proj",), layers=(1,), dropout=0.1)},
+    "adapters behind the last attention": {"lora": Lora(rank=8, targets=("down_proj",), layers=(2,))},
+    "the last layer trained": {"freeze": ("model.embed_tokens", "model.layers.[01]")},
+}
+"""Fields of setups in which nothing has a gradient before the second or third layer."""
+
+
+@pytest.mark.parametrize("trained", LAST)
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "save-attention", "every-2"])
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("bf16", "sdpa"), ("bf16-autocast", "sdpa"), ("bf16", "eager"), ("bf16", "flash")]
+)
+def test_checkpointing_of_what_has_no_gradient(
+    precision: str, attention: str, checkpointing: str, trained: str
+) -> None:
+    """GIVEN layers without a gradient WHEN they are checkpointed THEN their inputs are kept for nobody."""
+    fields: dict[str, Any] = LAST[trained]
+    setup = Setup(
+        micro_batch_size=2,
+        seq_len=128,
+        precision=precision,
+        attention=attention,
+        activation_checkpointing=checkpointing,
+        **fields,
+    )
+    both = compare(CONFIG_BY_MODEL_TYPE["llama"], setup)
+    if (attention, checkpointing, trained) == ("eager", "selective", "adapters of the queries of one"):
+        queries = 2 * 128 * 128 * 2  # once more at the backward of the softmax: SHORT_OF_QUERIES in test_selective.py
+        both = both._replace(formula_peak=both.formula_peak + queries)
+    agree(both, 0.001)
+
+
 @pytest.mark.parametrize("pattern", ["model.embed_tokens", "model.layers.[01]", "*norm*", "lm_head.weight"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_frozen_parts(pattern: str, checkpointing: str) -> None:
