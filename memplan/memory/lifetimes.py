@@ -100,7 +100,7 @@ class PieceLifetimes:
         self.saved = frozenset(
             x.storage
             for op in self.tape.ops
-            if op.name == ATTENTION_KERNEL and checkpointing == "save-attention"
+            if op.name == ATTENTION_KERNEL and checkpointing == "save-attention" and self.spans
             for x in op.outputs
         )
         """What is kept although it is within what is computed again (torch's selective activation checkpointing)."""
@@ -113,10 +113,19 @@ class PieceLifetimes:
 
     def _spans(self, checkpointing: str) -> tuple[Span, ...]:
         if checkpointing in {"full", "save-attention"} and self.piece.hidden is not None:
-            return (Span("layer", 0, len(self.tape.ops), () if self.offloads else (self.piece.hidden,)),)
+            whole = Span("layer", 0, len(self.tape.ops), () if self.offloads else (self.piece.hidden,))
+            return (whole,) if self.no_grad is not None or self._is_recorded(whole) else ()
         if checkpointing == "selective":
-            return tuple(self.tape.spans)
+            return tuple(span for span in self.tape.spans if self._is_recorded(span))
         return ()
+
+    def _is_recorded(self, span: Span) -> bool:
+        """Whether autograd saves anything within the span.
+
+        Where nothing in it has a gradient, nothing refers to the frame of the span, and it goes with its inputs as soon
+        as the span has run (``_CheckpointFrame`` in torch/utils/checkpoint.py).
+        """
+        return any(op.keeps for op in self.tape.ops[span.start : span.stop])
 
     def _reasons(self) -> dict[int, str]:
         reasons: dict[int, str] = {}

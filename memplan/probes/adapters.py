@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
+from memplan.operators.tape import MODULES_TO_SAVE
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
 from memplan.specs.conversions import PARAMETER_BY_NAME
@@ -121,11 +122,13 @@ def _check_modules(module: nn.Module, recipe: Recipe, lora: Lora) -> None:
 
 
 def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
-    """Trained parameters in `dtype`.
+    """Adapters in `dtype`.
 
     peft leaves adapters on the meta device in fp32, and beside a quantised base anywhere; of those trl's SFTTrainer
-    (1.16) makes bf16 ones, but for DoRA's magnitudes.
+    (1.16) makes bf16 ones, but for DoRA's magnitudes.  Copies of modules have the dtype that their originals had when
+    the adapters were added (``ModulesToSaveWrapper.update``): fp32 after ``prepare_model_for_kbit_training``.
     """
     for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and (magnitudes or "lora_magnitude_vector" not in name):
+        is_copy = f".{MODULES_TO_SAVE}." in name
+        if parameter.requires_grad and not is_copy and (magnitudes or "lora_magnitude_vector" not in name):
             parameter.data = parameter.data.to(dtype)

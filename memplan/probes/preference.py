@@ -87,7 +87,7 @@ class Preference:
                 yield self.policy
         finally:
             if again:
-                enable_checkpointing(self.policy, how, self._autocast)
+                enable_checkpointing(self.policy, how, self._autocast, reentrant=self.setup.reentrant)
 
 
 def add_fused_head(module: nn.Module, setup: Setup, autocast: CudaAutocast | None, reported: tuple[str, ...]) -> None:

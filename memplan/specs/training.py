@@ -269,6 +269,7 @@ class Setup:
         self._check_quantization()
         self._check_offload()
         self._check_reentrant()
+        self._check_switched_back()
         self._check_updates()
         self._check_compiled()
 
@@ -407,6 +408,23 @@ class Setup:
                 "Reentrant is a way of checkpointing whole layers, and no layer is checkpointed.",
                 "Give --checkpointing full or every-2, or leave --reentrant out.",
             )
+
+    def _check_switched_back(self) -> None:
+        """Raise `UsageError` where checkpointing does not come back as it was after the reference has run.
+
+        DPOTrainer (TRL 1.16) switches it off for the reference, a second model or the same one, and on again with all
+        of its arguments handed to torch.utils.checkpoint (``disable_gradient_checkpointing`` in models/utils.py): that
+        raises "Unexpected keyword arguments", or with ``use_reentrant=False`` from the second micro-step on every layer
+        is checkpointed, on the device (transformers 5.23, modeling_utils.py: ``_activation_checkpointing_enable``).
+        """
+        if not self.has_reference:
+            return
+        cure = "Use --objective dpo-precomputed, or {}."
+        what = "DPOTrainer of TRL 1.16 loses {} when it switches checkpointing on again after the reference."
+        if self.offload is not None:
+            raise UsageError(what.format("offloading"), cure.format("leave --offload out"))
+        if self.activation_checkpointing.startswith("every-"):
+            raise UsageError(what.format("the choice of layers"), cure.format("--checkpointing full"))
 
     def _check_updates(self) -> None:
         """Raise `UsageError` where gradients are gone before they are needed."""

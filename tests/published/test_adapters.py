@@ -7,6 +7,7 @@ within 2 % elsewhere (Python variables of a forward that hold a tensor longer th
 
 from __future__ import annotations
 
+import warnings
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,15 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import torch
+
 from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
+from memplan.probes.adapters import with_adapters
+from memplan.probes.models import transformers_model
+from memplan.probes.quantised import quantise
 from memplan.specs.adapter import Lora
 from memplan.specs.conversions import PARAMETER_BY_NAME
 from memplan.specs.training import Setup
@@ -115,6 +121,40 @@ def test_qlora_of_a_llama(quantize: str, checkpointing: str, upcast: bool) -> No
     pytest.importorskip("bitsandbytes")
     lora = LORAS["in the dtype of the base" if upcast else "peft's defaults"]
     agree(run("llama", lora=lora, activation_checkpointing=checkpointing, quantize=quantize, upcast=upcast), 0.01)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "base"])
+@pytest.mark.parametrize("upcast", [False, True])
+@pytest.mark.parametrize("copied", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_copies_beside_a_quantised_base(model_type: str, copied: str, upcast: bool, dtype: str) -> None:
+    """GIVEN prepare_model_for_kbit_training WHEN a module is copied afterwards THEN the copy is as large: fp32."""
+    pytest.importorskip("bitsandbytes")
+    lora = Lora(rank=8, dtype=dtype, modules_to_save=(copied,))
+    agree(run(model_type, lora=lora, quantize="nf4", upcast=upcast), 0.001)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_what_peft_makes_of_a_quantised_base(upcast: bool) -> None:
+    """The dtypes of adapters and copies on a CPU, where peft casts by itself, are those of the trace."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    setup = Setup(lora=Lora(rank=8, dtype="base", modules_to_save=("lm_head",)), quantize="nf4", upcast=upcast)
+    built = []
+    for device in ("cpu", "meta"):
+        with torch.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = quantise(transformers_model(CONFIG_BY_MODEL_TYPE["llama"]).build(Setup()).module, setup)
+            if device == "meta":
+                built.append(with_adapters(model, setup))
+                continue
+            if upcast:
+                peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+            settings = peft.LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"])
+            built.append(peft.get_peft_model(model, settings, autocast_adapter_dtype=False))
+    real, traced = ({name: p.dtype for name, p in model.named_parameters() if p.requires_grad} for model in built)
+    assert real == traced
+    assert {dtype for name, dtype in real.items() if "lm_head" in name} == {torch.float32 if upcast else torch.bfloat16}
 
 
 @pytest.mark.slow
@@ -222,6 +262,40 @@ def test_some_layers_and_ranks_of_all(model_type: str, precision: str, dora: boo
     if model_type == "phi3" and fields:
         fields["targets"] = ("qkv_proj", "down_proj")
     agree(run(model_type, lora=in_some(model_type, some, dora=dora, **fields), precision=precision), 0.01)
+
+
+LAST = {
+    "adapters of the last layer": {"lora": Lora(rank=8, targets=("q_proj", "v_proj"), layers=(2,))},
+    "adapters of the queries of one": {"lora": Lora(rank=8, targets=("q_proj",), layers=(1,), dropout=0.1)},
+    "adapters behind the last attention": {"lora": Lora(rank=8, targets=("down_proj",), layers=(2,))},
+    "the last layer trained": {"freeze": ("model.embed_tokens", "model.layers.[01]")},
+}
+"""Fields of setups in which nothing has a gradient before the second or third layer."""
+
+
+@pytest.mark.parametrize("trained", LAST)
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "save-attention", "every-2"])
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("bf16", "sdpa"), ("bf16-autocast", "sdpa"), ("bf16", "eager"), ("bf16", "flash")]
+)
+def test_checkpointing_of_what_has_no_gradient(
+    precision: str, attention: str, checkpointing: str, trained: str
+) -> None:
+    """GIVEN layers without a gradient WHEN they are checkpointed THEN their inputs are kept for nobody."""
+    fields: dict[str, Any] = LAST[trained]
+    setup = Setup(
+        micro_batch_size=2,
+        seq_len=128,
+        precision=precision,
+        attention=attention,
+        activation_checkpointing=checkpointing,
+        **fields,
+    )
+    both = compare(CONFIG_BY_MODEL_TYPE["llama"], setup)
+    if (attention, checkpointing, trained) == ("eager", "selective", "adapters of the queries of one"):
+        queries = 2 * 128 * 128 * 2  # once more at the backward of the softmax: SHORT_OF_QUERIES in test_selective.py
+        both = both._replace(formula_peak=both.formula_peak + queries)
+    agree(both, 0.001)
 
 
 @pytest.mark.parametrize("pattern", ["model.embed_tokens", "model.layers.[01]", "*norm*", "lm_head.weight"])

@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -140,6 +141,57 @@ def test_qlora(quantize: str) -> None:
         both = compare(LLAMA, setup_of("dpo", lora=lora, quantize=quantize, activation_checkpointing=checkpointing))
         assert both.formula == both.trace
         assert abs(both.peak_error) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", ADAPTERS)
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_reentrant_checkpointing_comes_back_after_the_reference(
+    precision: str, trained: str, accumulation: int
+) -> None:
+    """GIVEN use_reentrant=True WHEN the reference has run THEN the policy is checkpointed as it was before."""
+    setup = setup_of(
+        "dpo",
+        precision=precision,
+        activation_checkpointing="full",
+        reentrant=True,
+        gradient_accumulation_steps=accumulation,
+        lora=ADAPTERS[trained],
+    )
+    both = compare(LLAMA, setup)
+    assert both.formula == both.trace
+    assert abs(both.peak_error) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", ADAPTERS)
+@pytest.mark.parametrize("choices", [{"offload": "activations"}, {"activation_checkpointing": "every-2"}], ids=str)
+def test_what_does_not_come_back_after_the_reference(choices: dict[str, Any], trained: str) -> None:
+    """Offloading and every-N get lost with a reference, and are the same as ever where there is none."""
+    choices = {"activation_checkpointing": "full", "lora": ADAPTERS[trained], **choices}
+    with pytest.raises(UsageError, match="after the reference"):
+        setup_of("dpo", **choices)
+    both = compare(LLAMA, setup_of("dpo-precomputed", **choices))
+    assert both.formula == both.trace
+    assert abs(both.peak_error) <= TOLERANCE
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("lost", [{"offload": True}, {"every_n_layers": 2}], ids=str)
+def test_why_it_does_not_come_back(lost: dict[str, Any], reentrant: bool) -> None:
+    """What TRL's ``disable_gradient_checkpointing`` does to a model: all arguments go to torch.utils.checkpoint."""
+    model = cpu_model(adapters=False)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant}, every_n_layers=lost.get("every_n_layers", 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant, **lost})
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    with contextlib.ExitStack() as stack:
+        if reentrant:
+            stack.enter_context(pytest.raises(ValueError, match="Unexpected keyword arguments"))
+        stack.enter_context(mock.patch("transformers.modeling_utils.save_on_cpu", side_effect=AssertionError))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 FAMILIES = [
