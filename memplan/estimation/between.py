@@ -58,11 +58,10 @@ def left_out_between_steps(setup: Setup) -> list[tuple[str, str]]:
     """(what, why) of what the numbers leave out."""
     if setup.evaluation is None:
         return []
-    found = [
-        ("generation during evaluation", "--eval-generate counts the key-value cache of predict_with_generate")
-        if setup.evaluation.generate is None
-        else ("the allocator during generation", "a cache that grows token by token leaves holes in reserved memory"),
-    ]
+    found = []
+    if setup.evaluation.generate is not None:
+        why = "a cache that grows token by token leaves holes in reserved memory"
+        found.append(("the allocator during generation", why))
     if setup.evaluation.samples is not None:
         found.append(("what metrics make of the logits", "compute_metrics is the user's own"))
     return found

@@ -433,8 +433,15 @@ class Layout:
             *self._releasing(self._in_layers(BACKWARD, lambda x: choose(x.backward()), reverse=True)),
             Part(BACKWARD, choose(self.stem.backward(tied)), (STEM,)),
             Part(BACKWARD, self.head.loss_released, (HEAD,)),
+            *(part for part in self._graph_released() if part.segment.events),
             *((Part(BACKWARD, self._release_shared(kept=True), (STEM,)),) if self.reentrant else ()),
         )
+
+    def _graph_released(self) -> Iterator[Part]:
+        """What the nodes of the graph hold goes last."""
+        yield Part(BACKWARD, self.head.graph_released, (HEAD,))
+        yield from self._in_layers(BACKWARD, lambda x: x.graph_released, reverse=True)
+        yield Part(BACKWARD, self.stem.graph_released, (STEM,))
 
     def _in_layers(
         self, instant: str, segment: Callable[[PieceLifetimes], Segment], *, reverse: bool = False

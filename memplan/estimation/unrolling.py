@@ -58,7 +58,8 @@ class Unrolling:
         self.layout = layout
         self.sizes = sizes
         self.slots: dict[Any, int] = {}
-        self.translated: dict[tuple[int, bool], Any] = {}
+        self.translated: dict[tuple[int, bool], tuple[Segment, Any]] = {}
+        """By the id of a segment, which is held, so that no other one gets its id."""
         self.gradients: dict[int, None] = {}
         layers = layout.num_places
         self.base_of = {place: first_key + place * PLACE_STRIDE for place in range(layers)}
@@ -118,7 +119,7 @@ class Unrolling:
         """Events as (kind, slot, bytes, sign); the slot of the gradient handed on; gradients that stay or go."""
         known = self.translated.get((id(segment), again))
         if known is not None:
-            return known
+            return known[1]
         events = []
         hands_on = None
         alive: dict[tuple[bool, int], bool] = {}
@@ -137,5 +138,6 @@ class Unrolling:
                 alive[tied, slot] = event.sign > 0
             events.append((kind, slot, self.sizes[event.size], event.sign))
         gradients = [(tied, slot, stays) for (tied, slot), stays in alive.items()]
-        known = self.translated[id(segment), again] = (events, hands_on, gradients)
-        return known
+        translated = events, hands_on, gradients
+        self.translated[id(segment), again] = segment, translated
+        return translated

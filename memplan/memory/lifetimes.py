@@ -15,6 +15,9 @@ Reentrant checkpointing (``CheckpointFunction`` in torch/utils/checkpoint.py) ru
 ``torch.autograd.backward`` on that: what comes in, the result computed again and its gradient are variables of the
 call, and live until the gradients of the layer are all there.
 
+What an operator holds as attributes of its node, behind autograd's back, stays until the graph goes: at the end of the
+backward pass, or, of what is computed again, as soon as that is done.
+
 Left out: Python variables that hold a tensor longer than its last use, unless the description says so (`keep_alive`).
 """
 
@@ -164,7 +167,7 @@ class PieceLifetimes:
         for span in self.spans:
             _hold(held, span.inputs)
         for s in self.saved:
-            held[s] = 1
+            held[s] = held.get(s, 0) + 1
         _hold(held, self.tape.outlive)
         return held
 
@@ -376,6 +379,13 @@ class PieceLifetimes:
         )
         return Segment("loss released", events)
 
+    @cached_property
+    def graph_released(self) -> Segment:
+        """The graph goes with the loss, and with its nodes what they hold behind autograd's back."""
+        pinned = {} if self.no_grad is not None else dict.fromkeys(x.storage for op in self.tape.ops for x in op.pins)
+        storages = [x for x in map(self.tape.storages.__getitem__, pinned) if self._is_kept_across(x)]
+        return Segment("graph released", tuple(Event(_forward_key(x), x.size, -1, self.row(x)) for x in storages))
+
     def backward(self, tied: Waiting = frozenset()) -> tuple[Segment, Segment]:
         """The backward pass of the piece, once: in the first micro-step, and in later ones.
 
@@ -385,6 +395,11 @@ class PieceLifetimes:
         if tied not in self._backwards:
             self._backwards[tied] = _Backward(self, tied).run()
         return self._backwards[tied]
+
+
+def _forward_key(storage: Storage) -> tuple[Any, ...]:
+    """Under which key the forward pass has allocated it."""
+    return ("hidden",) if storage.role == "hidden" else ("", storage.number)
 
 
 def _hold(held: dict[int, int], tensors: Iterable[Tensor]) -> None:
@@ -436,7 +451,7 @@ class _Backward:
     def _walk(self) -> None:
         """The operators in reverse; a span is computed again when the first of them needs something of it."""
         held = dict(self.lifetimes.keepers)
-        keys = {s: ("hidden",) if self.tape.storages[s].role == "hidden" else ("", s) for s in held}
+        keys = {s: _forward_key(self.tape.storages[s]) for s in held}
         waiting = set(self.lifetimes.spans)
         starts = {span.start: span for span in self.lifetimes.spans}
         again: dict[int, int] = {}
@@ -449,15 +464,16 @@ class _Backward:
             if span in waiting and (kept or self.reentrant):
                 waiting.discard(span)
                 again, again_keys = self._recompute(span)
+                self._hand_over_saved(again, held, keys)
                 incoming = self._call() if self.reentrant else []
             if span is not None and self.reentrant:
                 self._step(i, op, [(s, again, again_keys) for s in kept if s in again])
             elif span is not None:  # what comes from outside the span stays until its start is reached
-                self._step(i, op, [(s, again, again_keys) for s in kept if s in again], recomputed=True)
+                found = [(s, again, again_keys) for s in kept if s in again]
+                found += [(s, held, keys) for s in kept & self.lifetimes.saved]
+                self._step(i, op, found, recomputed=True)
             else:
                 self._step(i, op, [(s, held, keys) for s in kept])
-            for s in {x.storage for x in op.pins}:
-                self._let_go(s, held, keys)
             if i in starts and self.reentrant:
                 self._return(starts[i], again, again_keys, incoming)
             if i in starts:
@@ -530,9 +546,13 @@ class _Backward:
         for key, event in alive.items():
             if key[-1] not in held:
                 self.events.append(event._replace(sign=-1))
-        unused = [self.tape.storages[s] for s in sorted(saved - held.keys())]
-        self.events += [Event(("", x.number), x.size, -1, self.lifetimes.row(x)) for x in unused]
-        return held, {s: ("", s) if s in saved else (tag, s) for s in held}
+        return held, {s: (tag, s) for s in held}
+
+    def _hand_over_saved(self, again: dict[int, int], held: dict[int, int], keys: dict[int, tuple[Any, ...]]) -> None:
+        """What was saved is held by the operators of the second run now, and by those that pinned it in the first."""
+        for s in sorted(self.lifetimes.saved):
+            held[s] += again.pop(s, 0)
+            self._let_go(s, held, keys)
 
     # -- reentrant checkpointing -------------------------------------------------------------------------------------
 

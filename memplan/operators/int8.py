@@ -1,9 +1,10 @@
 """Linear layers whose weight is stored in 8 bits (LLM.int8(), Dettmers et al., 2022).
 
 A byte a number and an fp32 scale for each output.  The input is cast to fp16, its rows are quantised, the product of
-bytes is summed in int32, scaled to fp16 and cast.  Unlike a layer of 4 bits it holds on to its input until the backward
-pass, although it has no use for it there, and not by autograd's means, so that checkpointing does not let it go.  The
-gradient of the input makes the weight again in the input's dtype.
+bytes is summed in int32, scaled to fp16 and cast.  Unlike a layer of 4 bits it holds on to its input, although the
+backward pass has no use for it, and not by autograd's means: neither checkpointing nor its own backward lets it go, but
+only the end of the graph, when the backward pass is over.  The gradient of the input makes the weight again in the
+input's dtype.
 
 Sources: bitsandbytes 0.50, autograd/_functions.py (``MatMul8bitLt``), backends/cuda/ops.py (``int8_vectorwise_quant``,
 ``int8_mm_dequant``), backends/default/ops.py (``int8_mixed_scaled_mm``), nn/modules.py (``Linear8bitLt``).

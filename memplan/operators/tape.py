@@ -187,7 +187,7 @@ class Op(NamedTuple):
     reason: str
     """Why it keeps what it keeps."""
     pins: tuple[Tensor, ...] = ()
-    """What it holds on to behind autograd's back (as attributes of its node): checkpointing does not let it go."""
+    """What it holds on to behind autograd's back (as attributes of its node): it stays until the graph goes."""
     loop: Loop | None = None
     """What an operator that goes chunk by chunk does inside."""
 

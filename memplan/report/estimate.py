@@ -177,4 +177,4 @@ def _rows(ledger: Sequence[Document]) -> Iterator[Line]:
         )
         for row in largest
     ]
-    yield from table(rows, left=(0, 1, 3), keep_end=True)
+    yield from table(rows, left=(0, 1, 3), shrink_too=1, keep_end=True)

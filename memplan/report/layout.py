@@ -52,17 +52,23 @@ def columns(
     gap: int = 2,
     indent: int = 2,
     shrink: int = 0,
+    shrink_too: int | None = None,
     keep_end: bool = False,
 ) -> list[str]:
     """`rows` in aligned columns, those in `left` to the left and the others to the right.
 
-    Where the whole is too wide, column `shrink` is cut in the middle, or with `keep_end` at its start.
+    Where the whole is too wide, cells of column `shrink` are cut in the middle, or with `keep_end` at their start; where
+    that is not enough, those of `shrink_too`, and neither gets less than the other needs.
     """
     if not rows:
         return []
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     over = indent + sum(widths) + gap * (len(widths) - 1) - WIDTH
-    if over > 0:
+    if over > 0 and shrink_too is not None:
+        together = widths[shrink] + widths[shrink_too] - over
+        widths[shrink_too] = min(widths[shrink_too], max(together // 2, together - widths[shrink]))
+        widths[shrink] = together - widths[shrink_too]
+    elif over > 0:
         widths[shrink] = max(8, widths[shrink] - over)
     lines = []
     for row in rows:

@@ -48,11 +48,12 @@ def table(
     *,
     left: Sequence[int] = (0,),
     shrink: int = 0,
+    shrink_too: int | None = None,
     keep_end: bool = False,
     faint_header: bool = True,
 ) -> Iterator[Line]:
     """Aligned columns, the first row being their names."""
-    for n, line in enumerate(columns(rows, left=left, shrink=shrink, keep_end=keep_end)):
+    for n, line in enumerate(columns(rows, left=left, shrink=shrink, shrink_too=shrink_too, keep_end=keep_end)):
         yield Line(line, "faint" if n == 0 and faint_header else "")
 
 

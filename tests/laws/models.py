@@ -10,7 +10,9 @@ from memplan.architectures.registry import read_architecture
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.step import Recordings
 from memplan.memory.events import Sizes
-from memplan.specs.training import IN_BACKWARD, OPTIMIZERS, Setup
+from memplan.specs.adapter import Lora
+from memplan.specs.training import IN_BACKWARD, OPTIMIZERS, QUANTIZATIONS, Setup
+from memplan.specs.values import replace
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -71,6 +73,32 @@ flattened = _any(
 )
 """Several sequences end to end in one row."""
 all_setups = setups | flattened | _any(optimizer=st.sampled_from(IN_BACKWARD))
+
+_adapted = _any(
+    gradient_accumulation_steps=st.integers(1, 3),
+    optimizer=st.sampled_from(["adamw", "sgd"]),
+    quantize=st.sampled_from([None, *QUANTIZATIONS]),
+    lora=st.builds(
+        Lora,
+        rank=st.integers(1, 64),
+        dropout=st.sampled_from([0.0, 0.1]),
+        dtype=st.sampled_from(["fp32", "base"]),
+        dora=st.booleans(),
+    ),
+    loss=st.sampled_from(["full", "tiled"]),
+)
+
+
+def _of_attention(model: str, setup: Setup) -> tuple[str, Setup]:
+    """Of a mixture adapters beside attention alone: peft has none for its experts that could be dropped or bent."""
+    assert setup.lora is not None
+    if model != "mixtral":
+        return model, setup
+    return model, replace(setup, lora=replace(setup.lora, targets=("q_proj", "v_proj", "o_proj")))
+
+
+adapted = st.builds(_of_attention, models, _adapted)
+"""A model and a setup with adapters, most of them beside a base that is quantised."""
 
 
 def peaks(model: str, setup: Setup, *, first_step: bool = False) -> Any:

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memplan.architectures.registry import read_architecture
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.estimate import Estimator
 from memplan.estimation.ledger import ledger
+from memplan.estimation.replaying import calls
 from memplan.estimation.step import EVALUATION, INSTANTS, Recordings
 from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import allocated
+from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
-from tests.laws.models import CONFIGS, RECORDINGS, all_setups, flattened, models, peaks, setups
+from memplan.specs.training import Setup
+from tests.laws.models import CONFIGS, RECORDINGS, adapted, all_setups, flattened, models, peaks, setups
 
 if TYPE_CHECKING:
-    from memplan.specs.training import Setup
+    from collections.abc import Callable, Iterable
 
 LONGEST_HEAD = 16
 """Numbers of a head of the small models."""
 ESTIMATORS = {name: Estimator(read_architecture(config, name), name) for name, config in CONFIGS.items()}
 
 
-@given(model=models, setup=all_setups)
-def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) -> None:
+def every_run(test: Callable[..., None]) -> Callable[..., None]:
+    """Any model under any setup, and with adapters beside a base of few bits."""
+    pinned = Setup(seq_len=64, lora=Lora(rank=8), quantize="int8", activation_checkpointing="save-attention")
+    test = example(run=("qwen2", replace(pinned, precision="bf16-mixed", gradient_accumulation_steps=2)))(test)
+    test = example(run=("llama", replace(pinned, loss="tiled")))(test)
+    return settings(max_examples=80)(given(run=st.tuples(models, all_setups) | adapted)(test))
+
+
+@every_run
+def test_the_timeline_reaches_the_closed_form_peaks(run: tuple[str, Setup]) -> None:
     """Unrolled event by event, a run reaches at every instant exactly the formula's peak, in both steps."""
+    model, setup = run
     program = RECORDINGS[model].program(setup)
     sizes = Sizes(dimensions(setup))
     accumulation = setup.gradient_accumulation_steps
@@ -49,20 +61,33 @@ def test_the_timeline_reaches_the_closed_form_peaks(model: str, setup: Setup) ->
     assert highest[1] == peaks(model, setup).by_instant
 
 
-@given(model=models, setup=all_setups)
-def test_every_release_names_a_block_that_is_there(model: str, setup: Setup) -> None:
-    """No block is freed twice or before it exists, no name taken while in use; only the model outlives a step."""
+@every_run
+def test_every_release_names_a_block_that_is_there(run: tuple[str, Setup]) -> None:
+    """No block is freed twice or before it exists, no name taken while in use; only the model outlives a step.
+
+    So it is in the timeline, and in the calls by which the allocator is told of it.
+    """
+    model, setup = run
     program = RECORDINGS[model].program(setup)
     sizes = Sizes(dimensions(setup))
-    alive: dict[tuple[object, ...], int] = {}
-    for moment in timeline(program, sizes, setup.gradient_accumulation_steps):
-        if moment.sign > 0:
-            assert moment.key not in alive, moment
-            alive[moment.key] = moment.num_bytes
-        else:
-            assert alive.pop(moment.key) == moment.num_bytes, moment
+    accumulation = setup.gradient_accumulation_steps
     resident = sum(x.total(sizes) for x in program.resident(0, with_states=True))
-    assert sum(alive.values()) == resident
+    moments = ((moment.key, moment.num_bytes, moment.sign) for moment in timeline(program, sizes, accumulation))
+    assert left_over(moments) == resident
+    assert left_over(calls(program, sizes, accumulation)) == resident
+
+
+def left_over(events: Iterable[tuple[Any, int, int]]) -> int:
+    """The bytes of what is still there after some (key, bytes, +1 or -1)."""
+    alive: dict[Any, int] = {}
+    for key, num_bytes, sign in events:
+        if sign > 0:
+            assert key not in alive, key
+            alive[key] = num_bytes
+        else:
+            assert key in alive, key
+            assert num_bytes in {0, alive.pop(key)}, key  # what is taken by itself is freed without its size
+    return sum(alive.values())
 
 
 @given(model=models, setup=all_setups)
