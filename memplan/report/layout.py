@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 WIDTH = 80
 """Columns that a result may take, on any terminal and in any pipe."""
 
+LEAST_CELL = 8
+"""Characters that are left of a cell, however wide the others are."""
+LEAST_OF_TWO = 20
+"""The same where another column can be cut, too."""
+
 FULL, EMPTY = "█", "░"
 ASCII = {ord(FULL): "#", ord(EMPTY): "."}
 """One character for one, so that columns stay aligned."""
@@ -58,18 +63,17 @@ def columns(
     """`rows` in aligned columns, those in `left` to the left and the others to the right.
 
     Where the whole is too wide, cells of column `shrink` are cut in the middle, or with `keep_end` at their start; where
-    that is not enough, those of `shrink_too`, and neither gets less than the other needs.
+    that would leave too little of them, those of `shrink_too`, too.
     """
     if not rows:
         return []
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     over = indent + sum(widths) + gap * (len(widths) - 1) - WIDTH
-    if over > 0 and shrink_too is not None:
-        together = widths[shrink] + widths[shrink_too] - over
-        widths[shrink_too] = min(widths[shrink_too], max(together // 2, together - widths[shrink]))
-        widths[shrink] = together - widths[shrink_too]
-    elif over > 0:
-        widths[shrink] = max(8, widths[shrink] - over)
+    for column, least in ((shrink, LEAST_CELL if shrink_too is None else LEAST_OF_TWO), (shrink_too, LEAST_CELL)):
+        if over > 0 and column is not None:
+            cut = min(over, max(widths[column] - least, 0))
+            widths[column] -= cut
+            over -= cut
     lines = []
     for row in rows:
         cells = [
