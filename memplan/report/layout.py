@@ -62,8 +62,8 @@ def columns(
 ) -> list[str]:
     """`rows` in aligned columns, those in `left` to the left and the others to the right.
 
-    Where the whole is too wide, cells of column `shrink` are cut in the middle, or with `keep_end` at their start; where
-    that would leave too little of them, those of `shrink_too`, too.
+    Where the whole is too wide, cells of column `shrink` are cut in the middle, or with `keep_end` at their start; so
+    are those of `shrink_too` where that would leave too little of them.
     """
     if not rows:
         return []
