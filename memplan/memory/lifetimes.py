@@ -708,15 +708,11 @@ class _Backward:
     def _add_to_waiting(self, name: str, x: Tensor, number: int) -> int:
         """The stem's gradient of a shared parameter is added to the head's; the block of the sum."""
         row = _parameter_gradient_row(name, x)
-        new_where = self.tied[name]
-        if new_where == ():
+        if not self.tied[name]:
             both = self._allocate(x.bytes, row)
             self._release(number)
             self.events.append(Event(("tied", name), x.bytes, -1, row))
             return both
-        if new_where is not None:  # in that case the old one goes at once: a block for a moment is as much
-            size = Size(x.bytes.factor, tuple(sorted((*x.bytes.dims, *map(str, new_where)))))
-            self._release(self._allocate(size, row._replace(kind="temporary")))
         self._release(number)
         waits = len(self.blocks)
         self.blocks[waits], self.holders[waits] = (("tied", name), x.bytes, row), 1

@@ -101,11 +101,6 @@ def more_than(dim: str, number: int) -> str:
     return f"more({dim}, {number})"
 
 
-def no_more_than(dim: str, number: int) -> str:
-    """The dimension that is 0 where `dim` is more than `number`, else 1."""
-    return f"upto({dim}, {number})"
-
-
 class Dimensions(dict[str, Any]):
     """Dimensions by name; those whose name says how they are worked out from another are worked out when asked for."""
 
@@ -121,13 +116,11 @@ class Dimensions(dict[str, Any]):
 def _derived(function: str, dim: Any, number: int) -> Any:
     if function == "more":
         return (dim > number) * 1
-    if function == "upto":
-        return (dim <= number) * 1
     limit = number if function == "min" else _next_power_of_two(-(-dim // number))
     return dim - (dim - limit) * (dim > limit)  # the smaller of both, of ints and of arrays
 
 
-DERIVED = {"min": ", ", "more": ", ", "upto": ", ", "pow2": " / "}
+DERIVED = {"min": ", ", "more": ", ", "pow2": " / "}
 """Functions in the names of dimensions, and what stands between dimension and number."""
 
 

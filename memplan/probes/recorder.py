@@ -14,7 +14,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.probes.events import Span, TraceEvent
@@ -332,11 +331,7 @@ def _adds_gradients(first: Any, second: Any) -> bool:
     if not _computes_gradients() or sys._getframe(2).f_code.co_name != "_engine_run_backward":
         return False
     alone = first._use_count() == HOLDERS and _storage_use_count(first.untyped_storage()._cdata) == HOLDERS_OF_STORAGE
-    return (
-        alone
-        and (first.shape, first.dtype) == (second.shape, second.dtype)
-        and is_non_overlapping_and_dense_or_false(first)
-    )
+    return alone and (first.shape, first.dtype) == (second.shape, second.dtype) and first.is_contiguous()
 
 
 @cache
