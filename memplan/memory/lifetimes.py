@@ -220,7 +220,7 @@ class PieceLifetimes:
             yield Event(("scratch", where, n), size, sign, row)
 
     def _moments(self, op: Op, where: str, moments: Sequence[Sequence[Size]]) -> Iterable[Event]:
-        """The high points of a loop, one after the other."""
+        """High points one after the other, those of a loop as a rule."""
         for moment in moments:
             yield from self._scratch(op, where, moment, +1)
             yield from self._scratch(op, where, moment, -1)
@@ -627,6 +627,7 @@ class _Backward:
                     number = self._allocate(g.computed_at, row)
                 else:
                     where = f" gradient of {g.of.number}"
+                    self.events += self.lifetimes._moments(op, where, g.moments)
                     self.events += self.lifetimes._scratch(op, where, g.scratch, +1)
                     number = self._allocate(g.of.bytes, self._gradient_row(op, g.of))
                     self.events += self.lifetimes._scratch(op, where, g.scratch, -1)

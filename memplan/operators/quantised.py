@@ -5,8 +5,9 @@ nf4         half a byte a number; for each block of 64 an fp32 scale; a table of
 nf4-double  the same with scales of one byte, for each block of 256 of which there is an fp32; a table of 256 numbers
 ==========  ============================================================================================================
 
-A product makes the weight again in the dtype of its input, multiplies, and lets it go; so does the gradient of the
-input.  The packed weight is all that is kept: the weight is frozen, so that its gradient needs no input.
+A product makes the weight again in the dtype of its input, multiplies, and lets it go.  The gradient of the input makes
+it in the dtype that the weight had when it was packed, and casts that: under autocast it is there twice.  The packed
+weight is all that is kept: the weight is frozen, so that its gradient needs no input.
 
 Sources: bitsandbytes 0.50, nn/modules.py (``Linear4bit``), functional.py (``quantize_4bit``, ``dequantize_4bit``),
 autograd/_functions.py (``MatMul4Bit``), backends/cuda/ops.py (``_dequant_linear_fallback``).
@@ -68,13 +69,17 @@ def quantised_linear(t: Tape, x: Tensor, out_features: int, *, bias: bool) -> tu
         inputs.append(t.cast(offset, x.dtype))
     scales = num_bytes((-(-num // BLOCK),), "fp32")
     whole = num_bytes(shape, x.dtype)
+    made_again = num_bytes(shape, weight.dtype)
+    moments = ((scales, made_again),) if double else ()
+    if weight.dtype != x.dtype:
+        moments = (*moments, (made_again, whole))
     result = (*x.shape[:-1], out_features)
     y = t.op(
         "linear (4 bit)",
         inputs,
         result,
         keeps=(weight,),
-        gradients=[Gradient(x, scratch=(scales, whole) if double else (whole,))],
+        gradients=[Gradient(x, scratch=(whole,), moments=moments)],
         scratch=(scales, scales, whole) if double else (whole,),
         flops=count((*result, in_features)).times(2),
         reason="the gradient of the input needs the packed weight",

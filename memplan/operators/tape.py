@@ -146,6 +146,8 @@ class Gradient(NamedTuple):
     """Its bytes as computed, where it is then cast or summed to the form of the input."""
     kept: Tensor | None = None
     """The tensor that the operator made in its forward pass and kept to hand out now, where it did."""
+    moments: tuple[tuple[Size, ...], ...] = ()
+    """High points in turn on the way to it: what is alive at each before it is there."""
 
 
 class Loop(NamedTuple):

@@ -157,6 +157,75 @@ def test_what_peft_makes_of_a_quantised_base(upcast: bool) -> None:
     assert {dtype for name, dtype in real.items() if "lm_head" in name} == {torch.float32 if upcast else torch.bfloat16}
 
 
+NARROW: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "vocab_size": 1000,
+}
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-double"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "save-attention"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_short_sequences_beside_4_bits(quantize: str, checkpointing: str, precision: str) -> None:
+    """GIVEN few tokens THEN a weight made again is the peak; under autocast it is there in fp32 and in bf16."""
+    pytest.importorskip("bitsandbytes")
+    setup = Setup(
+        micro_batch_size=2,
+        seq_len=64,
+        lora=Lora(rank=8),
+        quantize=quantize,
+        activation_checkpointing=checkpointing,
+        precision=precision,
+    )
+    agree(compare(NARROW, setup), 0)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "every-2", "save-attention"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_a_base_in_int8(precision: str, checkpointing: str, dora: bool) -> None:
+    """GIVEN layers that hold on to their inputs THEN formula and trace agree to the byte, whatever checkpointing."""
+    pytest.importorskip("bitsandbytes")
+    both = run(
+        "llama",
+        lora=Lora(rank=8, dora=dora),
+        quantize="int8",
+        activation_checkpointing=checkpointing,
+        precision=precision,
+        gradient_accumulation_steps=2,
+    )
+    agree(both, 0)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "save-attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_int8_layers_hold_is_there_when_embeddings_are_updated(checkpointing: str, attention: str) -> None:
+    """GIVEN updates in the backward pass, the last of a large table, THEN the inputs of all layers stand beside it.
+
+    The loss itself, a block of 512 bytes, is counted to the end.
+    """
+    pytest.importorskip("bitsandbytes")
+    setup = Setup(
+        micro_batch_size=2,
+        seq_len=128,
+        lora=Lora(rank=8, modules_to_save=("embed_tokens",)),
+        quantize="int8",
+        optimizer="adalomo",
+        precision="bf16-mixed",
+        loss="tiled",
+        activation_checkpointing=checkpointing,
+        attention=attention,
+    )
+    both = compare(NARROW | {"vocab_size": 30_000, "tie_word_embeddings": True}, setup)
+    assert both.formula == both.trace
+    assert both.formula_peak - both.trace_peak == 512
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "precision", "checkpointing", "upcast"),
