@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import UsageError
 from memplan.specs.adapter import CLASSIFIER_HEADS
 from memplan.specs.conversions import PARAMETER_BY_NAME
-from memplan.specs.ranks import check_adapters, check_ranks
+from memplan.specs.ranks import check_adapters, check_copies, check_nested, check_ranks
 from memplan.specs.recipe import check_known, covers, is_within
 from memplan.specs.training import CLASSIFICATIONS
 
@@ -35,10 +35,13 @@ def check_names(recording: Recording, recipe: Recipe, objective: str) -> None:
         if not linear:
             raise UsageError("memplan knows no linear layer of this model.", "Leave --lora-rank out.")
         check_adapters(recipe, lora, linear)
-        check_ranks(lora, {name for question, name, said in asked if question.startswith("adapts") and said})
+        adapted = list(dict.fromkeys(name for question, name, said in asked if question.startswith("adapts") and said))
+        check_ranks(lora, adapted)
+        check_copies(lora, adapted, layers=recording.architecture.layer_prefix.partition(".{")[0])
         heads = CLASSIFIER_HEADS if objective in CLASSIFICATIONS else ()  # peft names them all, and a model has one
         copied = [name for name in lora.modules_to_save if name not in heads]
         check_known("--modules-to-save", copied, known("copies"), is_within)
+        check_nested(lora, known("copies"))
     check_known("--freeze", recipe.freeze, known("trains", "trains_adapter"), covers)
 
 

@@ -14,7 +14,7 @@ from memplan.operators.tape import MODULES_TO_SAVE
 from memplan.probes.faults import require
 from memplan.probes.quantised import DTYPES, quantise
 from memplan.specs.conversions import PARAMETER_BY_NAME
-from memplan.specs.ranks import check_adapters, check_ranks
+from memplan.specs.ranks import check_adapters, check_copies, check_nested, check_ranks
 from memplan.specs.recipe import ALL_LINEAR, check_known, covers, is_within
 from memplan.specs.training import PRECISIONS, TASK_TYPE_BY_OBJECTIVE
 
@@ -99,7 +99,9 @@ def with_adapters(module: nn.Module, setup: Setup) -> nn.Module:
             f"peft {peft.__version__} cannot add these adapters: {text[:300]}",
             "Name linear layers of the model with --lora-targets, or say all-linear.",
         ) from error
-    check_ranks(lora, [_path(name, part) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)])
+    paths = [_path(name, part) for name, part in adapted.named_modules() if isinstance(part, LoraLayer)]
+    check_ranks(lora, paths)
+    check_copies(lora, paths)
     if lora.dtype == "base":
         dtype = DTYPES[PRECISIONS[setup.precision][0]]
         _in_dtype_of_the_base(adapted, dtype, magnitudes=setup.quantize is None)
@@ -119,6 +121,7 @@ def _check_modules(module: nn.Module, recipe: Recipe, lora: Lora) -> None:
     old = PARAMETER_BY_NAME.get(getattr(config, "model_type", ""), ())
     check_adapters(recipe, lora, [*paths, *old])
     check_known("--modules-to-save", lora.modules_to_save, paths, is_within)
+    check_nested(lora, paths)
 
 
 def _in_dtype_of_the_base(adapted: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:

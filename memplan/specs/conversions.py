@@ -2,7 +2,8 @@
 
 In transformers 5 the experts of a layer are two stacked parameters, and routers are no linear layers.  peft takes the
 names of transformers 4 for them, and ``all-linear`` for all of them: so a dense layer beside the experts that has one
-of these names gets no adapter.  Gate and up, which are one parameter now, get twice the rank.
+of these names gets no adapter.  Gate and up, which are one parameter now, get twice the rank, unless a pattern of
+ranks fits that parameter by its new name.
 
 Sources: peft 0.21, utils/transformers_weight_conversion.py (``_convert_peft_config_moe``), tuners/lora/layer.py
 (``ParamWrapper``); transformers 5.23, conversion_mapping.py (``_MODEL_TO_CONVERSION_PATTERN``).
@@ -64,7 +65,8 @@ def converted(recipe: Recipe, model_type: str) -> Recipe:
             f"peft adapts the experts of {model_type}, too, and has neither DoRA nor dropout for them.",
             "Name layers of the attention alone, as in --lora-targets q_proj,k_proj,v_proj,o_proj.",
         )
-    ranks = lora.ranks if missing else (*lora.ranks, (rf".*\.{FUSED}", 2 * lora.rank))
+    # behind the patterns that are there, or over the one that is written alike: where patterns fit, the first counts
+    ranks = lora.ranks if missing else tuple((dict(lora.ranks) | {rf".*\.{FUSED}": 2 * lora.rank}).items())
     parameters = tuple(dict.fromkeys(names[old] for old in meant))
     return recipe._replace(lora=replace(lora, ranks=ranks), parameters=parameters, spared=tuple(names))
 

@@ -1,7 +1,8 @@
 """Which layers get adapters, and of which ranks?  How both are said, and whether a model has what is named.
 
-Sources: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``), utils/other.py (``get_pattern_key``): a
-number or a pattern that means nothing is passed over there, and refused here.
+Sources: peft 0.21, tuners/tuners_utils.py (``check_target_module_exists``), utils/other.py (``get_pattern_key``,
+``_set_trainable``, ``ModulesToSaveWrapper.check_module``): a number or a pattern that means nothing is passed over
+there, and refused here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
-from memplan.specs.recipe import ALL_LINEAR, check_known, ends_in, is_named, layer_number
+from memplan.specs.recipe import ALL_LINEAR, check_known, ends_in, is_named, is_within, layer_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -49,6 +50,43 @@ def check_adapters(recipe: Recipe, lora: Lora, modules: Collection[str]) -> None
 def check_ranks(lora: Lora, adapted: Collection[str]) -> None:
     """Raise `UsageError` where a rank is given for none of `adapted`, paths of what gets an adapter."""
     check_known("--lora-ranks", [pattern for pattern, _ in lora.ranks], adapted, ends_in)
+
+
+def check_copies(lora: Lora, adapted: Collection[str], *, layers: str = "") -> None:
+    """Raise `UsageError` where a copy would be one of adapters, too: `adapted`, paths of what gets an adapter.
+
+    `layers`: the path of the list of layers, of which there is no copy.  peft takes the end of any path for what is
+    to be copied, and whole names alone for what is to have no adapter.
+    """
+    for name in lora.modules_to_save:
+        if layers.endswith(name):
+            raise UsageError(
+                f"--modules-to-save {name}: peft copies modules, and {layers} is a list of them.",
+                "Name one of them, or what all of them have.",
+            )
+        both = next((path for path in adapted if is_within(name, path)), None)
+        if both is not None:
+            raise UsageError(
+                f"--modules-to-save {name}: {both} is within what ends so, and gets an adapter.",
+                "Give whole names, or other --lora-targets.",
+            )
+
+
+def check_nested(lora: Lora, modules: Iterable[str]) -> None:
+    """Raise `UsageError` where one of `modules` would be copied by itself and within another.
+
+    The copy of its own would be trained, and the model would use the other (``ModulesToSaveWrapper.forward``).
+    """
+    for path in modules:
+        parts = path.split(".")
+        above = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        copied = [one for one in above if one.endswith(tuple(lora.modules_to_save))]
+        if len(copied) > 1:
+            raise UsageError(
+                f"--modules-to-save {' '.join(lora.modules_to_save)}: {copied[1]} would be copied twice, by itself and "
+                f"within {copied[0]}.",
+                "Give names that only one of them ends with.",
+            )
 
 
 def as_layers(name: str, value: Any) -> tuple[int, ...]:

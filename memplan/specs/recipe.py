@@ -66,7 +66,9 @@ class Recipe(NamedTuple):
 
     def adapts(self, module: str) -> bool:
         """Whether the linear layer `module` gets an adapter."""
-        if self.lora is None or self.disabled or self.copies(module):
+        if self.lora is None or self.disabled:
+            return False
+        if any(f".{name}." in f".{module}." for name in self.lora.modules_to_save):  # here peft minds the dots
             return False
         if any(is_named(name, module) for name in self.spared):
             return False
@@ -107,8 +109,11 @@ def is_named(name: str, module: str) -> bool:
 
 
 def is_within(name: str, module: str) -> bool:
-    """Whether the module or one that it is part of has the name."""
-    return f".{name}." in f".{module}."
+    """Whether the path of the module, or of one that it is part of, ends with `name`: ``norm`` is a ``q_norm``, too.
+
+    So peft finds what is to be copied, and without looking for a dot (utils/other.py, ``_set_trainable``).
+    """
+    return f"{name}." in f"{module}."
 
 
 def ends_in(pattern: str, module: str) -> bool:

@@ -56,6 +56,36 @@ def test_named_experts(name: str) -> None:
     agree(run(name, lora, gradient_accumulation_steps=2), 0)
 
 
+@pytest.mark.parametrize("name", SOME[:3])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        (("down_proj", 4),),
+        (("gate_up_proj", 4),),
+        ((r".*\.gate_up_proj", 4),),
+        (("gate.weight", 2), (r".*\.gate_up_proj", 4), (r"experts\..*", 3)),
+        ((r".*", 4),),
+    ],
+    ids=str,
+)
+def test_ranks_of_experts(name: str, ranks: tuple[tuple[str, int], ...]) -> None:
+    """GIVEN rank_pattern THEN gate and up have the rank of the first pattern that fits, and else twice that of all.
+
+    peft writes that as a pattern behind the others, or over the one that is written alike.
+    """
+    agree(run(name, Lora(rank=8, ranks=ranks)), 0)
+
+
+@pytest.mark.parametrize(("name", "old"), [("mixtral", "w1"), (SOME[1], "gate_proj"), ("olmoe, clipped", "up_proj")])
+def test_ranks_of_what_is_no_more(name: str, old: str) -> None:
+    """The names of transformers 4 are targets, and patterns of ranks that fit nothing: peft passes over them."""
+    setup = Setup(seq_len=16, lora=Lora(rank=8, ranks=((old, 4),)))
+    with pytest.raises(UsageError, match=f"--lora-ranks {old}"):
+        Recordings(read_architecture(CONFIG_BY_NAME[name], "config")).program(setup)
+    with pytest.raises(UsageError, match=f"--lora-ranks {old}"):
+        trace_training(CONFIG_BY_NAME[name], setup)
+
+
 @pytest.mark.parametrize("name", QWEN)
 def test_named_routers(name: str) -> None:
     """A router is a matrix of its own."""

@@ -23,9 +23,11 @@ from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
+from memplan.estimation.step import Recordings
 from memplan.probes.adapters import with_adapters
 from memplan.probes.models import transformers_model
 from memplan.probes.quantised import quantise
+from memplan.probes.trace import trace_training
 from memplan.specs.adapter import Lora
 from memplan.specs.conversions import PARAMETER_BY_NAME
 from memplan.specs.training import Setup
@@ -331,6 +333,46 @@ def test_some_layers_and_ranks_of_all(model_type: str, precision: str, dora: boo
     if model_type == "phi3" and fields:
         fields["targets"] = ("qkv_proj", "down_proj")
     agree(run(model_type, lora=in_some(model_type, some, dora=dora, **fields), precision=precision), 0.01)
+
+
+ENDS = [
+    *product(("llama", "qwen3", "gemma", "olmo2"), ("norm",)),
+    ("llama", "s.1.input_layernorm"),
+    ("phi3", "norm"),
+    ("gpt2", "_1"),
+    ("gpt2", "f"),
+    ("bert", "Norm"),
+    ("bert", "word_embeddings"),
+    ("bert", "bert.embeddings"),
+]
+"""Families, and how paths of some of their modules end."""
+
+
+@pytest.mark.parametrize(("model_type", "end"), ENDS)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-autocast"])
+def test_copies_of_all_that_ends_so(model_type: str, end: str, checkpointing: str, precision: str) -> None:
+    """GIVEN modules_to_save WHEN a path ends so, with or without a dot before it, THEN the module is copied."""
+    lora = Lora(rank=8, modules_to_save=(end,))
+    agree(run(model_type, lora=lora, activation_checkpointing=checkpointing, precision=precision), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ends"),
+    [
+        *product(("llama",), [("proj",), ("lp",), ("rs.1.mlp",), ("layers",), ("l",), ("mlp", "gate_proj")]),
+        ("bert", ("embeddings",)),
+        ("bert", ("layer",)),
+        ("qwen3_moe", ("xperts",)),
+    ],
+)
+def test_copies_that_cannot_be(model_type: str, ends: tuple[str, ...]) -> None:
+    """What peft fails on, or copies with its adapters, or twice, is refused by both."""
+    setup, config = Setup(seq_len=64, lora=Lora(rank=8, modules_to_save=ends)), CONFIG_BY_MODEL_TYPE[model_type]
+    with pytest.raises(UsageError):
+        Recordings(read_architecture(config, "config")).program(setup)
+    with pytest.raises(UsageError):
+        trace_training(transformers_model(config), setup)
 
 
 LAST = {
