@@ -14,6 +14,7 @@ sorting and indexing need for a moment (a few numbers a token), more than a few 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.errors import UsageError
@@ -89,8 +90,8 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
     logits = num_bytes((chunk, words), "fp32")
     low_logits = num_bytes((chunk, words), computed)
     product = (low_logits, logits) if computed != "fp32" else (logits,)
-    product_inputs = (num_bytes(weight.shape, low), num_bytes((chunk, width), low)) if low else ()
-    forward = ((*product_inputs, low_logits), product, (logits,) * 4)
+    made = _product_inputs(hidden, weight, chunk, low)
+    forward = ((*made.passing, *made.kept, low_logits), product, (logits,) * 4)
     inputs = [hidden, weight, targets] if bias is None else [hidden, weight, targets, bias]
     one_pass, element = count(("n", words)), BYTES_PER_ELEMENT[computed]
     trained = [x for x in (hidden, weight) if x.requires_grad]
@@ -105,7 +106,7 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
             product_flops(("n",), weight).times(1 + _num_gradients(hidden, weight)),
             computed,
             forward,
-            _chunks_backward(hidden, head, chunk, computed, product_inputs),
+            _chunks_backward(hidden, head, chunk, computed, made),
             moved=(one_pass.times(element + 40),),
             backward_moved=(one_pass.times(2 * element + 60), *sums),
         ),
@@ -114,8 +115,29 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
     )
 
 
+class _ProductInputs(NamedTuple):
+    """Copies that a chunk makes of its factors for the product of hidden states and weight."""
+
+    passing: tuple[Size, ...]
+    """Gone with the product: what is copied once more."""
+    kept: tuple[Size, ...]
+    """There until the product's gradients are."""
+    weights: tuple[Size, ...]
+    """Those of the weight, in the order in which they are made; their gradients come in the other order."""
+
+
+def _product_inputs(hidden: Tensor, weight: Tensor, chunk: Dim, low: str | None) -> _ProductInputs:
+    """The weight takes the dtype of the hidden states; autocast then lowers both, where they are not as low."""
+    weights = () if weight.dtype == hidden.dtype else (num_bytes(weight.shape, hidden.dtype),)
+    if low in {None, hidden.dtype}:
+        return _ProductInputs((), weights, weights)
+    lowered = num_bytes(weight.shape, low)
+    part = num_bytes((chunk, hidden.shape[-1]), low)
+    return _ProductInputs(weights, (lowered, part), (*weights, lowered))
+
+
 def _chunks_backward(
-    hidden: Tensor, head: OutputLayer, chunk: Dim, computed: str, product_inputs: tuple[Size, ...]
+    hidden: Tensor, head: OutputLayer, chunk: Dim, computed: str, made: _ProductInputs
 ) -> tuple[tuple[Size, ...], ...]:
     """The high points of a chunk's backward, with the sums of the chunks before it.
 
@@ -126,18 +148,20 @@ def _chunks_backward(
     words, width = weight.shape
     several = more_than("n", CHUNK_TOKENS)
     logits = num_bytes((chunk, words), "fp32")
+    low_logits = num_bytes((chunk, words), computed)
     trained = [x for x in (hidden, weight) if x.requires_grad]
     sums = [num_bytes((several, *x.shape), x.dtype) for x in trained]
     low_part = [num_bytes((chunk, width), computed)] if hidden.requires_grad else []
     part = [num_bytes((chunk, width), hidden.dtype)] if hidden.requires_grad else []
     low_weight = [num_bytes(weight.shape, computed)] if weight.requires_grad else []
     found = [
-        (*sums, *product_inputs, *(logits,) * (5 if head.softcapped else 4)),
-        (*sums, *product_inputs, num_bytes((chunk, words), computed), *low_part, *low_weight),
+        (*sums, *made.passing, *made.kept, low_logits),
+        (*sums, *made.kept, *(logits,) * (5 if head.softcapped else 4)),
+        (*sums, *made.kept, low_logits, *low_part, *low_weight),
     ]
-    if weight.requires_grad and weight.dtype != computed:
-        found.append((*sums, *low_part, *low_weight, weight.bytes))
     if weight.requires_grad:
+        gradients = [*reversed(made.weights), weight.bytes]  # of the copies, and of what they are copies of
+        found += [(*sums, *low_part, before, after) for before, after in pairwise(gradients)]
         found.append((*sums, *part, weight.bytes, sums[-1]))
     if hidden.requires_grad:
         found.append((sums[0], *part, hidden.bytes, *(x.bytes for x in trained[1:])))

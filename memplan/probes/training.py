@@ -185,6 +185,8 @@ class TrainingRun:
             inputs = flattened(make, setup) if setup.is_flattened else make(setup.micro_batch_size, setup.seq_len)
         if setup.padding and self.objective is None and "attention_mask" not in inputs:
             inputs["attention_mask"] = padding_mask(inputs["input_ids"])
+        if self.smoother is not None:
+            inputs = self.smoother.inputs(inputs)
         for name, tensor in _tensors(inputs):
             self.witness.label(tensor, "input", "inputs", name)
         return inputs

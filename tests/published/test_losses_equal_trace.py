@@ -112,6 +112,28 @@ def test_one_case_of_each_loss(loss: str) -> None:
     test_the_formula_is_the_trace(loss, "bf16", SHAPES[0], SIZES[0], False, 1)
 
 
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+"""Its last norm gives fp32 under autocast, that of Llama the dtype that came in."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("config", "width"), [(LLAMA, "hidden_size"), (GPT2, "n_embd")], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("loss", ["full-kept", "chunked", "tiled", "fused"])
+def test_half_precision_under_autocast(loss: str, config: dict[str, Any], width: str, size: tuple[int, int]) -> None:
+    """GIVEN weights in the dtype of autocast THEN there are copies of them only where hidden states are in fp32."""
+    if (loss, config) == ("fused", GPT2):
+        pytest.skip("Liger Kernel has none for gpt2")
+    config = config | {"vocab_size": 9000, width: 512}
+    setup = Setup(micro_batch_size=size[0], seq_len=size[1], precision="bf16-autocast", attention="eager", loss=loss)
+    formula, trace = both(config, setup)
+    assert formula.kept_activation_bytes == trace.kept_activation_bytes
+    assert formula.peak == pytest.approx(trace.peak_allocated_bytes, rel=TOLERANCE)
+    assert formula.by_instant[LOSS] >= hump(trace, "norm" if config["model_type"] == "llama" else "ln_f") * (
+        1 - TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("loss", OTHERS)
 def test_ignored_labels(loss: str) -> None:
     """A fifth of the tokens has a label: fewer rows, or fewer chunks."""

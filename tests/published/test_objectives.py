@@ -36,7 +36,9 @@ from memplan.probes.odds import Odds
 from memplan.probes.preference import BETA
 from memplan.probes.recorder import StorageRecorder
 from memplan.probes.rewards import Rewards
+from memplan.probes.smoothing import find_smoother
 from memplan.probes.trace import trace_training
+from memplan.probes.training import accepts_num_items
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import Setup
@@ -116,6 +118,43 @@ def test_an_evaluation_smooths_labels_too(precision: str, samples: int | None) -
     setup = setup_of("smoothed", precision=precision, evaluation=Evaluation(batch=4, samples=samples))
     formula = Estimator(read_architecture(LLAMA, "config"), "llama").peaks(setup).by_instant[EVALUATION]
     assert formula == trace_training(LLAMA, setup).phase_peaks()["evaluation"]
+
+
+T5 = {"model_type": "t5", "vocab_size": 500, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+HEADS = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_attention_heads"), 4)
+WHISPER = {"model_type": "whisper", "vocab_size": 500, "d_model": 64, "pad_token_id": 0, **HEADS}
+WAV2VEC2 = {"model_type": "wav2vec2", "vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 1, **HEADS}
+
+
+def test_an_encoder_decoder_is_given_the_ids_of_its_decoder(tmp_path: Path) -> None:
+    """GIVEN smoothed labels THEN the loss is the Trainer's, and ids of the decoder are among the inputs of the trace."""
+    import transformers
+
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, **special)).eval()
+    setup = setup_of("smoothed", seq_len=16)
+    smoother = find_smoother(model, setup)
+    assert smoother is not None
+    ids = torch.arange(32).reshape(2, 16)
+    inputs = smoother.inputs({"input_ids": ids, "labels": ids + 1})
+    shifted = torch.cat([torch.zeros(2, 1, dtype=torch.int64), ids[:, :-1] + 1], dim=1)
+    assert torch.equal(inputs["decoder_input_ids"], shifted)
+    arguments = transformers.TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    expected = transformers.Trainer(model, arguments).compute_loss(model, dict(inputs))
+    outputs = model(input_ids=ids, decoder_input_ids=inputs["decoder_input_ids"])
+    assert torch.equal(smoother.loss(outputs, inputs["labels"], None), expected)
+
+    trace = trace_training(T5 | special, setup)
+    found = {event.op for event in trace.events if event.category == "input"}
+    assert found == {"input_ids", "labels", "decoder_input_ids", "num_items_in_batch"} - (
+        set() if accepts_num_items(model) else {"num_items_in_batch"}
+    )
+
+
+@pytest.mark.parametrize(("config", "said"), [(WHISPER, "needs labels for its decoder"), (WAV2VEC2, "without labels")])
+def test_what_smoothing_leaves_without_labels_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        trace_training(config, setup_of("smoothed", micro_batch_size=1, seq_len=8))
 
 
 @pytest.mark.parametrize("name", CHOICES)
