@@ -603,8 +603,11 @@ def _find_traced(
         return own, origin, None
     try:
         architecture = read_architecture(values, name, dropout=dropout_of(choices))
-    except MemplanError:
+    except MemplanError as error:
         if diff:
+            if isinstance(error, UnknownModelError):  # its cure is this very command
+                cure = "Leave --diff out: the trace answers without a formula."
+                raise UnknownModelError(error.cause, cure) from error
             raise
         return own, origin, None
     return own, origin, Model(architecture=architecture, name=name, origin=origin, values=values)

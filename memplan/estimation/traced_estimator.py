@@ -82,7 +82,10 @@ class TracedEstimator:
     def check(self, setup: Setup) -> None:
         """Raise `UsageError` for what a trace cannot answer."""
         if setup.evaluation is not None:
-            raise UsageError("A traced module is estimated in training alone.", "Leave --eval-... out, or trace it.")
+            raise UsageError(
+                "A traced module is planned without an evaluation.",
+                "Leave --eval-... out, or ask memplan estimate about one size.",
+            )
         if setup.compile:
             raise UsageError(
                 "A traced module is planned as it runs without a compiler.",

@@ -84,7 +84,7 @@ def gather(t: Tape, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
 def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tensor:
     chunk = at_most(PAIRS, CHUNK_TOKENS)
     weight, bias, _ = head
-    words, width = weight.shape
+    words = weight.shape[0]
     low = t.numerics.autocast
     computed = low or hidden.dtype
     logits = num_bytes((chunk, words), "fp32")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memplan.errors import UsageError
 from memplan.probes.faults import require
 from memplan.probes.generation import generate
 from memplan.specs.training import FUSED
@@ -84,4 +85,23 @@ def _predict(run: TrainingRun, inputs: Any, size: int, *, keeps: bool) -> tuple[
             outputs = run.call(inputs, num_items)
         outputs = run.handed_out(outputs)
         losses = run.loss(outputs, inputs, num_items).detach().mean().repeat(size)
-    return (losses, outputs["logits"].detach(), inputs["labels"].detach()) if keeps else (losses,)
+    return (losses, kept_outputs(run.model, outputs), inputs["labels"].detach()) if keeps else (losses,)
+
+
+def kept_outputs(model: Any, outputs: Any) -> Any:
+    """What the Trainer calls logits: all outputs but the loss and those that the config ignores.
+
+    Of an encoder-decoder the encoder's last hidden states are among them.
+
+    Raises:
+        UsageError: there are none.
+    """
+    ignored = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+    found = [x for name, x in outputs.items() if name not in {*ignored, "loss"}] if isinstance(outputs, dict) else []
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} returns no logits that an evaluation could keep.", "Leave --eval-samples out."
+        )
+    from transformers.trainer_pt_utils import nested_detach
+
+    return nested_detach(found[0] if len(found) == 1 else tuple(found))

@@ -1,8 +1,8 @@
 """Labels that are smoothed: the loss that the Trainer takes itself from what the model returns.
 
 Source: ``Trainer.compute_loss`` of transformers 5.23 (trainer.py); its ``LabelSmoother`` (trainer_pt_utils.py) is what
-runs here.  The model is given no labels, so that it takes no loss of its own; an encoder-decoder is given the ids of its
-decoder, which it would make from labels, as ``DataCollatorForSeq2Seq`` does (data/data_collator.py).
+runs here.  The model is given no labels, so that it takes no loss of its own; an encoder-decoder is given the ids of
+its decoder, which it would make from labels, as ``DataCollatorForSeq2Seq`` does (data/data_collator.py).
 """
 
 from __future__ import annotations

@@ -24,6 +24,24 @@ def test_names_that_mean_nothing(run, command: str, options: str, name: str) -> 
     assert_two_lines(run(f"{command} gpt2 --seq-len 16 {options}"), 2, f"{name}: the model has nothing", "Known: ")
 
 
+def test_a_difference_needs_a_formula(run) -> None:
+    """GIVEN a model that is traced THEN the cure is not the command that was given."""
+    assert_two_lines(run("trace t5-small --diff"), 1, "an encoder-decoder (t5)", "Leave --diff out")
+
+
+def test_evaluations_of_traced_models_are_estimated_and_not_planned(run) -> None:
+    """README's Limits, and what both commands say."""
+    pytest.importorskip("transformers")
+    assert_two_lines(
+        run("suggest t5-small --seq-len 16 --eval-batch 8 --gpu 24GB --target-batch 8"),
+        2,
+        "planned without an evaluation",
+        "memplan estimate",
+    )
+    ran = run("estimate t5-small --seq-len 16 --eval-batch 8 --json")
+    assert "evaluation" in {instant["name"] for instant in json.loads(ran.out)["instants"]}
+
+
 @pytest.mark.parametrize(
     ("options", "cause", "cure"),
     [

@@ -15,6 +15,7 @@ from memplan.catalog.models import read_config
 from memplan.estimation.estimate import Estimator
 from memplan.estimation.replaying import replay as replay_program
 from memplan.estimation.step import EVALUATION
+from memplan.probes.evaluation import kept_outputs
 from memplan.probes.recorder import StorageRecorder
 from memplan.probes.trace import trace_training
 from memplan.specs.adapter import Lora
@@ -248,3 +249,18 @@ def test_the_trainer_concatenates(
     """Logits kept are there twice when they are concatenated; else those of a batch, and their log-softmax."""
     found = _highest_of_logits(evaluation, str(tmp_path), monkeypatch)
     assert found == sequences * LENGTH * WORDS * 4
+
+
+def test_an_encoder_decoder_keeps_the_states_of_its_encoder(tmp_path: Any) -> None:
+    """All outputs but the loss are what the Trainer calls logits."""
+    import transformers
+
+    config = transformers.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    config.decoder_start_token_id, config.use_cache = 0, False
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.arange(2 * LENGTH).reshape(2, LENGTH)
+    inputs = {"input_ids": ids, "labels": ids}
+    arguments = transformers.TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    _, expected, _ = transformers.Trainer(model, arguments).prediction_step(model, dict(inputs), False)
+    found = kept_outputs(model, model(**inputs))
+    assert [x.shape for x in found] == [x.shape for x in expected] == [(2, LENGTH, WORDS), (2, LENGTH, 32)]

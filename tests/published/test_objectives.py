@@ -127,7 +127,7 @@ WAV2VEC2 = {"model_type": "wav2vec2", "vocab_size": 32, "hidden_size": 64, "num_
 
 
 def test_an_encoder_decoder_is_given_the_ids_of_its_decoder(tmp_path: Path) -> None:
-    """GIVEN smoothed labels THEN the loss is the Trainer's, and ids of the decoder are among the inputs of the trace."""
+    """GIVEN smoothed labels THEN the loss is the Trainer's, and the trace has ids of the decoder among its inputs."""
     import transformers
 
     special = {"decoder_start_token_id": 0, "pad_token_id": 0}
