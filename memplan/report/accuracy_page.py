@@ -1,8 +1,7 @@
 """How far are predictions from measurements?  As one page that needs no network, no JavaScript and no other file.
 
-Charts are SVG by matplotlib, written into the page; every one has its conclusion as a description and its numbers in a
-table.  Colours are written as stand-ins (`#0a0001`) and replaced by CSS variables, so that one drawing follows the
-reader's light or dark theme; shapes say the same as colours.  The same document gives the same bytes.
+Charts are drawn by `memplan.report.drawing`; every one has its conclusion as a description and its numbers in a table,
+and shapes say the same as colours.  The same document gives the same bytes.
 
 Every text from outside is escaped by the template; the charts hold none.  Left out: what the document does not hold.
 """
@@ -12,15 +11,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
 from matplotlib.figure import Figure
 
 from memplan.report import accuracy
+from memplan.report.drawing import BAND, CPU, FAINT, GPU, INK, PAPER, PUBLISHED, VARIABLES, drawing, plain_axes, svg_of
 from memplan.report.layout import plural
 from memplan.specs.values import NamedTuple
 from memplan.units import format_bytes, format_seconds
@@ -33,19 +30,6 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
-
-INK, FAINT, BAND, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
-GPU, CPU, PUBLISHED = "#0a0011", "#0a0012", "#0a0013"
-VARIABLES = {
-    INK: "var(--ink)",
-    FAINT: "var(--line)",
-    BAND: "var(--band)",
-    PAPER: "var(--paper)",
-    GPU: "var(--gpu)",
-    CPU: "var(--cpu)",
-    PUBLISHED: "var(--published)",
-}
-"""Colour as it is drawn -> colour as the stylesheet has it."""
 
 BUDGET_PERCENT = (1, 3)
 """The bands around zero: what allocated bytes on a GPU are meant to stay within, at the median and always."""
@@ -190,10 +174,7 @@ def _points(document: Document) -> list[Point]:
 
 def _charts(points: Sequence[Point]) -> tuple[list[tuple[str, str, str]], str, list[Mark]]:
     """The scatters, the strip and the marks in them, whatever the reader's own settings of matplotlib are."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-        matplotlib.rcParams["svg.hashsalt"] = "memplan"
+    with drawing():
         scatters, strip = list(_scatters(points)), _strip(points)
     return scatters, strip, [mark for kind, mark in MARKS.items() if any(point.kind == kind for point in points)]
 
@@ -222,10 +203,10 @@ def _scatter(quantity: str, points: Sequence[Point]) -> str:
     axes.set_yticks(ticks, labels)
     axes.set_xlabel("measured", fontsize=10, color=INK)
     axes.set_ylabel("predicted", fontsize=10, color=INK)
-    _plain(axes)
+    plain_axes(axes)
     axes.grid(visible=True, color=FAINT, linewidth=0.5)
     name = accuracy.NAME_BY_QUANTITY[quantity]
-    return _svg(figure, quantity[0], f"Predicted against measured: {name}", _described(points))
+    return svg_of(figure, quantity[0], f"Predicted against measured: {name}", _described(points))
 
 
 def _described(points: Sequence[Point]) -> str:
@@ -271,8 +252,8 @@ def _strip(points: Sequence[Point]) -> str:
     axes.set_yticks([])
     for x, text in ((0.25, "\u2190 predicted too little"), (0.75, "predicted too much \u2192")):
         axes.text(x, len(rows) - 0.5 + 20 / 44, text, **in_row, ha="center")
-    _plain(axes)
-    return _svg(figure, "e", "Signed errors", _described([one for one in points if one.kind not in accuracy.BOUNDS]))
+    plain_axes(axes)
+    return svg_of(figure, "e", "Signed errors", _described([one for one in points if one.kind not in accuracy.BOUNDS]))
 
 
 def _error_ticks(most: float) -> list[float]:
@@ -320,55 +301,3 @@ def _ticks(quantity: str, low: float, high: float) -> list[float]:
         found = [2.0**two for two in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
     found = [tick for tick in found if low <= tick <= high]
     return found[:: -(-len(found) // 5)]
-
-
-def _plain(axes: Axes) -> None:
-    """No box, no small ticks, everything in the colours of the page."""
-    axes.minorticks_off()
-    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
-    for side, spine in axes.spines.items():
-        spine.set(color=FAINT, visible=side in {"left", "bottom"})
-    axes.patch.set_visible(False)
-
-
-REWRITTEN = (
-    (r"<metadata>.*?</metadata>|<style.*?</style>|<title/>", ""),  # of a file of its own
-    (r"\s*\n\s*", "\n"),
-    (r'<g id="[^"]*"', "<g"),  # nothing refers to them
-    (r"xlink:href", "href"),
-    (r"(\d\.\d\d)\d+", r"\1"),
-    (r"font: (\d+px)[^;]*;", r"font-size: \1;"),
-    (r" font-family:[^;]*;", ""),
-    (r' transform="rotate\(-0 [^"]*"', ""),
-)
-"""What is done to a drawing, in this order: pattern, what stands in its place."""
-
-
-def _svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The drawing for the inside of a page: no header, no size, ids of its own, colours and fonts of the stylesheet."""
-    file = StringIO()
-    figure.patch.set_visible(False)
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": ""})
-    text = file.getvalue()
-    view = text[text.index("viewBox=") :].split('"')[1]
-    text = text[text.index(">", text.index("<svg")) + 1 :]
-    for pattern, instead in REWRITTEN:
-        text = re.sub(pattern, instead, text, flags=re.DOTALL)
-    text = re.sub(r"<g>\n<use [^<]*(?:\n<use [^<]*)*\n</g>", _styled_once, text)
-    for number, identifier in enumerate(re.findall(r' id="([^"]+)"', text)):
-        text = re.sub(rf'( id="|href="#|url\(#){identifier}\b', rf"\g<1>{name}{number}", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    return (
-        f'<svg class="chart" viewBox="{view}" role="img" aria-labelledby="{name}-title {name}-description">'
-        f'<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{text.strip()}'
-    )
-
-
-def _styled_once(group: re.Match[str]) -> str:
-    """Marks of one kind: their style is that of the group, their places have a decimal."""
-    styles = set(re.findall(r'style="[^"]*"', group[0]))
-    if len(styles) != 1:
-        return group[0]
-    style = styles.pop()
-    return re.sub(r"(\.\d)\d+", r"\1", group[0].replace(f" {style}", "")).replace("<g>", f"<g {style}>")
