@@ -23,6 +23,7 @@ COMMANDS = {
     "probe": "the same bytes and the step time, measured on a GPU",
     "validate": "predicted against measured",
     "calibrate": "measurements to coefficients and error bounds for a GPU",
+    "report": "a plan as one page, with charts",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
 }
@@ -34,7 +35,6 @@ PLANNED = (
     "same-update",
     "check",
     "export",
-    "report",
     "doctor",
 )
 """Commands to come; asking for one is a fault that says so."""
@@ -135,7 +135,7 @@ def run(given: Sequence[str]) -> int:
         KeyboardInterrupt: it was interrupted.
     """
     try:
-        status: Any = memplan.main(list(given), prog_name="memplan", standalone_mode=False)
+        status: Any = memplan.main(list(given), prog_name="memplan", standalone_mode=False, obj=list(given))
     except click.Abort:
         raise KeyboardInterrupt from None
     except click.ClickException as fault:

@@ -35,7 +35,7 @@ def answer(options: Options) -> int:
     else:
         say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
         plan = api.suggest(model, gpu=options.gpu, **options.choices())
-    document = plan_document(plan, origin=model.origin, cards=_cards(plan))
+    document = plan_document(plan, origin=model.origin, cards=cards_of(plan))
     write_answer(
         document,
         format=options.format,
@@ -49,7 +49,7 @@ def answer(options: Options) -> int:
     return DOES_NOT_FIT if plan.best is None else 0
 
 
-def _cards(plan: Plan) -> list[dict[str, Any]]:
+def cards_of(plan: Plan) -> list[dict[str, Any]]:
     """Where nothing fits: the cards that would hold the nearest."""
     if plan.nearest is None:
         return []

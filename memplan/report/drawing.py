@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
+from memplan.specs.values import NamedTuple
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,8 +35,17 @@ VARIABLES = {
     GPU: "var(--gpu)",
     CPU: "var(--cpu)",
     PUBLISHED: "var(--published)",
+    **{f"#0a002{number}": f"var(--shade-{number})" for number in range(1, 9)},
 }
 """Colour as it is drawn -> colour as the stylesheet has it."""
+
+
+class Shade(NamedTuple):
+    """How an area looks: its colour, which the stylesheet has as ``--shade-N``, and its hatch."""
+
+    colour: str
+    """``#0a0021`` is ``var(--shade-1)``, and so on."""
+    hatch: str
 
 
 @contextlib.contextmanager

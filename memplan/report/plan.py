@@ -110,7 +110,7 @@ def _best(plan: Document) -> Iterator[Line]:
         text = f"export PYTORCH_ALLOC_CONF={best['alloc_conf']} (without it the allocator fragments too much)"
         yield from paragraph("needs", text)
     yield from paragraph("time", _time(plan, best))
-    yield from paragraph("Trainer", _trainer(plan["trainer"], plan["model"]) if plan["trainer"] else _no_trainer(setup))
+    yield from paragraph("Trainer", trainer_line(plan))
 
 
 def _kept(mode: str) -> str:
@@ -167,6 +167,13 @@ def _time(plan: Document, best: Document) -> str:
         f"at least {format_seconds(best['step_time_s'])} per step, at most {_rate(best, unit)}: "
         f"a lower bound, at the rates of {rates}"
     )
+
+
+def trainer_line(plan: Document) -> str:
+    """How a trainer is told the plan, or why none can be; empty where nothing fits."""
+    if plan["best"] is None:
+        return ""
+    return _trainer(plan["trainer"], plan["model"]) if plan["trainer"] else _no_trainer(plan["best"]["setup"])
 
 
 def _trainer(trainer: Document, model: Document) -> str:
