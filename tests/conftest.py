@@ -19,12 +19,12 @@ settings.load_profile("memplan")
 
 
 LARGE_TABLE = 60
-ONE_IN = 3
+ONE_IN = 6
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of each large table of slow tests one in three, always the same, is for CI; the others are `exhaustive`."""
+    """Of each large table of slow tests one in six, always the same, is for CI; the others are `exhaustive`."""
 
     def table(item: pytest.Item) -> str:
         return item.nodeid.partition("[")[0]

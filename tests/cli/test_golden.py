@@ -36,3 +36,12 @@ def test_screen(run, name: str) -> None:
 
 def test_every_golden_text_is_used() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == SCREENS.keys()
+
+
+def test_the_readme_shows_lines_of_the_first_screen() -> None:
+    """It is shortened there: every line that is left stands on the screen, in its order."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("```console\n")[2].partition("```")[0].splitlines()
+    screen = iter((GOLDEN / "suggest.txt").read_text(encoding="utf-8").splitlines())
+    assert len(shown) > 5
+    assert all(line in screen for line in shown)
