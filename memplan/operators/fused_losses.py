@@ -32,7 +32,6 @@ PAIRS = "b*(s-1)"
 
 CHUNK_TOKENS = 256
 """Tokens of a chunk in TRL 1.7 to 1.14 (``_CHUNKED_LM_HEAD_CHUNK_SIZE`` in trainer/sft_trainer.py)."""
-CHUNKS = "chunks of cross-entropy"
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Of a tile in TRL 1.16 (kernels/chunked_logprob.py, ``_CHUNKED_LOGPROB_CHUNK_SIZE`` in trainer/utils.py)."""
 
@@ -97,7 +96,7 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
     trained = [x for x in (hidden, weight) if x.requires_grad]
     sums = [Size(3 * x.bytes.factor // CHUNK_TOKENS, ("n", *x.bytes.dims)) for x in trained]  # of every chunk
     return t.op(
-        CHUNKS,
+        "chunks of cross-entropy",
         inputs,
         (),
         dtype="fp32",
@@ -109,6 +108,7 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
             _chunks_backward(hidden, head, chunk, computed, made),
             moved=(one_pass.times(element + 40),),
             backward_moved=(one_pass.times(2 * element + 60), *sums),
+            gives_views=True,
         ),
         flops=product_flops(("n",), weight),
         reason="every chunk of it is computed again",

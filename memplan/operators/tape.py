@@ -167,6 +167,8 @@ class Loop(NamedTuple):
     """Bytes that its kernels beside the products read and write."""
     backward_moved: tuple[Size, ...] = ()
     """The same in its backward."""
+    gives_views: bool = False
+    """Whether gradients of weights come from linear layers inside, as transposed views of products."""
 
 
 class Op(NamedTuple):
