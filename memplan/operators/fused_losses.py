@@ -15,13 +15,14 @@ sorting and indexing need for a moment (a few numbers a token), more than a few 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.operators.layout import copy, take
 from memplan.operators.losses import PREDICTING, divide
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Size, at_most, count, more_than, num_bytes, power_of_two
 from memplan.operators.tape import Loop
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from memplan.operators.sizes import Dim, Shape

@@ -20,10 +20,11 @@ weight is trained, and its weight when a gradient flows to its input.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import Shape, Size, count, num_bytes
 from memplan.specs.recipe import EVERYTHING
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
