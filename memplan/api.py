@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from memplan.architectures.config import shown
 from memplan.architectures.registry import read_architecture
 from memplan.architectures.undescribed import DIFFUSERS, NO_LENGTH, kind_of, most_positions, type_of, usual_length
+from memplan.catalog.answers import RememberedAnswers, code_stamp
 from memplan.catalog.models import find_default_model, read_config
-from memplan.catalog.replays import RememberedReplays, code_stamp
 from memplan.errors import MemplanError, UnknownModelError, UsageError
 from memplan.estimation.estimate import Estimator, speed_of
 from memplan.specs.choices import as_count, dropout_of, setup_fields
@@ -245,17 +245,17 @@ def find_teacher(choices: Mapping[str, Any]) -> Model | None:
 def estimator_of(
     model: Model, gpu: GpuSpec | None, speed: GpuSpec | None = None, *, remembers: bool = True
 ) -> Estimator:
-    """The formula of a model on a card; `remembers`: earlier replays."""
+    """The formula of a model on a card; `remembers`: earlier answers."""
     teacher = None if model.teacher is None else model.teacher.architecture
-    replays = remembered(model) if remembers else None
-    return Estimator(model.architecture, model.name, gpu, speed, replays=replays, teacher=teacher)
+    answers = remembered(model) if remembers else None
+    return Estimator(model.architecture, model.name, gpu, speed, answers=answers, teacher=teacher)
 
 
-def remembered(model: Model) -> RememberedReplays:
-    """Earlier replays of this model, and of its teacher, by this code."""
+def remembered(model: Model) -> RememberedAnswers:
+    """Earlier answers about this model, and of its teacher, by this code."""
     taught = () if model.teacher is None else (model.teacher.values,)
     fingerprint = json.dumps([code_stamp(), model.values, *taught], sort_keys=True)
-    return RememberedReplays(fingerprint, os.environ)
+    return RememberedAnswers(fingerprint, os.environ)
 
 
 def find_gpu(gpu: str, gpus: int | None) -> tuple[GpuSpec, int]:

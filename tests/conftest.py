@@ -20,6 +20,7 @@ settings.load_profile("memplan")
 
 LARGE_TABLE = 60
 ONE_IN = 6
+"""All of them take half an hour on two cores; a sixth leaves room in the 25 minutes of CI."""
 
 
 @pytest.hookimpl(tryfirst=True)

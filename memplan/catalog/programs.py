@@ -12,8 +12,8 @@ from collections.abc import MutableMapping
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from memplan.catalog.answers import code_stamp
 from memplan.catalog.models import cache_dir
-from memplan.catalog.replays import code_stamp
 from memplan.estimation.traced import TracedProgram, as_values, from_values
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from memplan.steptime.roofline import Speed
 from memplan.steptime.step import StepTime, TimedModel
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Callable, MutableMapping
 
     from memplan.architectures.architecture import Architecture, Recording
     from memplan.estimation.step import Peaks
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from memplan.specs.training import Setup
     from memplan.steptime.roofline import Term
 
-    Replays = MutableMapping[str, int]
-    """Reserved bytes by setup."""
+    Answers = MutableMapping[str, tuple[float, ...]]
+    """Numbers by question."""
 
 SEGMENT_BYTES = 2 << 20
 """The caching allocator asks the driver for multiples of 2 MiB: reserved bytes without a replay are at least these."""
@@ -178,15 +178,15 @@ class Estimator:
         name: str,
         gpu: GpuSpec | None = None,
         speed: GpuSpec | None = None,
-        replays: Replays | None = None,
+        answers: Answers | None = None,
         teacher: Architecture | None = None,
     ) -> None:
         """`gpu`: whose context and workspaces are counted; `speed`: whose rates time the steps (else the same).
 
-        `replays`: where replays of this model are remembered from run to run.
+        `answers`: where numbers of this model are remembered from run to run.
         `teacher`: the model that is distilled, read without dropout.
         """
-        self._replays: Replays = {} if replays is None else replays
+        self._answers: Answers = {} if answers is None else answers
         self.architecture = architecture
         self.name = name
         self.gpu = gpu
@@ -294,8 +294,16 @@ class Estimator:
 
     def memory(self, setup: Setup) -> Memory:
         """The bytes of one configuration in steady state; reserved bytes are the least that can be."""
-        peak = self.peaks(setup).peak
-        return self._memory(peak, -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES)
+        (peak,) = self._remembered("peak", setup, lambda: (int(self.peaks(setup).peak),))
+        return self._memory(int(peak), -(-int(peak) // SEGMENT_BYTES) * SEGMENT_BYTES)
+
+    def _remembered(self, question: str, setup: Setup, answer: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+        """The numbers of `answer`, worked out only where nobody has asked before."""
+        key = f"{question} {setup.unlike_the_default()}"
+        known = self._answers.get(key)
+        if known is None:
+            known = self._answers[key] = answer()
+        return known
 
     def replayed_memory(self, setup: Setup, budget_bytes: int | None = None, alloc_conf: str | None = None) -> Memory:
         """The same with the reserved bytes of a replay: exact, and slower by some hundredths of a second.
@@ -318,10 +326,10 @@ class Estimator:
         return least._replace(peak_reserved_bytes=max(reserved, least.peak_reserved_bytes), alloc_conf=chosen)
 
     def _reserved(self, setup: Setup, capacity: int | None, alloc_conf: str) -> int:
-        """Reserved bytes by a replay, remembered."""
-        key = f"{capacity} {alloc_conf} {replace(setup, data_parallel_size=min(setup.data_parallel_size, 2))!r}"
-        known = self._replays.get(key)
-        if known is None:
+        """Reserved bytes by a replay."""
+        alike = replace(setup, data_parallel_size=min(setup.data_parallel_size, 2))
+
+        def answer() -> tuple[int]:
             from memplan.allocator.settings import AllocatorSettings
             from memplan.estimation.replaying import replay
 
@@ -330,8 +338,10 @@ class Estimator:
             evaluation = None if setup.evaluation is None else self.evaluation(setup, setup.evaluation)
             program, sizes = self.program(setup), self.sizes(setup)
             found = replay(program, sizes, steps, evaluation=evaluation, capacity_bytes=capacity, settings=settings)
-            known = self._replays[key] = found.reserved_bytes
-        return known
+            return (int(found.reserved_bytes),)
+
+        (reserved,) = self._remembered(f"reserved {capacity} {alloc_conf}", alike, answer)
+        return int(reserved)
 
     def _memory(self, peak: int, reserved: int) -> Memory:
         return Memory(
@@ -343,23 +353,25 @@ class Estimator:
 
     def step_time(self, setup: Setup) -> StepTime | None:
         """The time of a step, None where the rates of the GPU are not known: a lower bound, unless it was measured."""
-        timed = self._timed_model(setup)
-        return None if timed is None else timed.step(**self._step_of(setup))
+        if self._speed is None:
+            return None
+        speed = self._speed
+        step = lambda: self._timed_model(setup, speed).step(**self._step_of(setup))  # noqa: E731
+        return StepTime(*self._remembered(f"time {speed}", setup, step))
 
     def time_terms(self, setup: Setup) -> tuple[Term, ...] | None:
         """The same, operator by operator."""
-        timed = self._timed_model(setup)
-        return None if timed is None else timed.terms(**self._step_of(setup))
-
-    def _timed_model(self, setup: Setup) -> TimedModel | None:
         if self._speed is None:
             return None
+        return self._timed_model(setup, self._speed).terms(**self._step_of(setup))
+
+    def _timed_model(self, setup: Setup, speed: Speed) -> TimedModel:
         program = self.program(setup)
         recording, companion = program.recording, program.layout.companion
         beside = None if companion is None else companion.recording
         key = (id(recording), 0 if beside is None else id(beside), setup.compile)
         if key not in self._timed:
-            self._timed[key] = TimedModel(recording, self._speed, beside, fused=setup.compile)
+            self._timed[key] = TimedModel(recording, speed, beside, fused=setup.compile)
         return self._timed[key]
 
     def _step_of(self, setup: Setup) -> dict[str, Any]:

@@ -214,16 +214,15 @@ class PieceLifetimes:
     def _belongs_to_loss(self, storage: Storage) -> bool:
         return self.ends_in_loss and (storage.module.startswith("loss") or storage.number in self._logits)
 
-    def _scratch(self, op: Op, where: str, sizes: Sequence[Size], sign: int) -> Iterable[Event]:
-        for n, size in enumerate(sizes):
-            row = Row(op.module, f"scratch of {op.name}{where}", "temporary", None, "", "")
-            yield Event(("scratch", where, n), size, sign, row)
+    def _scratch(self, op: Op, where: str, sizes: Sequence[Size], sign: int) -> Sequence[Event]:
+        if not sizes:
+            return ()
+        row = Row(op.module, f"scratch of {op.name}{where}", "temporary", None, "", "")
+        return [Event(("scratch", where, n), size, sign, row) for n, size in enumerate(sizes)]
 
-    def _moments(self, op: Op, where: str, moments: Sequence[Sequence[Size]]) -> Iterable[Event]:
+    def _moments(self, op: Op, where: str, moments: Sequence[Sequence[Size]]) -> Sequence[Event]:
         """High points one after the other, those of a loop as a rule."""
-        for moment in moments:
-            yield from self._scratch(op, where, moment, +1)
-            yield from self._scratch(op, where, moment, -1)
+        return [event for moment in moments for sign in (+1, -1) for event in self._scratch(op, where, moment, sign)]
 
     def _run(
         self,
@@ -252,7 +251,7 @@ class PieceLifetimes:
             if op.name == PAUSE:
                 events.append(Event((PAUSE,), Size(0), +1, Row(op.module, PAUSE, "temporary", (), "")))
             stop_here = skip_last_outputs and i == len(ops) - 1
-            stop_here = stop_here or any(x.storage in there for x in op.outputs if x.storage not in born)
+            stop_here = stop_here or _is_there(op, there, born)
             if not stop_here:
                 events += self._moments(op, "", op.loop.moments if op.loop else ())
                 events += self._scratch(op, "", op.scratch, +1)
@@ -271,9 +270,10 @@ class PieceLifetimes:
 
     def _made(self, op: Op, born: set[int]) -> list[Storage]:
         """The storages that an operator makes, those that are there already (`born`) left out."""
-        before = born | {x.storage for x in op.inputs}
-        new = dict.fromkeys(x.storage for x in op.outputs if x.storage not in before)
-        return [self.tape.storages[s] for s in new if self.tape.storages[s].role == "activation"]
+        new = dict.fromkeys(x.storage for x in op.outputs if x.storage not in born)
+        for x in op.inputs:
+            new.pop(x.storage, None)
+        return [storage for storage in map(self.tape.storages.__getitem__, new) if storage.role == "activation"]
 
     @cached_property
     def forward(self) -> Segment:
@@ -400,6 +400,11 @@ class PieceLifetimes:
 def _forward_key(storage: Storage) -> tuple[Any, ...]:
     """Under which key the forward pass has allocated it."""
     return ("hidden",) if storage.role == "hidden" else ("", storage.number)
+
+
+def _is_there(op: Op, there: frozenset[int], born: set[int]) -> bool:
+    """Whether an operator need not run, as what it would make is there."""
+    return bool(there) and any(x.storage in there for x in op.outputs if x.storage not in born)
 
 
 def _hold(held: dict[int, int], tensors: Iterable[Tensor]) -> None:

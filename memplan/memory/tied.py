@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.operators.fused_losses import CHUNKS
-
 if TYPE_CHECKING:
     from memplan.operators.tape import Tape
 
@@ -29,4 +27,5 @@ def waiting(head: Tape, stem: Tape) -> Waiting:
 
 def _stands_alone(head: Tape, storage: int) -> bool:
     givers = [op for op in head.ops if any(g.of.storage == storage for g in op.gradients)]
-    return len(givers) == 1 and givers[0].loop is not None and givers[0].name != CHUNKS
+    loop = givers[0].loop if len(givers) == 1 else None
+    return loop is not None and not loop.gives_views

@@ -15,13 +15,14 @@ sorting and indexing need for a moment (a few numbers a token), more than a few 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.errors import UsageError
 from memplan.operators.layout import copy, take
 from memplan.operators.losses import PREDICTING, divide
 from memplan.operators.sizes import BYTES_PER_ELEMENT, Size, at_most, count, more_than, num_bytes, power_of_two
 from memplan.operators.tape import Loop
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from memplan.operators.sizes import Dim, Shape
@@ -32,7 +33,6 @@ PAIRS = "b*(s-1)"
 
 CHUNK_TOKENS = 256
 """Tokens of a chunk in TRL 1.7 to 1.14 (``_CHUNKED_LM_HEAD_CHUNK_SIZE`` in trainer/sft_trainer.py)."""
-CHUNKS = "chunks of cross-entropy"
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Of a tile in TRL 1.16 (kernels/chunked_logprob.py, ``_CHUNKED_LOGPROB_CHUNK_SIZE`` in trainer/utils.py)."""
 
@@ -97,7 +97,7 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
     trained = [x for x in (hidden, weight) if x.requires_grad]
     sums = [Size(3 * x.bytes.factor // CHUNK_TOKENS, ("n", *x.bytes.dims)) for x in trained]  # of every chunk
     return t.op(
-        CHUNKS,
+        "chunks of cross-entropy",
         inputs,
         (),
         dtype="fp32",
@@ -109,6 +109,7 @@ def _chunks(t: Tape, hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tens
             _chunks_backward(hidden, head, chunk, computed, made),
             moved=(one_pass.times(element + 40),),
             backward_moved=(one_pass.times(2 * element + 60), *sums),
+            gives_views=True,
         ),
         flops=product_flops(("n",), weight),
         reason="every chunk of it is computed again",

@@ -14,6 +14,7 @@ CUDA's caching allocator hands out blocks in steps of 512 bytes (kMinBlockSize i
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from memplan.specs.values import NamedTuple
@@ -73,6 +74,7 @@ def count(shape: Shape) -> Size:
     return Size(factor, tuple(sorted(dims)))
 
 
+@lru_cache(maxsize=4096)  # the layers of a model have few shapes, and each is asked for again and again
 def num_bytes(shape: Shape, dtype: str) -> Size:
     """Bytes of a dense tensor."""
     return count(shape).times(BYTES_PER_ELEMENT[dtype])

@@ -20,10 +20,11 @@ weight is trained, and its weight when a gradient flows to its input.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.operators.sizes import Shape, Size, count, num_bytes
 from memplan.specs.recipe import EVERYTHING
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -167,6 +168,8 @@ class Loop(NamedTuple):
     """Bytes that its kernels beside the products read and write."""
     backward_moved: tuple[Size, ...] = ()
     """The same in its backward."""
+    gives_views: bool = False
+    """Whether gradients of weights come from linear layers inside, as transposed views of products."""
 
 
 class Op(NamedTuple):

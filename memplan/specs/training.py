@@ -273,6 +273,11 @@ class Setup:
         self._check_updates()
         self._check_compiled()
 
+    def unlike_the_default(self) -> str:
+        """The fields that are not the default, with their values: ``seq_len=2048, optimizer='lion'``."""
+        unlike = [(name, value) for name, value in vars(self).items() if value != getattr(Setup, name)]
+        return ", ".join(f"{name}={value!r}" for name, value in unlike)
+
     def _check_objective(self) -> None:
         """Raise `UsageError` where the loss of the objective is not computed like this."""
         check_choice("objective", self.objective, OBJECTIVES)

@@ -30,7 +30,6 @@ from memplan.architectures.registry import read_architecture
 from memplan.catalog.models import read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
-from memplan.estimation.timeline import timeline
 from memplan.probes import distillation
 from memplan.probes.distillation import BETA, Distillation
 from memplan.probes.losses import masked
@@ -41,7 +40,7 @@ from memplan.specs.training import Setup
 from memplan.specs.values import replace
 from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, kernel_to_force
 from tests.published.test_preference import LLAMA, QWEN, story
-from tests.support.witnesses import Both, compare
+from tests.support.witnesses import Both, compare, walked_to_the_peak
 
 LARGE = LLAMA | {"num_hidden_layers": 5, "hidden_size": 256}
 WIDE = LLAMA | {"num_hidden_layers": 2, "intermediate_size": 60_000, "vocab_size": 300}
@@ -188,16 +187,7 @@ def test_the_timeline_has_the_height_of_the_closed_form(trained: str) -> None:
     teacher = read_architecture(LARGE, "teacher", dropout=0.0)
     estimator = Estimator(read_architecture(LLAMA, "config"), "llama", teacher=teacher)
     program, sizes = estimator.program(setup), estimator.sizes(setup)
-    live, highest, alive = 0, 0, {}
-    for moment in timeline(program, sizes, 2):
-        assert (moment.key in alive) == (moment.sign < 0)
-        alive[moment.key] = moment
-        if moment.sign < 0:
-            del alive[moment.key]
-        live += moment.sign * moment.num_bytes
-        highest = max(highest, live)
-    assert highest == program.peaks(sizes, 2).peak
-    assert {moment.row.kind for moment in alive.values()} == {"parameter", "buffer", "optimizer_state"}
+    highest = walked_to_the_peak(program, sizes, 2)
     found = estimator.estimate(setup)
     at_peak = sum(row.bytes_at_peak for row in found.ledger if row.kind not in {"allocator", "workspace", "context"})
     assert at_peak == highest == found.memory.peak_allocated_bytes

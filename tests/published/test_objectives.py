@@ -30,7 +30,6 @@ from memplan.catalog.models import read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
 from memplan.estimation.step import EVALUATION
-from memplan.estimation.timeline import timeline
 from memplan.probes import preference
 from memplan.probes.odds import Odds
 from memplan.probes.preference import BETA
@@ -46,7 +45,7 @@ from tests.published.test_adapters import LLAMA_LIKE
 from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, EAGER_ONLY, kernel_to_force
 from tests.published.test_losses_of_libraries import Kernel, source_of
 from tests.published.test_preference import LLAMA, QWEN, story
-from tests.support.witnesses import compare
+from tests.support.witnesses import compare, walked_to_the_peak
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,16 +162,7 @@ def test_the_timeline_has_the_height_of_the_closed_form(name: str) -> None:
     setup = setup_of(name, precision="bf16-mixed", gradient_accumulation_steps=2)
     estimator = Estimator(read_architecture(LLAMA, "config"), "llama")
     program, sizes = estimator.program(setup), estimator.sizes(setup)
-    live, highest, alive = 0, 0, {}
-    for moment in timeline(program, sizes, 2):
-        assert (moment.key in alive) == (moment.sign < 0)
-        alive[moment.key] = moment
-        if moment.sign < 0:
-            del alive[moment.key]
-        live += moment.sign * moment.num_bytes
-        highest = max(highest, live)
-    assert highest == program.peaks(sizes, 2).peak
-    assert {moment.row.kind for moment in alive.values()} == {"parameter", "buffer", "optimizer_state"}
+    walked_to_the_peak(program, sizes, 2)
 
 
 @pytest.mark.slow

@@ -33,7 +33,6 @@ from memplan.catalog.models import read_config
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
 from memplan.estimation.step import Recordings
-from memplan.estimation.timeline import timeline
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import bind
 from memplan.probes import losses, preference
@@ -47,7 +46,7 @@ from memplan.specs.training import Setup
 from tests.published.test_adapters import LLAMA_LIKE
 from tests.published.test_formula_equals_trace import CONFIG_BY_MODEL_TYPE, kernel_to_force
 from tests.published.test_losses_of_libraries import Kernel, source_of
-from tests.support.witnesses import compare
+from tests.support.witnesses import compare, walked_to_the_peak
 
 if TYPE_CHECKING:
     from memplan.probes.events import Trace
@@ -232,16 +231,7 @@ def test_the_timeline_has_the_height_of_the_closed_form(trained: str) -> None:
     setup = setup_of("dpo", gradient_accumulation_steps=2, lora=ADAPTERS[trained])
     estimator = Estimator(read_architecture(LLAMA, "config"), "llama")
     program, sizes = estimator.program(setup), estimator.sizes(setup)
-    live, highest, alive = 0, 0, {}
-    for moment in timeline(program, sizes, 2):
-        assert (moment.key in alive) == (moment.sign < 0)
-        alive[moment.key] = moment
-        if moment.sign < 0:
-            del alive[moment.key]
-        live += moment.sign * moment.num_bytes
-        highest = max(highest, live)
-    assert highest == program.peaks(sizes, 2).peak
-    assert {moment.row.kind for moment in alive.values()} == {"parameter", "buffer", "optimizer_state"}
+    highest = walked_to_the_peak(program, sizes, 2)
     found = estimator.estimate(setup)
     at_peak = sum(row.bytes_at_peak for row in found.ledger if row.kind not in {"allocator", "workspace", "context"})
     assert at_peak == highest == found.memory.peak_allocated_bytes
