@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate
     from memplan.estimation.grid import Grid
-    from memplan.estimation.profile import Profile
     from memplan.estimation.sweep import Sweep
     from memplan.planner.goal import Goal, Target
     from memplan.planner.plan import Plan
@@ -84,10 +83,6 @@ class Model(NamedTuple):
     """Why it is this one: as asked for, from a file of the project, or the default."""
     teacher: Model | None = None
     """The model that is distilled into it."""
-
-
-SHOWN_MICRO_STEPS = 2
-"""Micro-steps of a step that is drawn: the third is as the second."""
 
 
 class UserModule(NamedTuple):
@@ -529,21 +524,6 @@ def suggest(
     estimator = estimator_of(found, spec, speed)
     plan = search(estimator, goal, spec, speed.label)
     return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
-
-
-def profile_of(model: Model | UserModule, plan: Plan) -> Profile | None:
-    """How the memory of the plan's first two steps goes up and down; None for a model that is known from traces."""
-    if isinstance(model, UserModule) or plan.goal.setup.compile:
-        return None
-    from memplan.estimation.profile import profile
-    from memplan.estimation.timeline import timeline
-
-    candidate = plan.best or plan.nearest
-    assert candidate is not None
-    setup = candidate.setup
-    estimator = Estimator(model.architecture, model.name, plan.gpu)
-    steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
-    return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))
 
 
 def trace(

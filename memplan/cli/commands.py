@@ -135,7 +135,7 @@ def run(given: Sequence[str]) -> int:
         KeyboardInterrupt: it was interrupted.
     """
     try:
-        status: Any = memplan.main(list(given), prog_name="memplan", standalone_mode=False, obj=list(given))
+        status: Any = memplan.main(list(given), prog_name="memplan", standalone_mode=False)
     except click.Abort:
         raise KeyboardInterrupt from None
     except click.ClickException as fault:

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 def answer(options: Options) -> int:
     """Print the plan; the exit status."""
-    if options.gpu is None:
-        raise UsageError("A plan needs a GPU: --gpu is missing.", "Say --gpu rtx4090, --gpu 24GB or --gpu auto.")
-    if options.target_batch is None and options.target_tokens is None:
-        raise UsageError(
-            "A plan needs a target: --target-batch or --target-tokens is missing.", "Say for example --target-batch 32."
-        )
+    gpu = check_plannable(options)
     say_bound(options)
     dropout, objective = dropout_of(options.choices()), options.objective or "lm"
     model = api.find_model(options.model, dropout=dropout, objective=objective)
@@ -31,10 +26,10 @@ def answer(options: Options) -> int:
         from memplan.cli.progress import Progress
 
         with Progress(shown=not options.quiet) as progress:
-            plan = api.suggest(model._replace(notify=progress.say), gpu=options.gpu, **options.choices())
+            plan = api.suggest(model._replace(notify=progress.say), gpu=gpu, **options.choices())
     else:
         say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
-        plan = api.suggest(model, gpu=options.gpu, **options.choices())
+        plan = api.suggest(model, gpu=gpu, **options.choices())
     document = plan_document(plan, origin=model.origin, cards=cards_of(plan))
     write_answer(
         document,
@@ -47,6 +42,21 @@ def answer(options: Options) -> int:
     if plan.best is None and options.format in {"csv", "markdown"}:
         say("nothing fits, so the table is empty; see --format text or --json", quiet=options.quiet)
     return DOES_NOT_FIT if plan.best is None else 0
+
+
+def check_plannable(options: Options) -> str:
+    """The GPU to plan for.
+
+    Raises:
+        UsageError: it, or a target, is missing.
+    """
+    if options.gpu is None:
+        raise UsageError("A plan needs a GPU: --gpu is missing.", "Say --gpu rtx4090, --gpu 24GB or --gpu auto.")
+    if options.target_batch is None and options.target_tokens is None:
+        raise UsageError(
+            "A plan needs a target: --target-batch or --target-tokens is missing.", "Say for example --target-batch 32."
+        )
+    return options.gpu
 
 
 def cards_of(plan: Plan) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def validate(
     plain = records is None and device is None and not (trace or calibrated)
     page = _default_page() if html is None and plain else html
     if page not in {None, "-"}:
-        from memplan.report.accuracy_page import render_accuracy_page
+        from memplan.report.pages.accuracy import render_accuracy_page
 
         write_file(str(page), render_accuracy_page(document), flag="--html")
         say(f"page written to {page}", quiet=quiet)

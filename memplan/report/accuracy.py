@@ -4,7 +4,7 @@
 
 Negative is the dangerous direction: a plan that counts on too little runs out of memory.  The median has its sign, the
 percentiles shown are of the sizes of the errors, and the worst are named in both directions.  The page with the charts
-is `accuracy_page`; the words that the three share are here.
+is `pages.accuracy`; the words that the three share are here.
 
 Left out: everything that is not in the document.  The newest record is its date, never the day it is shown.
 """

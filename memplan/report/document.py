@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate, ModelSummary
     from memplan.estimation.ledger import LedgerRow
-    from memplan.estimation.profile import Profile
     from memplan.planner.goal import Target
     from memplan.planner.plan import Candidate, Lever, Plan, WayOut
     from memplan.specs.gpu import GpuSpec
@@ -175,29 +174,6 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         "lints": lints_document(plan.estimate),
         "assumptions": assumptions_document(plan.estimate),
         "unmodelled": unmodelled_document(plan.estimate),
-    }
-
-
-def report_document(plan: Document, estimate: Estimate, command: str, profile: Profile | None) -> Document:
-    """What the page of a plan shows.
-
-    Args:
-        plan: The document of the plan.
-        estimate: Everything about its best configuration, or about the nearest where nothing fits.
-        command: The command line that makes the plan.
-        profile: How the memory of a run goes up and down; None where it is not known.
-    """
-    return {
-        **envelope("report"),
-        "plan": plan,
-        "command": command,
-        "ledger": [row_document(row) for row in estimate.ledger],
-        "profile": None
-        if profile is None
-        else {
-            "points": [{"at": point.at, "bytes": point.by_kind} for point in profile.points],
-            "parts": [part._asdict() for part in profile.parts],
-        },
     }
 
 

@@ -19,7 +19,7 @@ from memplan import measuring
 from memplan.calibration.accuracy import compare, why_not
 from memplan.catalog.measurements import read_measurements
 from memplan.report.accuracy import accuracy_markdown
-from memplan.report.accuracy_page import render_accuracy_page
+from memplan.report.pages.accuracy import render_accuracy_page
 
 ROOT = Path(__file__).parents[2]
 RECORDS = read_measurements(str(ROOT / "profiles" / "measurements"))

@@ -13,7 +13,7 @@ import pytest
 
 import memplan.report
 from memplan.report.accuracy import accuracy_markdown, percent, render_accuracy, size, verdict
-from memplan.report.accuracy_page import render_accuracy_page
+from memplan.report.pages.accuracy import render_accuracy_page
 
 GIB = 2**30
 HOSTILE = "</script><img src=x onerror=alert(1)>|`a`\\ $x_{1}$ \x1b[2J\n&amp; \ud800 <!-- \u202e"

@@ -1,23 +1,15 @@
-"""How far are predictions from measurements?  As one page that needs no network, no JavaScript and no other file.
+"""How far are predictions from measurements?  Predicted against measured, and the signed errors, as charts.
 
-Charts are drawn by `memplan.report.drawing`; every one has its conclusion as a description and its numbers in a table,
-and shapes say the same as colours.  The same document gives the same bytes.
-
-Every text from outside is escaped by the template; the charts hold none.  Left out: what the document does not hold.
+Shapes say the same as colours.  Left out: the numbers, which the page has in tables.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from matplotlib.figure import Figure
-
 from memplan.report import accuracy
-from memplan.report.drawing import BAND, CPU, FAINT, GPU, INK, PAPER, PUBLISHED, VARIABLES, drawing, plain_axes, svg_of
+from memplan.report.charts.drawing import PAGE, VARIABLES, Chart, canvas, drawing, plain_axes, svg_of
 from memplan.report.layout import plural
 from memplan.specs.values import NamedTuple
 from memplan.units import format_bytes, format_seconds
@@ -29,16 +21,11 @@ if TYPE_CHECKING:
 
     Document = dict[str, Any]
 
-TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
-
 BUDGET_PERCENT = (1, 3)
 """The bands around zero: what allocated bytes on a GPU are meant to stay within, at the median and always."""
 
 ERROR_TICKS = (0.3, 1, 3, 10, 30, 100, 300, 1000, 10_000)
 """Percent, on either side of zero."""
-
-OPEN_UP_TO = 60
-"""Published comparisons that are unfolded from the start; more are folded, source by source."""
 
 
 class Mark(NamedTuple):
@@ -59,11 +46,11 @@ class Mark(NamedTuple):
 
 
 MARKS = {
-    "cuda": Mark("measured on a GPU", "o", GPU, True, "M6 2a4 4 0 1 0 .01 0z"),
-    "cpu": Mark("measured on a CPU: tensors alone", "s", CPU, True, "M2.5 2.5h7v7h-7z"),
-    "value": Mark("published by others, on a GPU", "^", PUBLISHED, True, "M6 2l4.5 8h-9z"),
-    "floor": Mark("published; memplan's number is a lower bound", "v", PUBLISHED, False, "M6 10L1.5 2h9z"),
-    "ceiling": Mark("published; memplan's number is an upper bound", "^", PUBLISHED, False, "M6 2l4.5 8h-9z"),
+    "cuda": Mark("measured on a GPU", "o", PAGE.gpu, True, "M6 2a4 4 0 1 0 .01 0z"),
+    "cpu": Mark("measured on a CPU: tensors alone", "s", PAGE.cpu, True, "M2.5 2.5h7v7h-7z"),
+    "value": Mark("published by others, on a GPU", "^", PAGE.published, True, "M6 2l4.5 8h-9z"),
+    "floor": Mark("published; memplan's number is a lower bound", "v", PAGE.published, False, "M6 10L1.5 2h9z"),
+    "ceiling": Mark("published; memplan's number is an upper bound", "^", PAGE.published, False, "M6 2l4.5 8h-9z"),
 }
 """Device of a measurement, or comparison of a published number -> its mark."""
 
@@ -79,87 +66,7 @@ class Point(NamedTuple):
     error: float
 
 
-def render_accuracy_page(document: Document) -> str:
-    """The page of an accuracy document, UTF-8."""
-    scatters, strip, marks = _charts(_points(document))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=accuracy.percent, size=accuracy.size, amount=_amount, signed=_signed, day=accuracy.day
-    )
-    page = environment.get_template("accuracy.html.jinja").render(
-        document=document,
-        words=accuracy,
-        verdict=[sentence.replace(" %", "\u00a0%") for sentence in accuracy.verdict(document)],
-        is_known=accuracy.num_measured(document, "cuda") > 0,
-        overall={device: accuracy.overall(document, device) for device in accuracy.DEVICES},
-        groups=[(heading, accuracy.grouped(document, group)) for group, heading in accuracy.GROUPS.items()],
-        marks=marks,
-        scatters=scatters,
-        strip=strip,
-        sources=_sources(document["published"]["compared"]),
-        is_open=len(document["published"]["compared"]) <= OPEN_UP_TO,
-        json=_embedded(document),
-    )
-    return page.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, in a name from outside
-
-
-def _embedded(document: Document) -> str:
-    """JSON that can stand in a <script>: nothing in it ends the element or begins a comment."""
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _amount(value: float, quantity: str) -> str:
-    return format_seconds(value) if quantity == "step_time" else format_bytes(round(value))
-
-
-def _signed(error: float | None) -> str:
-    """How a cell is to look: too little is marked, by more than its sign."""
-    return "little" if error is not None and error < 0 else ""
-
-
-# -- published numbers, source by source -------------------------------------------------------------------------------
-
-
-def _sources(compared: Sequence[Document]) -> list[Document]:
-    """The comparisons of each source, with what is said of several of them said once."""
-    by_source: dict[str, list[Document]] = {}
-    for one in compared:
-        by_source.setdefault(one["source"], []).append(one)
-    return [_source(name, rows) for name, rows in by_source.items()]
-
-
-def _source(name: str, rows: list[Document]) -> Document:
-    notes: dict[tuple[str, str], int] = {}
-    references: dict[tuple[str, str], int] = {}
-    lines = []
-    for row in rows:
-        note = ("; ".join(row["unknown"]), row["explanation"])
-        number = notes.setdefault(note, len(notes) + 1) if any(note) else None
-        reference = references.setdefault((row["source_ref"], row["date"]), len(references) + 1)
-        lines.append((row, number, reference))
-    errors = [row["error"] for row in rows if row["comparison"] == "value"]
-    spread = f"{accuracy.percent(min(errors))} to {accuracy.percent(max(errors))}" if errors else "bounds alone"
-    return {
-        "name": name,
-        "summary": f"{plural(len(rows), 'number')}, {spread}",
-        "rows": lines,
-        "notes": list(notes),
-        "references": list(references),
-        "has_explained": any(row["explained_error"] is not None for row in rows),
-    }
-
-
-# -- charts ------------------------------------------------------------------------------------------------------------
-
-
-def _points(document: Document) -> list[Point]:
+def points_of(document: Document) -> list[Point]:
     """Everything that can be drawn, own measurements last so that they lie on top."""
     published = [
         Point(one["comparison"], one["quantity"], one["measured"], one["predicted"], one["error"])
@@ -172,7 +79,7 @@ def _points(document: Document) -> list[Point]:
     return published + own
 
 
-def _charts(points: Sequence[Point]) -> tuple[list[tuple[str, str, str]], str, list[Mark]]:
+def charts_of(points: Sequence[Point]) -> tuple[list[tuple[str, str, str]], str, list[Mark]]:
     """The scatters, the strip and the marks in them, whatever the reader's own settings of matplotlib are."""
     with drawing():
         scatters, strip = list(_scatters(points)), _strip(points)
@@ -189,24 +96,24 @@ def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str, str]]:
 
 
 def _scatter(quantity: str, points: Sequence[Point]) -> str:
-    figure = Figure(figsize=(300 / 72, 280 / 72), dpi=72)
+    figure = canvas(300, 280)
     axes = figure.add_axes((0.2, 0.15, 0.77, 0.82))
     low, high = _limits([value for point in points for value in (point.measured, point.predicted)])
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.plot([low, high], [low, high], color=INK, linewidth=1, dashes=(4, 3), zorder=1)
+    axes.plot([low, high], [low, high], color=PAGE.ink, linewidth=1, dashes=(4, 3), zorder=1)
     for kind, mark in MARKS.items():
         some = [point for point in points if point.kind == kind]
         _draw(axes, mark, [point.measured for point in some], [point.predicted for point in some])
     ticks = _ticks(quantity, low, high)
-    labels = [_amount(tick, quantity).replace(".00", "").replace(".0 ", " ") for tick in ticks]
+    labels = [amount(tick, quantity).replace(".00", "").replace(".0 ", " ") for tick in ticks]
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
-    axes.set_xlabel("measured", fontsize=10, color=INK)
-    axes.set_ylabel("predicted", fontsize=10, color=INK)
-    plain_axes(axes)
-    axes.grid(visible=True, color=FAINT, linewidth=0.5)
+    axes.set_xlabel("measured", fontsize=10, color=PAGE.ink)
+    axes.set_ylabel("predicted", fontsize=10, color=PAGE.ink)
+    plain_axes(axes, PAGE)
+    axes.grid(visible=True, color=PAGE.faint, linewidth=0.5)
     name = accuracy.NAME_BY_QUANTITY[quantity]
-    return svg_of(figure, quantity[0], f"Predicted against measured: {name}", _described(points))
+    return svg_of(Chart(quantity[0], f"Predicted against measured: {name}", _described(points), figure))
 
 
 def _described(points: Sequence[Point]) -> str:
@@ -231,29 +138,30 @@ def _strip(points: Sequence[Point]) -> str:
     if not rows:
         return ""
     height = 44 * len(rows) + 40
-    figure = Figure(figsize=(330 / 72, height / 72), dpi=72)
+    figure = canvas(330, height)
     axes = figure.add_axes((0.07, 36 / height, 0.86, 1 - 42 / height))
     most = max(3.0, *(abs(error) for _, _, errors in rows for error in errors)) * 1.3
     axes.set_xscale("symlog", linthresh=1, linscale=1)
     axes.set(xlim=(-most, most), ylim=(len(rows) - 0.5, -0.5))
     for width in reversed(BUDGET_PERCENT):
-        axes.axvspan(-width, width, color=BAND, linewidth=0, zorder=0)
+        axes.axvspan(-width, width, color=PAGE.band, linewidth=0, zorder=0)
         for side in (-width, width):
-            axes.axvline(side, color=INK, linewidth=0.6, dashes=(1, 2) if width == BUDGET_PERCENT[0] else (5, 3))
-    axes.axvline(0, color=INK, linewidth=1)
-    in_row: Document = {"transform": axes.get_yaxis_transform(), "va": "top", "color": INK}
+            axes.axvline(side, color=PAGE.ink, linewidth=0.6, dashes=(1, 2) if width == BUDGET_PERCENT[0] else (5, 3))
+    axes.axvline(0, color=PAGE.ink, linewidth=1)
+    in_row: Document = {"transform": axes.get_yaxis_transform(), "va": "top", "color": PAGE.ink}
     for number, (label, kind, errors) in enumerate(rows):
         axes.text(0.01, number - 0.4, f"{label} ({len(errors):,})", **in_row)
         _draw(axes, MARKS[kind], errors, [number + 0.18 + 0.24 * _jitter(n) for n in range(len(errors))])
         if number:
-            axes.axhline(number - 0.5, color=FAINT, linewidth=0.5)
+            axes.axhline(number - 0.5, color=PAGE.faint, linewidth=0.5)
     ticks = _error_ticks(most)
     axes.set_xticks(ticks, [f"{tick:+g} %" if tick else "0" for tick in ticks])
     axes.set_yticks([])
     for x, text in ((0.25, "\u2190 predicted too little"), (0.75, "predicted too much \u2192")):
         axes.text(x, len(rows) - 0.5 + 20 / 44, text, **in_row, ha="center")
-    plain_axes(axes)
-    return svg_of(figure, "e", "Signed errors", _described([one for one in points if one.kind not in accuracy.BOUNDS]))
+    plain_axes(axes, PAGE)
+    told = _described([one for one in points if one.kind not in accuracy.BOUNDS])
+    return svg_of(Chart("e", "Signed errors", told, figure))
 
 
 def _error_ticks(most: float) -> list[float]:
@@ -276,8 +184,8 @@ def _draw(axes: Axes, mark: Mark, x: Sequence[float], y: Sequence[float]) -> Non
             linestyle="none",
             marker=mark.shape,
             markersize=5.5,
-            markerfacecolor=mark.colour if mark.is_filled else PAPER,
-            markeredgecolor=PAPER if mark.is_filled else mark.colour,
+            markerfacecolor=mark.colour if mark.is_filled else PAGE.paper,
+            markeredgecolor=PAGE.paper if mark.is_filled else mark.colour,
             markeredgewidth=0.5 if mark.is_filled else 1.2,
             clip_on=False,
             zorder=3,
@@ -301,3 +209,8 @@ def _ticks(quantity: str, low: float, high: float) -> list[float]:
         found = [2.0**two for two in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
     found = [tick for tick in found if low <= tick <= high]
     return found[:: -(-len(found) // 5)]
+
+
+def amount(value: float, quantity: str) -> str:
+    """Bytes or seconds, in words."""
+    return format_seconds(value) if quantity == "step_time" else format_bytes(round(value))

@@ -1,0 +1,1 @@
+"""Charts: SVG and PNG by matplotlib, from plain data."""
