@@ -8,20 +8,23 @@ that the plan is made by.  Left out: how it looks.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
+from memplan.catalog.accuracy import read_accuracy
+from memplan.catalog.measurements import read_all_measurements
 from memplan.estimation.profile import profile
 from memplan.estimation.timeline import timeline
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from memplan.estimation.estimate import Estimator
     from memplan.estimation.profile import Profile
     from memplan.planner.plan import Plan
+    from memplan.specs.measurement import Measurement
     from memplan.specs.training import Setup
 
 SHOWN_MICRO_STEPS = 2
@@ -37,6 +40,10 @@ class Study:
     """Why it is this model."""
     profile: Profile | None = None
     """How memory goes up and down in the first two steps of the plan."""
+    accuracy: Mapping[str, Any]
+    """How near predictions were to measurements, as `memplan.catalog.accuracy` has it."""
+    measured: tuple[Measurement, ...] = ()
+    """Measurements of that very configuration."""
 
     @property
     def setup(self) -> Setup:
@@ -66,13 +73,20 @@ def study(
     tell("planning")
     plan = api.suggest(found, gpu=gpu, **choices)
     if isinstance(found, api.UserModule):
-        return Study(plan=plan, origin=found.origin)
+        return Study(plan=plan, origin=found.origin, accuracy=read_accuracy())
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
-    bare = Study(plan=plan, origin=found.origin)
+    bare = Study(plan=plan, origin=found.origin, accuracy=read_accuracy())
     tell("following one step")
-    return replace(bare, profile=_profile(estimator, bare.setup))
+    return replace(bare, profile=_profile(estimator, bare.setup), measured=_measured(found, bare.setup))
 
 
 def _profile(estimator: Estimator, setup: Setup) -> Profile:
     steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
     return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))
+
+
+def _measured(model: api.Model, setup: Setup) -> tuple[Measurement, ...]:
+    """What was measured of the same model and setup, newest first."""
+    records = read_all_measurements(os.environ).measurements
+    alike = [one for one in records if one.trial.setup == setup and one.trial.config == model.values and one.steps]
+    return tuple(sorted(alike, key=lambda one: one.measured_at, reverse=True))

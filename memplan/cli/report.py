@@ -49,6 +49,8 @@ def answer(options: Options, *, shown: bool) -> int:
             found.plan.estimate,
             command_line("suggest", options),
             found.profile,
+            dict(found.accuracy),
+            found.measured,
         )
         from memplan.report.pages.plan import render_plan_page
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.estimation.step import OPTIMIZER
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from memplan.estimation.timeline import Moment
 
@@ -36,6 +37,20 @@ class Part(NamedTuple):
 
     at: int
     name: str
+    step: int
+    """Number of the optimizer step, from 0."""
+
+
+class Summit(NamedTuple):
+    """The allocation at which the run is highest."""
+
+    at: int
+    instant: str
+    step: int
+    module: str
+    tensor: str
+    num_bytes: int
+    """Allocated bytes then, all together."""
 
 
 class Profile(NamedTuple):
@@ -43,28 +58,40 @@ class Profile(NamedTuple):
 
     points: tuple[Point, ...]
     parts: tuple[Part, ...]
-
-    @property
-    def highest(self) -> Point:
-        """The first of the highest points."""
-        return max(self.points, key=lambda point: point.total)
+    summit: Summit
 
 
 def profile(moments: Iterable[Moment]) -> Profile:
-    """The profile of a run; of each stretch of events its highest and its last point stay."""
+    """The profile of a run; of each stretch of events its highest and its last point stay.
+
+    Raises:
+        ValueError: nothing is allocated.
+    """
     by_kind: dict[str, int] = {}
     points: list[Point] = []
     parts: list[Part] = []
+    summit: Summit | None = None
+    step = 0
     for at, moment in enumerate(moments):
         if not parts or parts[-1].name != moment.instant:
-            parts.append(Part(at, moment.instant))
+            step += bool(parts) and parts[-1].name == OPTIMIZER
+            parts.append(Part(at, moment.instant, step))
         kind = moment.row.kind
         by_kind[kind] = by_kind.get(kind, 0) + moment.sign * moment.num_bytes
         points.append(Point(at, dict(by_kind)))
+        if summit is None or points[-1].total > summit.num_bytes:
+            row = moment.row
+            summit = Summit(at, moment.instant, step, row.module, row.tensor, points[-1].total)
+    if summit is None:
+        raise ValueError("a run without an allocation has no profile")
+    return Profile(tuple(_thinned(points)), tuple(parts), summit)
+
+
+def _thinned(points: Sequence[Point]) -> Iterator[Point]:
     stretch = max(1, -(-len(points) // MOST_POINTS))
-    kept: list[Point] = []
     for start in range(0, len(points), stretch):
         some = points[start : start + stretch]
         highest = max(some, key=lambda point: point.total)
-        kept += [highest] if highest is some[-1] else [highest, some[-1]]
-    return Profile(tuple(kept), tuple(parts))
+        yield highest
+        if highest is not some[-1]:
+            yield some[-1]

@@ -117,6 +117,9 @@ VERDICT_WIDTH = 16
 """Columns of texts that stand beside a column that is cut already."""
 
 
+OF_A_POINT = ("quantity", "measured", "predicted", "error")
+"""What a chart needs of a point."""
+
 # -- numbers and words -------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +247,25 @@ def _on_published(published: Document) -> Iterator[str]:
             broken = sum(map(is_broken, bounds))
             text += f"; {name}: {len(bounds):,}, {f'{broken:,} {beyond} what was measured' if broken else 'all hold'}"
     yield f"{text}."
+
+
+# -- in short ----------------------------------------------------------------------------------------------------------
+
+
+def summary(document: Document) -> Document:
+    """What a page about something else says of it: the verdict, the errors of all together, and a point for each."""
+    return {
+        "memplan_version": document["memplan_version"],
+        "last": document["measured"]["last"],
+        "verdict": verdict(document),
+        "overall": {device: overall(document, device) for device in DEVICES},
+        "points": [{name: one[name] for name in ("device", *OF_A_POINT)} for one in document["points"]],
+        "published": {
+            "compared": [
+                {name: one[name] for name in ("comparison", *OF_A_POINT)} for one in document["published"]["compared"]
+            ]
+        },
+    }
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

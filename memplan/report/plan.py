@@ -63,7 +63,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
-        *_alternatives(_roomier(plan), plan["model"]["unit"]),
+        *_alternatives(roomier(plan), plan["model"]["unit"]),
         *_rejections(plan),
         *lint_lines(plan["lints"]),
         *assumption_lines(plan["assumptions"]),
@@ -102,18 +102,19 @@ def _best(plan: Document) -> Iterator[Line]:
     setup = best["setup"]
     yield from title("The plan", "good")
     yield from (Line(line, "title") for line in wrap(equation(setup, plan["model"]["unit"]), first="  "))
-    yield from paragraph("keeps", _kept(setup["activation_checkpointing"]))
+    yield from paragraph("keeps", kept_words(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
     yield from compiled_lines(plan["compiled"])
     yield from paragraph("free", _free(plan, best))
     if best["alloc_conf"]:
         text = f"export PYTORCH_ALLOC_CONF={best['alloc_conf']} (without it the allocator fragments too much)"
         yield from paragraph("needs", text)
-    yield from paragraph("time", _time(plan, best))
+    yield from paragraph("time", time_words(plan, best))
     yield from paragraph("Trainer", trainer_line(plan))
 
 
-def _kept(mode: str) -> str:
+def kept_words(mode: str) -> str:
+    """What a choice of checkpointing keeps."""
     meanings = {
         "none": "all activations",
         "save-attention": "the input of each layer and the result of its attention; all else is computed again",
@@ -135,13 +136,13 @@ def _memory(plan: Document, best: Document) -> str:
 
 def _free(plan: Document, best: Document) -> str:
     budget = plan["budget"]
-    text = f"{format_bytes(best['headroom_bytes'])} beyond {_margins(plan, best)}"
+    text = f"{format_bytes(best['headroom_bytes'])} beyond {margin_words(plan, best)}"
     said = vouched(plan["confidence"])
     text += f": {said}" if said else ""
     return f"{text} and {format_bytes(budget['reserve_bytes'])} reserved" if budget["reserve_bytes"] else text
 
 
-def _margins(plan: Document, best: Document) -> str:
+def margin_words(plan: Document, best: Document) -> str:
     """Headroom and bound, of which one is there at least."""
     budget = plan["budget"]
     ratio = budget["bound_ratio"]
@@ -155,7 +156,8 @@ def _margins(plan: Document, best: Document) -> str:
     return " and ".join(parts)
 
 
-def _time(plan: Document, best: Document) -> str:
+def time_words(plan: Document, best: Document) -> str:
+    """How long a step takes, and where that is from."""
     gpu, source, unit = plan["gpu"], plan["speed_source"], plan["model"]["unit"]
     rates = source if source == gpu["label"] else f"{source}, as those of {gpu['name']} are not known"
     calibration = plan["calibration"]
@@ -229,7 +231,7 @@ def _no_trainer(setup: Document) -> str:
     return f"{config} has no key for {' and '.join(missing)}: it takes a training loop of one's own"
 
 
-def _roomier(plan: Document) -> list[Document]:
+def roomier(plan: Document) -> list[Document]:
     """Of the alternatives those that free something worth having beside the one above them."""
     shown, above = [], plan["best"]
     for one in plan["alternatives"]:
@@ -308,7 +310,7 @@ def _nothing_fits(plan: Document) -> Iterator[Line]:
     said = "Nothing is sure to fit: at the upper end" if unsure else "Nothing fits:"
     yield from title(f"{said} {missing}", "bad")
     yield from paragraph("smallest", f"{split_of(setup)}, checkpointing {setup['activation_checkpointing']}")
-    margins = _margins(plan, nearest)
+    margins = margin_words(plan, nearest)
     if budget["reserve_bytes"]:
         margins += f" and {format_bytes(budget['reserve_bytes'])} reserved"
     yield from paragraph(

@@ -219,11 +219,15 @@ def recipe_words(setup: Document) -> list[str]:
 
 def calibration_lines(calibration: Document | None) -> Iterator[Line]:
     """Which measurements the prediction stands on."""
-    text = "no calibration was used: nothing was measured on this card"
-    if calibration is not None:
-        num = plural(calibration["num_records"], "measurement")
-        text = f"calibrated by {num} on {calibration['name']}, up to {calibration['last'][:10]}"
-    yield from paragraph("", text)
+    yield from paragraph("", calibration_words(calibration))
+
+
+def calibration_words(calibration: Document | None) -> str:
+    """The same in one line."""
+    if calibration is None:
+        return "no calibration was used: nothing was measured on this card"
+    num = plural(calibration["num_records"], "measurement")
+    return f"calibrated by {num} on {calibration['name']}, up to {calibration['last'][:10]}"
 
 
 def vouched(confidence: float) -> str:

@@ -18,7 +18,7 @@ import pytest
 from memplan import measuring
 from memplan.calibration.accuracy import compare, why_not
 from memplan.catalog.measurements import read_measurements
-from memplan.report.accuracy import accuracy_markdown
+from memplan.report.accuracy import accuracy_markdown, summary
 from memplan.report.pages.accuracy import render_accuracy_page
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +169,14 @@ def test_the_page_says_what_validate_says(document):
     if os.environ.get("MEMPLAN_UPDATE_GOLDEN"):
         path.write_text(wanted, encoding="utf-8")
     assert _embedded(path.read_text(encoding="utf-8")) == _embedded(wanted) == json.loads(json.dumps(document))
+
+
+def test_the_summary_of_other_pages_says_what_validate_says(document):
+    path = ROOT / "profiles" / "accuracy.json"
+    wanted = json.dumps(summary(document), indent=1) + "\n"
+    if os.environ.get("MEMPLAN_UPDATE_GOLDEN"):
+        path.write_text(wanted, encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(wanted)
 
 
 def _embedded(page: str):

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from memplan.report import accuracy
-from memplan.report.charts.drawing import PAGE, VARIABLES, Chart, canvas, drawing, plain_axes, svg_of
+from memplan.report.charts.drawing import PAGE, VARIABLES, Chart, canvas, drawing, plain_axes
 from memplan.report.layout import plural
 from memplan.specs.values import NamedTuple
 from memplan.units import format_bytes, format_seconds
@@ -79,15 +79,23 @@ def points_of(document: Document) -> list[Point]:
     return published + own
 
 
-def charts_of(points: Sequence[Point]) -> tuple[list[tuple[str, str, str]], str, list[Mark]]:
+def errors_of(document: Document) -> tuple[Chart | None, list[Mark]]:
+    """The signed errors of a document or its summary, and what the marks mean; None without points."""
+    points = [one for one in points_of(document) if one.kind not in accuracy.BOUNDS]
+    with drawing():
+        strip = _strip(points)
+    return strip, [mark for kind, mark in MARKS.items() if any(one.kind == kind for one in points)]
+
+
+def charts_of(points: Sequence[Point]) -> tuple[list[tuple[str, str, Chart]], Chart | None, list[Mark]]:
     """The scatters, the strip and the marks in them, whatever the reader's own settings of matplotlib are."""
     with drawing():
         scatters, strip = list(_scatters(points)), _strip(points)
     return scatters, strip, [mark for kind, mark in MARKS.items() if any(point.kind == kind for point in points)]
 
 
-def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str, str]]:
-    """Name, meaning and SVG for each quantity of which there is anything."""
+def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str, Chart]]:
+    """Name, meaning and chart for each quantity of which there is anything."""
     for quantity in accuracy.QUANTITIES:
         some = [one for one in points if one.quantity == quantity and one.measured > 0 and one.predicted > 0]
         if some:
@@ -95,7 +103,7 @@ def _scatters(points: Sequence[Point]) -> Iterator[tuple[str, str, str]]:
             yield name, accuracy.MEANING_BY_QUANTITY[quantity], _scatter(quantity, some)
 
 
-def _scatter(quantity: str, points: Sequence[Point]) -> str:
+def _scatter(quantity: str, points: Sequence[Point]) -> Chart:
     figure = canvas(300, 280)
     axes = figure.add_axes((0.2, 0.15, 0.77, 0.82))
     low, high = _limits([value for point in points for value in (point.measured, point.predicted)])
@@ -113,7 +121,7 @@ def _scatter(quantity: str, points: Sequence[Point]) -> str:
     plain_axes(axes, PAGE)
     axes.grid(visible=True, color=PAGE.faint, linewidth=0.5)
     name = accuracy.NAME_BY_QUANTITY[quantity]
-    return svg_of(Chart(quantity[0], f"Predicted against measured: {name}", _described(points), figure))
+    return Chart(quantity[0], f"Predicted against measured: {name}", _described(points), figure)
 
 
 def _described(points: Sequence[Point]) -> str:
@@ -127,7 +135,7 @@ def _described(points: Sequence[Point]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _strip(points: Sequence[Point]) -> str:
+def _strip(points: Sequence[Point]) -> Chart | None:
     """Signed errors, a row for each quantity and kind; lower bounds have none."""
     rows = [
         (f"{accuracy.NAME_BY_QUANTITY[quantity]}, {short}", kind, errors)
@@ -136,7 +144,7 @@ def _strip(points: Sequence[Point]) -> str:
         if (errors := [100 * point.error for point in points if (point.quantity, point.kind) == (quantity, kind)])
     ]
     if not rows:
-        return ""
+        return None
     height = 44 * len(rows) + 40
     figure = canvas(330, height)
     axes = figure.add_axes((0.07, 36 / height, 0.86, 1 - 42 / height))
@@ -161,7 +169,7 @@ def _strip(points: Sequence[Point]) -> str:
         axes.text(x, len(rows) - 0.5 + 20 / 44, text, **in_row, ha="center")
     plain_axes(axes, PAGE)
     told = _described([one for one in points if one.kind not in accuracy.BOUNDS])
-    return svg_of(Chart("e", "Signed errors", told, figure))
+    return Chart("errors", "Signed errors", told, figure)
 
 
 def _error_ticks(most: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""The charts of a plan: what the memory is made of, how a step goes through it, and what would change it.
+"""The charts of a plan: what the memory is made of, and what would change it.
 
 Each takes plain data (`memplan.report.document`).  Kinds of memory have a colour and a hatch each, and every chart says
 its conclusion in words.  Left out: the numbers themselves, which a page has in tables.
@@ -28,9 +28,17 @@ HATCHES = {
 }
 """Kind of memory -> which of the shades its area has, and which hatch; others look as temporary ones do."""
 
+STROKES_BY_HATCH = {
+    "/": "M0 12L12 0M-3 3L3 -3M9 15L15 9",
+    "\\": "M0 0L12 12M-3 9L3 15M9 -3L15 3",
+    "x": "M0 12L12 0M0 0L12 12",
+    "+": "M6 0V12M0 6H12",
+    "-": "M0 3H12M0 6H12M0 9H12",
+    "|": "M3 0V12M6 0V12M9 0V12",
+}
+"""A character of a hatch -> its lines in a square of 12 x 12."""
+
 MOST_LEVERS = 10
-LEAST_ROOM = 0.1
-"""Share of the width that the name of a part takes."""
 WIDTH = 640
 
 
@@ -38,6 +46,12 @@ def look_of(kind: str, palette: Palette) -> Document:
     """How the area of a kind of memory is filled."""
     shade, hatch = HATCHES.get(kind, HATCHES["temporary"])
     return {"facecolor": palette.shades[shade], "hatch": hatch, "edgecolor": palette.paper}
+
+
+def swatch_of(kind: str) -> tuple[str, str]:
+    """How a legend shows a kind of memory: the shade in the stylesheet, and the lines in a square of 12 x 12."""
+    shade, hatch = HATCHES.get(kind, HATCHES["temporary"])
+    return f"var(--shade-{shade + 1})", "".join(STROKES_BY_HATCH[one] for one in dict.fromkeys(hatch))
 
 
 def breakdown(
@@ -85,65 +99,6 @@ def _said(parts: Sequence[tuple[str, int]], peak: int, usable_bytes: int | None)
     listed = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(num)}" for kind, num in parts)
     against = "" if usable_bytes is None else f" of {format_bytes(usable_bytes)} usable"
     return f"{format_bytes(peak)}{against}: {listed}."
-
-
-def timeline(
-    kinds: Sequence[str],
-    points: Sequence[Sequence[int]],
-    marks: Sequence[Mapping[str, Any]],
-    usable_bytes: int | None,
-    palette: Palette = SCREEN,
-) -> Chart:
-    """Allocated bytes by kind over a run, stacked, in the order of events.
-
-    Args:
-        kinds: The kinds of memory.
-        points: For each point its place in the order of events, and the bytes of every kind.
-        marks: Where parts of the run begin: `at` (a place) and `name`.
-        usable_bytes: Of the card; None without one.
-        palette: Its colours.
-    """
-    order = sorted(kinds, key=lambda kind: [*HATCHES, kind].index(kind))
-    totals = [sum(point[1:]) for point in points]
-    peak = max(totals)
-    with drawing():
-        figure = canvas(WIDTH, 260)
-        axes = figure.add_axes((0.08, 0.13, 0.9, 0.78))
-        places = [point[0] for point in points]
-        drawn = axes.stackplot(
-            places,
-            [[point[1 + kinds.index(kind)] / GIB for point in points] for kind in order],
-            linewidth=0.4,
-            step="post",
-        )
-        for kind, area in zip(order, drawn, strict=True):
-            area.set(**look_of(kind, palette))
-        at = places[totals.index(peak)]
-        axes.plot([at], [peak / GIB], marker="v", color=palette.ink, markersize=7, clip_on=False)
-        if usable_bytes is not None and usable_bytes < 2.5 * peak:
-            axes.axhline(usable_bytes / GIB, color=palette.ink, linewidth=1.2, dashes=(4, 3))
-        top = max(peak, usable_bytes if usable_bytes is not None and usable_bytes < 2.5 * peak else 0)
-        axes.set(xlim=(places[0], places[-1]), ylim=(0, 1.08 * top / GIB))
-        for mark in marks:
-            axes.axvline(mark["at"], color=palette.faint, linewidth=0.7)
-        named = _apart(marks, places[0], places[-1])
-        axes.set_xticks([mark["at"] for mark in named], [mark["name"] for mark in named], ha="left")
-        axes.set_ylabel("GiB", fontsize=10, color=palette.ink)
-        plain_axes(axes, palette)
-        said = f"The highest point, {format_bytes(peak)} of tensors, comes in the {_part_at(marks, at)}."
-        return Chart("timeline", "Tensors over the first two steps", said, figure)
-
-
-def _apart(marks: Sequence[Mapping[str, Any]], first: int, last: int) -> list[Mapping[str, Any]]:
-    """The marks whose names have room until the next one begins, or until the end."""
-    ends = [*(mark["at"] for mark in marks[1:]), last]
-    room = [end - mark["at"] for mark, end in zip(marks, ends, strict=True)]
-    return [mark for mark, space in zip(marks, room, strict=True) if space > LEAST_ROOM * (last - first)]
-
-
-def _part_at(marks: Sequence[Mapping[str, Any]], at: int) -> str:
-    names = [mark["name"] for mark in marks if mark["at"] <= at]
-    return names[-1] if names else "run"
 
 
 def levers(found: Sequence[Mapping[str, Any]], palette: Palette = SCREEN) -> Chart:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.report import accuracy
 from memplan.report.charts import plans as charts
+from memplan.report.charts.accuracy import errors_of
 from memplan.report.charts.drawing import PAGE, Chart
+from memplan.report.charts.timeline import timeline
 from memplan.report.pages.page import render
-from memplan.report.plan import trainer_line
-from memplan.report.text import choices, equation, signed, signed_seconds
+from memplan.report.plan import kept_words, margin_words, roomier, time_words, trainer_line
+from memplan.report.text import calibration_words, choices, equation, exactly, signed, signed_seconds, split_of, vouched
+from memplan.report.trainer_code import trainer_code
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,31 +24,54 @@ if TYPE_CHECKING:
 
 SMALL = 0.01
 """Kinds below this share of the peak are told together."""
+MOST_LIVE = 12
+"""Rows of the table of what is alive at the peak."""
 
 
 def render_plan_page(document: Mapping[str, Any]) -> str:
-    """The page of a report document: `plan`, `ledger` and `profile` (`memplan.report.document.report_document`)."""
+    """The page of a report document (`memplan.report.study.study_document`)."""
     plan = document["plan"]
     shown = plan["best"] or plan["nearest"]
-    parts = _parts(document["ledger"])
+    parts = parts_of(document["ledger"])
+    usable = plan["gpu"]["usable_bytes"]
+    live = sorted((row for row in document["ledger"] if row["bytes_at_peak"]), key=lambda row: -row["bytes_at_peak"])
+    errors, marks = errors_of(document["accuracy"])
     return render(
         "plan.html.jinja",
         document=document,
-        filters={"signed": signed, "signed_seconds": signed_seconds},
+        filters={
+            "signed": signed,
+            "signed_seconds": signed_seconds,
+            "exactly": exactly,
+            "split": split_of,
+            "percent": accuracy.percent,
+        },
         plan=plan,
         shown=shown,
         command=document["command"],
         equation=equation(shown["setup"], plan["model"]["unit"]),
         choices=choices(shown["setup"]),
+        kept=kept_words(shown["setup"]["activation_checkpointing"]),
+        margins=margin_words(plan, shown),
+        time=time_words(plan, shown),
+        trust=" ".join(_trust(plan)),
+        trainer=trainer_code(plan) or trainer_line(plan),
+        runners=roomier(plan),
         parts=parts,
-        breakdown=charts.breakdown(parts, plan["gpu"]["usable_bytes"], shown["upper_bound_bytes"], PAGE),
-        timeline=_timeline(document["profile"], plan["gpu"]["usable_bytes"]),
+        breakdown=charts.breakdown(parts, usable, shown["upper_bound_bytes"], PAGE),
+        profile=document["profile"],
+        timeline=_timeline(document["profile"], usable, document["measured"]),
+        live=live[:MOST_LIVE],
+        num_others=len(live) - MOST_LIVE,
+        other_bytes=sum(row["bytes_at_peak"] for row in live[MOST_LIVE:]),
+        errors=errors,
+        marks=marks,
+        words=accuracy,
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
-        trainer=trainer_line(plan),
     )
 
 
-def _parts(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+def parts_of(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     """(kind, bytes at the peak), the small ones together."""
     by_kind: dict[str, int] = {}
     for row in ledger:
@@ -55,9 +82,15 @@ def _parts(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     return [*found, ("the rest", rest)] if rest else found
 
 
-def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int) -> Chart | None:
-    return (
-        None
-        if profile is None
-        else charts.timeline(profile["kinds"], profile["points"], profile["parts"], usable_bytes, PAGE)
-    )
+def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int, measured: Sequence[Document]) -> Chart | None:
+    if profile is None:
+        return None
+    phases = [{**phase, "step": phase["step"]} for record in measured for phase in record["phases"]]
+    return timeline(profile, usable_bytes, phases, PAGE)
+
+
+def _trust(plan: Mapping[str, Any]) -> list[str]:
+    """How far the answer can be trusted, in sentences."""
+    said = vouched(plan["confidence"])
+    found = f"{calibration_words(plan['calibration'])}."
+    return [found[0].upper() + found[1:], *([f"{said}."] if said else [])]
