@@ -46,12 +46,12 @@ def study_document(
 
 
 INSTANTS_BY_PHASE = {
-    "forward": ("forward", "loss"),
+    "forward": ("forward",),
     "backward": ("backward",),
     "clip": ("gradient clip",),
     "optimizer": ("optimizer step",),
 }
-"""Phase of a measured step -> the instants of the formula that lie in it."""
+"""Phase of a measured step -> the instants of the formula that lie in it alone: the loss is in two of them."""
 
 
 def measured_document(measurement: Measurement) -> Document:

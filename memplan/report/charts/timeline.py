@@ -64,7 +64,7 @@ def timeline(
 def summit_said(summit: Document) -> str:
     """The highest point, in a sentence."""
     who = " of ".join(part for part in (summit["tensor"], summit["module"]) if part)
-    when = STEPS[min(summit["step"], 1)]
+    when = "the first step" if summit["step"] == 0 else STEPS[1]
     return (
         f"Highest in the {summit['instant']} of {when}: {format_bytes(summit['num_bytes'])}, when {who} is allocated."
     )
@@ -94,8 +94,8 @@ def _parts(axes: Axes, parts: Sequence[Document], end: int, palette: Palette) ->
     for step, name in enumerate(STEPS):
         at = next((part["at"] for part in parts if part["step"] == step and part["name"] != parts[0]["name"]), None)
         if at is not None:
-            style: Any = {"color": palette.ink, "fontsize": 10, "va": "bottom"}
-            axes.text(at, 1.02, f" {name}", transform=axes.get_xaxis_transform(), **style)
+            place: Any = {"xytext": (4, 2), "textcoords": "offset points", "xycoords": axes.get_xaxis_transform()}
+            axes.annotate(name, (at, 1.0), color=palette.ink, fontsize=10, **place)
             axes.axvline(at, ymax=1.08, color=palette.ink, linewidth=1, clip_on=False)
 
 
@@ -117,7 +117,7 @@ def _mark_summit(axes: Axes, summit: Document, width: int, palette: Palette) -> 
     axes.annotate(
         text,
         (at, high),
-        xytext=(-8 if to_the_left else 8, 2),
+        xytext=(-8 if to_the_left else 8, 6),
         textcoords="offset points",
         ha="right" if to_the_left else "left",
         color=palette.ink,

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
     Document = dict[str, Any]
 
+FILTERS = {
+    "signed": signed,
+    "signed_seconds": signed_seconds,
+    "exactly": exactly,
+    "split": split_of,
+    "percent": accuracy.percent,
+}
+
 SMALL = 0.01
 """Kinds below this share of the peak are told together."""
 MOST_LIVE = 12
