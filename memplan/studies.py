@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memplan.estimation.estimate import Estimator
+    from memplan.estimation.growth import Growth
     from memplan.estimation.profile import Profile
+    from memplan.estimation.sweep import Sweep
+    from memplan.planner.frontier import FrontierPoint
     from memplan.planner.plan import Plan
     from memplan.specs.training import Setup
 
@@ -37,6 +40,12 @@ class Study:
     """Why it is this model."""
     profile: Profile | None = None
     """How memory goes up and down in the first two steps of the plan."""
+    maps: tuple[Sweep, ...] = ()
+    """Which micro-batches and lengths around it fit, for each way of checkpointing that was open."""
+    growth: Growth | None = None
+    """How memory grows with both."""
+    frontier: tuple[FrontierPoint, ...] = ()
+    """What else reaches the batch, with memory and time."""
 
     @property
     def setup(self) -> Setup:
@@ -70,7 +79,18 @@ def study(
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
     bare = Study(plan=plan, origin=found.origin)
     tell("following one step")
-    return replace(bare, profile=_profile(estimator, bare.setup))
+    bare = replace(bare, profile=_profile(estimator, bare.setup))
+    tell("looking around it")
+    from memplan.estimation.growth import growth
+    from memplan.planner.frontier import frontier
+    from memplan.planner.maps import maps
+
+    return replace(
+        bare,
+        maps=maps(estimator, plan.goal, bare.setup),
+        growth=growth(estimator, bare.setup),
+        frontier=frontier(estimator, plan.goal, bare.setup),
+    )
 
 
 def _profile(estimator: Estimator, setup: Setup) -> Profile:

@@ -49,6 +49,9 @@ def answer(options: Options, *, shown: bool) -> int:
             found.plan.estimate,
             command_line("suggest", options),
             found.profile,
+            maps=found.maps,
+            growth=found.growth,
+            frontier=found.frontier,
         )
         from memplan.report.pages.plan import render_plan_page
 

@@ -393,13 +393,10 @@ class Estimator:
         self.check(setup)
         program = self.program(setup)
         sizes = self.sizes(setup)
-        accumulation = setup.gradient_accumulation_steps
         steady, first = self.peaks(setup), self.peaks(setup, first_step=True)
         budget = None if self.gpu is None else margin.budget(self.gpu.usable_bytes)
         memory = self.replayed_memory(setup, budget, alloc_conf)
-        rows = ledger(program, sizes, accumulation)
-        if steady.at_evaluation and setup.evaluation is not None:
-            rows = at_evaluation(rows, self.evaluation(setup, setup.evaluation))
+        rows = self.rows(setup)
         return Estimate(
             model=self.summary(setup),
             setup=setup,
@@ -425,6 +422,13 @@ class Estimator:
             lints=lints(self, setup, program, sizes, steady),
             compiled=self._compiled(setup, steady, memory) if setup.compile else None,
         )
+
+    def rows(self, setup: Setup) -> tuple[LedgerRow, ...]:
+        """The ledger of the tensors, at the peak of the step or of an evaluation that needs more."""
+        rows = ledger(self.program(setup), self.sizes(setup), setup.gradient_accumulation_steps)
+        if setup.evaluation is not None and self.peaks(setup).at_evaluation:
+            return at_evaluation(rows, self.evaluation(setup, setup.evaluation))
+        return rows
 
     def _compiled(self, setup: Setup, peaks: Peaks, memory: Memory) -> Compiled:
         """The range under ``torch.compile``, whose upper end `memory` is."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.charts import plans as charts
 from memplan.report.charts.drawing import PAGE, Chart
+from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
 from memplan.report.plan import trainer_line
 from memplan.report.text import choices, equation, signed, signed_seconds
@@ -41,6 +42,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         timeline=_timeline(document["profile"], plan["gpu"]["usable_bytes"]),
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
         trainer=trainer_line(plan),
+        **beside_values(document),
     )
 
 
