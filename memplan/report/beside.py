@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 
+CHART_NAMES = ("breakdown", "timeline", "map", "length", "micro-batch", "frontier", "levers", "schedule")
+"""The charts of a report (`memplan.report.charts.named` draws them)."""
+
+
 def maps_document(maps: Sequence[Sweep]) -> list[Document]:
     """What fits, for each way of checkpointing; points go by micro-batch, and for each by length."""
     return [

@@ -185,15 +185,25 @@ def picture_of(chart: Chart, kind: str) -> bytes:
     Raises:
         UsageError: it is another one.
     """
-    if kind not in FILE_FORMATS:
-        written = kind or "a file without a suffix"
-        raise UsageError(f"A chart cannot be written as {written}.", "Name a .png or .svg file.")
+    check_kind(kind)
     file = BytesIO()
     about = {**NOTHING_ABOUT, "Title": chart.title, "Description": chart.conclusion}
     metadata = about if kind == "svg" else {"Software": None}
     with drawing():
         chart.figure.savefig(file, format=kind, metadata=metadata, dpi=DOTS_PER_INCH_OF_A_PICTURE)
     return file.getvalue()
+
+
+def check_kind(kind: str) -> str:
+    """The kind of file, where charts can be written so.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if kind not in FILE_FORMATS:
+        written = kind or "a file without a suffix"
+        raise UsageError(f"A chart cannot be written as {written}.", "Name a .png or .svg file.")
+    return kind
 
 
 def _shorter(path: str) -> str:
