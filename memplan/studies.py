@@ -11,24 +11,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
-from memplan.estimation.profile import profile
-from memplan.estimation.timeline import timeline
+from memplan.estimation.profile import profile_of
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from memplan.estimation.estimate import Estimator
     from memplan.estimation.growth import Growth
     from memplan.estimation.profile import Profile
     from memplan.estimation.sweep import Sweep
     from memplan.planner.frontier import FrontierPoint
     from memplan.planner.plan import Plan
     from memplan.specs.training import Setup
-
-SHOWN_MICRO_STEPS = 2
-"""Micro-steps of a step that is drawn: the third is as the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +74,7 @@ def study(
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
     bare = Study(plan=plan, origin=found.origin)
     tell("following one step")
-    bare = replace(bare, profile=_profile(estimator, bare.setup))
+    bare = replace(bare, profile=profile_of(estimator, bare.setup))
     tell("looking around it")
     from memplan.estimation.growth import growth
     from memplan.planner.frontier import frontier
@@ -91,8 +86,3 @@ def study(
         growth=growth(estimator, bare.setup),
         frontier=frontier(estimator, plan.goal, bare.setup),
     )
-
-
-def _profile(estimator: Estimator, setup: Setup) -> Profile:
-    steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
-    return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))

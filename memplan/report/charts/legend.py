@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from memplan.report.charts.drawing import DOTS_PER_INCH, Chart, drawing
 from memplan.report.charts.plans import look_of
 from memplan.units import format_bytes
 
@@ -52,3 +53,17 @@ def add_legend(figure: Figure, entries: Sequence[Artist], palette: Palette) -> N
         handlelength=1.6,
         handletextpad=0.5,
     )
+
+
+def above(chart: Chart, entries: Sequence[Artist], palette: Palette) -> Chart:
+    """The chart with a legend on top of it, for which the figure becomes higher."""
+    figure = chart.figure
+    width, height = figure.get_size_inches()
+    higher = height + (legend_height(len(entries)) + 6) / DOTS_PER_INCH
+    figure.set_size_inches(width, higher)
+    for axes in figure.axes:
+        left, bottom, across, up = axes.get_position().bounds
+        axes.set_position((left, bottom * height / higher, across, up * height / higher))
+    with drawing():
+        add_legend(figure, entries, palette)
+    return chart

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
-from memplan.report.charts import frontier, growth, maps, plans, schedule
-from memplan.report.charts.drawing import SCREEN, Chart, Palette
+from memplan.report.charts import frontier, growth, legend, maps, plans, schedule
+from memplan.report.charts.drawing import PAGE, SCREEN, Chart, Palette
+from memplan.specs.pictured import TRACED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 SMALL = 0.01
 """Kinds below this share of the peak are told together."""
-
-TRACED = "memplan has no formula for this model, only traces of the sizes that were asked for"
 
 
 def parts_of(ledger: Sequence[Document]) -> list[tuple[str, int]]:
@@ -41,14 +40,34 @@ def _usable(document: Document) -> int:
     return int(document["plan"]["gpu"]["usable_bytes"])
 
 
+def breakdown(
+    ledger: Sequence[Document], usable_bytes: int | None, bound_bytes: int | None, palette: Palette = SCREEN
+) -> Chart:
+    """The breakdown of a ledger; with a legend, which on a page stands beside it."""
+    parts = parts_of(ledger)
+    bare = plans.breakdown(parts, usable_bytes, bound_bytes, palette)
+    return bare if palette is PAGE else _legended(bare, [kind for kind, _ in parts], usable_bytes, palette)
+
+
+def timeline(profile: Document, usable_bytes: int | None, palette: Palette = SCREEN) -> Chart:
+    """The timeline of a profile, likewise."""
+    bare = plans.timeline(profile["kinds"], profile["points"], profile["parts"], usable_bytes, palette)
+    kinds = [kind for kind in profile["kinds"] if kind in plans.HATCHES]  # others look as temporary ones do
+    return bare if palette is PAGE else _legended(bare, kinds, usable_bytes, palette)
+
+
+def _legended(bare: Chart, kinds: Sequence[str], usable_bytes: int | None, palette: Palette) -> Chart:
+    line = [] if usable_bytes is None else [legend.usable(usable_bytes, palette)]
+    ordered = sorted(kinds, key=lambda kind: [*plans.HATCHES, kind].index(kind))
+    return legend.above(bare, [*legend.areas(ordered, palette), *line], palette)
+
+
 def _breakdown(document: Document, palette: Palette) -> Chart:
-    bound = shown_of(document)["upper_bound_bytes"]
-    return plans.breakdown(parts_of(document["ledger"]), _usable(document), bound, palette)
+    return breakdown(document["ledger"], _usable(document), shown_of(document)["upper_bound_bytes"], palette)
 
 
 def _timeline(document: Document, palette: Palette) -> Chart:
-    profile = document["profile"]
-    return plans.timeline(profile["kinds"], profile["points"], profile["parts"], _usable(document), palette)
+    return timeline(document["profile"], _usable(document), palette)
 
 
 def _map(document: Document, palette: Palette) -> Chart:
