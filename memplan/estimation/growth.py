@@ -64,6 +64,8 @@ class Growth(NamedTuple):
     state_bytes: int
     """Parameters, gradients and optimizer states."""
     takes_over: TakeOver
+    windows: tuple[int, ...]
+    """Lengths beyond which attention is another one, and so is the formula."""
 
 
 def growth(estimator: Estimator, setup: Setup) -> Growth:
@@ -90,6 +92,7 @@ def growth(estimator: Estimator, setup: Setup) -> Growth:
         kept_bytes=int(estimator.peaks(setup).kept_activation_bytes),
         state_bytes=int(states),
         takes_over=TakeOver(takes_over(MICRO_BATCH), takes_over(LENGTH)),
+        windows=tuple(sorted(estimator.architecture.windows)),
     )
 
 

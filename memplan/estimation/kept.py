@@ -8,7 +8,8 @@ Each block has a `Size`; those with the same dimensions are added up, and dimens
 
 In a batch without padding the rows are one, so that b is 1 and s its tokens, written t.  The formula is exact but for
 the allocator, which rounds each block up to 512 bytes: `Kept.rounding_bytes` bounds what that adds.  It holds for
-lengths that lie on the same side of the model's sliding windows.
+lengths that lie on the same side of the model's sliding windows; in a batch without padding for several sequences, or
+for one, as they get a mask or none.
 """
 
 from __future__ import annotations

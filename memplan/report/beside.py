@@ -53,6 +53,7 @@ def growth_document(growth: Growth) -> Document:
         "kept_bytes": growth.kept_bytes,
         "state_bytes": growth.state_bytes,
         "takes_over": growth.takes_over._asdict(),
+        "windows": list(growth.windows),
     }
 
 

@@ -60,9 +60,11 @@ def rounding(growth: Mapping[str, Any]) -> str:
     """How far the formula is from the bytes, and why."""
     kept = growth["kept"]
     more = growth["kept_bytes"] - kept["bytes"]
+    windows = " and ".join(f"{window:,}" for window in growth["windows"])
+    holds = f" It holds on the same side of the model's attention windows ({windows} tokens)." if windows else ""
     return (
         f"That is {kept['bytes']:,} bytes here; PyTorch's allocator rounds each block up to 512 bytes, which adds "
-        f"{more:,} ({kept['rounding_bytes']:,} at most)."
+        f"{more:,} ({kept['rounding_bytes']:,} at most).{holds}"
     )
 
 

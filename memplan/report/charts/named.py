@@ -137,7 +137,7 @@ def chart_of(document: Document, name: str, palette: Palette = SCREEN) -> Chart:
 def has_chart(document: Document, name: str) -> bool:
     """Whether there is one for this plan."""
     needed, _ = CHARTS[name]
-    return bool(document["plan"]["levers"] if needed == "levers" else document[needed])
+    return bool(document["plan"]["levers"] if needed == "levers" else document.get(needed))
 
 
 def _others(document: Document) -> str:
