@@ -97,9 +97,10 @@ def growth(estimator: Estimator, setup: Setup) -> Growth:
 
 
 def around(size: int) -> list[int]:
-    """Even steps up to twice `size`, itself among them."""
-    step = max(1, size // STEPS_TO_IT)
-    return sorted({size, *(step * n for n in range(1, NUM_POINTS + 1))})
+    """Quarters of `size` up to its double, itself among them; of small ones the first numbers."""
+    if size < STEPS_TO_IT:
+        return list(range(1, NUM_POINTS + 1))
+    return [size * n // STEPS_TO_IT for n in range(1, NUM_POINTS + 1)]
 
 
 def _at(estimator: Estimator, setup: Setup, name: str, size: int) -> Setup | None:

@@ -53,8 +53,14 @@ def chart(answer: Any, name: str) -> Chart:
     if isinstance(answer, Estimate):
         return _of_estimate(answer, name)
     assert isinstance(answer, Plan)
+    document = {
+        "plan": plan_document(answer),
+        "ledger": _ledger(answer.estimate),
+        "schedule": schedule_document(schedule(answer.estimate.setup)),
+    }
     needed, _ = CHARTS[name]
-    document = {"plan": plan_document(answer), needed: _source(answer, needed, name)}
+    if needed not in {*document, "levers"}:
+        document[needed] = _worked_out(answer, needed, answer.estimate.behind.estimator(name))
     return chart_of(document, name)
 
 
@@ -69,16 +75,8 @@ def _ledger(estimate: Estimate) -> list[Document]:
     return [row_document(row) for row in estimate.ledger]
 
 
-def _source(plan: Plan, needed: str, name: str) -> Any:
-    """What of the report document a chart draws."""
-    if needed == "ledger":
-        return _ledger(plan.estimate)
-    if needed == "schedule":
-        return schedule_document(schedule(plan.estimate.setup))
-    return None if needed == "levers" else _worked_out(plan, needed, plan.estimate.behind.estimator(name))
-
-
 def _worked_out(plan: Plan, needed: str, estimator: Estimator) -> Any:
+    """What else of the report document a chart draws."""
     setup: Setup = plan.estimate.setup
     if needed == "profile":
         return profile_document(profile_of(estimator, setup))

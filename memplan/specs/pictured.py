@@ -33,15 +33,15 @@ class Behind:
         self._reason = reason
 
     def estimator(self, wanted: str) -> Any:
-        """The estimator.
+        """The estimator; `wanted`: the chart that it is asked for.
 
         Raises:
-            MemplanError: there is none, so that what is `wanted` cannot be worked out.
+            MemplanError: there is none, so that nothing can be worked out.
         """
         if self._make is None:
             cure = "Ask for the answer anew, with memplan.suggest or memplan.estimate."
             cure = cure if self._reason == PICKLED else "Ask for --chart breakdown, or plot_breakdown()."
-            raise MemplanError(f"There is no {wanted} of this answer: {self._reason}.", cure)
+            raise MemplanError(f"There is no {wanted} chart of this answer: {self._reason}.", cure)
         return self._make()
 
     def __eq__(self, other: object) -> bool:

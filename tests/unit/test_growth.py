@@ -97,7 +97,13 @@ def test_lengths_end_where_the_model_has_no_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "found"), [(1, [*range(1, 9)]), (6, [*range(1, 9)]), (9, [2, 4, 6, 8, 9, 10, 12, 14, 16])]
+    ("size", "found"),
+    [
+        (1, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (3, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (6, [1, 3, 4, 6, 7, 9, 10, 12]),
+        (5003, [1250, 2501, 3752, 5003, 6253, 7504, 8755, 10006]),
+    ],
 )
 def test_sizes_around(size: int, found: list[int]) -> None:
     assert around(size) == found

@@ -99,16 +99,18 @@ def test_a_pickled_plan_says_why_it_has_no_timeline() -> None:
     assert again == planned()
     assert isinstance(again.plot_breakdown(), Figure)
     assert isinstance(again.plot_schedule(), Figure)
-    with pytest.raises(MemplanError, match="no timeline of this answer: it was pickled"):
+    with pytest.raises(MemplanError, match="no timeline chart of this answer: it was pickled"):
         again.plot_timeline()
-    with pytest.raises(MemplanError, match="no map of this answer: it was pickled"):
+    with pytest.raises(MemplanError, match="no map chart of this answer: it was pickled"):
         pickle.loads(pickle.dumps(again)).plot_map()
     assert isinstance(copy.deepcopy(planned()).plot_timeline(), Figure)
 
 
 def test_an_answer_from_traces_says_why_it_has_no_timeline() -> None:
-    with pytest.raises(MemplanError, match="no timeline of this answer: memplan has no formula"):
+    with pytest.raises(MemplanError, match="no timeline chart of this answer: memplan has no formula"):
         replace(memplan.estimate("gpt2"), behind=Behind()).plot_timeline()
+    with pytest.raises(MemplanError, match="Others: breakdown, schedule"):
+        replace(planned(), levers=()).plot_levers()
 
 
 def test_a_chart_that_there_is_not() -> None:
