@@ -84,9 +84,9 @@ class Kept(NamedTuple):
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """The letters and brackets in the text of the formula."""
-        names = sorted({dim for term in self.terms for dim in term.dims})
-        return tuple(symbol(dim, is_one_row=self.is_one_row) for dim in names)
+        """What stands in the text of the formula: letters, then names in brackets."""
+        found = {symbol(dim, is_one_row=self.is_one_row) for term in self.terms for dim in term.dims}
+        return tuple(sorted(found, key=lambda one: (len(one) > 1, one)))
 
     def value(self, env: Mapping[str, Any]) -> Any:
         """Bytes before rounding, for the dimensions in `env`."""

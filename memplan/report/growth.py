@@ -8,7 +8,7 @@ from memplan.report.layout import plural
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     Document = dict[str, Any]
 
@@ -46,6 +46,14 @@ def meaning(symbol: str) -> str:
     if name.startswith("pow2("):
         return f"{name[5:-1]}, rounded up to a power of two"
     return "as it says"
+
+
+def meanings(growth: Mapping[str, Any], symbols: Sequence[str]) -> list[tuple[str, str]]:
+    """(symbol, what it stands for) of some symbols of the formula."""
+    found = {symbol: meaning(symbol) for symbol in symbols}
+    if "b" in found and growth["kept"]["sequences"] > growth["micro_batch_size"]:
+        found["b"] += ", two a pair"
+    return list(found.items())
 
 
 def headline(kept: Mapping[str, Any]) -> str:

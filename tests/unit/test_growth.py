@@ -12,7 +12,7 @@ from memplan.estimation.growth import around, first_that_does, growth
 from memplan.estimation.kept import SUMS, multiplied_out, symbol
 from memplan.operators.sizes import Size
 from memplan.report.beside import growth_document
-from memplan.report.growth import headline, meaning, take_over
+from memplan.report.growth import headline, meaning, meanings, take_over
 from memplan.specs.values import replace
 
 GPT2_EAGER = {"micro_batch": 4, "seq_len": 512, "attention": "eager"}
@@ -144,3 +144,13 @@ def test_the_headline_leaves_small_terms_to_the_whole() -> None:
     assert "·b·s + " in text
     assert "·b·s² bytes, and " in text
     assert text.endswith("small terms")
+
+
+def test_sequences_of_pairs_are_counted_twice() -> None:
+    estimator, setup = made("Qwen/Qwen2.5-1.5B", {"micro_batch": 3, "seq_len": 77, "objective": "dpo"})
+    document = growth_document(growth(estimator, setup))
+    assert document["kept"]["sequences"] == 6
+    assert dict(meanings(document, ["b", "s"])) == {
+        "b": "sequences in a micro-batch, two a pair",
+        "s": "tokens in each",
+    }

@@ -67,13 +67,16 @@ def _map(one: Mapping[str, Any], plan: Mapping[str, Any]) -> Document:
 def _growth(document: Mapping[str, Any]) -> Document:
     growth = document["growth"]
     kept = growth["kept"]
+    headline = words.headline(kept)
+    shown = [symbol for symbol in kept["symbols"] if len(symbol) == 1 or symbol in headline]
     axes = (
         ("length", "Against the length", "tokens per sequence", growth["by_length"], growth["seq_len"]),
         ("micro-batch", "Against the micro-batch", "micro-batch", growth["by_micro_batch"], growth["micro_batch_size"]),
     )
     return {
-        "headline": words.headline(kept),
-        "symbols": [(symbol, words.meaning(symbol)) for symbol in kept["symbols"]],
+        "headline": headline,
+        "symbols": words.meanings(growth, shown),
+        "other_symbols": words.meanings(growth, [one for one in kept["symbols"] if one not in shown]),
         "rounding": words.rounding(growth),
         "take_over": words.take_over(growth),
         "formula": kept["formula"],
