@@ -15,6 +15,7 @@ from memplan.report.charts.frontier import frontier as draw_frontier
 from memplan.report.charts.maps import cell_text, cells, is_plan
 from memplan.report.charts.schedule import equation_of, said_of, samples_text
 from memplan.report.document import plan_document
+from memplan.report.pages.plan import render_plan_page
 from memplan.report.study import study_document
 from memplan.specs.training import Setup
 
@@ -187,3 +188,19 @@ def test_the_document_is_plain_data() -> None:
     assert [one["activation_checkpointing"] for one in maps_document(studied().maps)] == [
         one["activation_checkpointing"] for one in found["maps"]
     ]
+
+
+def test_a_page_of_a_model_known_from_traces_has_what_is_known() -> None:
+    """Neither map nor growth nor frontier; the schedule is known all the same."""
+    plan = studied().plan
+    page = render_plan_page(study_document(plan_document(plan), plan.estimate, "memplan suggest", None))
+    assert "One optimizer step" in page
+    for heading in ("What else fits", "How memory grows", "Memory against time"):
+        assert heading not in page
+
+
+def test_a_compiled_plan_says_which_end_is_drawn() -> None:
+    found = studies.study("gpt2", gpu="24GB", target_batch=8, compile=True)
+    beside = {"maps": found.maps, "growth": found.growth, "frontier": found.frontier}
+    document = study_document(plan_document(found.plan), found.plan.estimate, "memplan suggest", None, **beside)
+    assert render_plan_page(document).count("at the upper end of the range under torch.compile") == 2
