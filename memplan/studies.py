@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 from memplan import api
 from memplan.catalog.accuracy import read_accuracy
 from memplan.catalog.measurements import read_all_measurements
-from memplan.estimation.profile import profile
-from memplan.estimation.timeline import timeline
+from memplan.estimation.profile import profile_of
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from memplan.estimation.estimate import Estimator
+    from memplan.estimation.growth import Growth
     from memplan.estimation.profile import Profile
+    from memplan.estimation.sweep import Sweep
+    from memplan.planner.frontier import FrontierPoint
     from memplan.planner.plan import Plan
     from memplan.specs.measurement import Measurement
     from memplan.specs.training import Setup
-
-SHOWN_MICRO_STEPS = 2
-"""Micro-steps of a step that is drawn: the third is as the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +42,12 @@ class Study:
     """How near predictions were to measurements, as `memplan.catalog.accuracy` has it."""
     measured: tuple[Measurement, ...] = ()
     """Measurements of that very configuration."""
+    maps: tuple[Sweep, ...] = ()
+    """Which micro-batches and lengths around it fit, for each way of checkpointing that was open."""
+    growth: Growth | None = None
+    """How memory grows with both."""
+    frontier: tuple[FrontierPoint, ...] = ()
+    """What else reaches the batch, with memory and time."""
 
     @property
     def setup(self) -> Setup:
@@ -77,12 +81,18 @@ def study(
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
     bare = Study(plan=plan, origin=found.origin, accuracy=read_accuracy())
     tell("following one step")
-    return replace(bare, profile=_profile(estimator, bare.setup), measured=_measured(found, bare.setup))
+    bare = replace(bare, profile=profile_of(estimator, bare.setup), measured=_measured(found, bare.setup))
+    tell("looking around it")
+    from memplan.estimation.growth import growth
+    from memplan.planner.frontier import frontier
+    from memplan.planner.maps import maps
 
-
-def _profile(estimator: Estimator, setup: Setup) -> Profile:
-    steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
-    return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))
+    return replace(
+        bare,
+        maps=maps(estimator, plan.goal, bare.setup),
+        growth=growth(estimator, bare.setup),
+        frontier=frontier(estimator, plan.goal, bare.setup),
+    )
 
 
 def _measured(model: api.Model, setup: Setup) -> tuple[Measurement, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import webbrowser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,9 +14,13 @@ from memplan.cli.options import SetupCommand, options_of
 from memplan.cli.output import DOES_NOT_FIT, say, write_file
 from memplan.cli.progress import Progress
 from memplan.cli.suggest import cards_of, check_plannable
-from memplan.cli.values import OUTPUT, SETUP_ROWS, Options, Row
+from memplan.cli.values import OUTPUT, SETUP_ROWS, Options, Row, one_of
+from memplan.report.beside import CHART_NAMES
 from memplan.report.document import plan_document
 from memplan.report.study import study_document
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 DEFAULT_PAGE = "memplan-report.html"
 OF_ANSWERS = ("--json", "--format")
@@ -25,6 +29,14 @@ OF_ANSWERS = ("--json", "--format")
 REPORT_ROWS = (
     *(row for row in SETUP_ROWS if row.flag not in OF_ANSWERS),
     Row(("--open",), OUTPUT, "Show the page in a browser."),
+    Row(
+        ("--chart",),
+        OUTPUT,
+        f"One chart instead, as the .png or .svg file --output: {', '.join(CHART_NAMES)}.",
+        one_of(CHART_NAMES),
+        "NAME",
+        CHART_NAMES,
+    ),
 )
 
 
@@ -33,15 +45,18 @@ REPORT_ROWS = (
 def report(**given: Any) -> int:
     """Plan as `memplan suggest` does, and write the answer as one HTML page: charts, tables, prices, assumptions.
 
-    The page needs no network, no JavaScript and no other file. It goes to --output, or memplan-report.html.
+    The page needs no network, no JavaScript and no other file. It goes to --output, or memplan-report.html. With
+    --chart one of its charts goes to a file of its own.
     """
-    shown = given.pop("open")
-    return answer(Options(**given), shown=bool(shown))
+    shown, chart = given.pop("open"), given.pop("chart")
+    return answer(Options(**given), shown=bool(shown), chart=chart)
 
 
-def answer(options: Options, *, shown: bool) -> int:
-    """Write the page; the exit status."""
+def answer(options: Options, *, shown: bool, chart: str | None = None) -> int:
+    """Write the page, or the chart of this name; the exit status."""
     gpu = check_plannable(options)
+    path = options.output or (DEFAULT_PAGE if chart is None else f"memplan-{chart}.svg")
+    draw = _page if chart is None else _drawing(chart, path)
     with Progress(shown=not options.quiet) as progress:
         found = studies.study(options.model, gpu=gpu, notify=progress.say, **options.choices())
         document = study_document(
@@ -50,13 +65,32 @@ def answer(options: Options, *, shown: bool) -> int:
             command_line("suggest", options),
             found.profile,
             dict(found.accuracy),
-            found.measured,
+            measured=found.measured,
+            maps=found.maps,
+            growth=found.growth,
+            frontier=found.frontier,
         )
-        from memplan.report.pages.plan import render_plan_page
-
-        page = options.output or DEFAULT_PAGE
-        write_file(page, render_plan_page(document), flag="--output")
-    say(f"page written to {page}", quiet=options.quiet)
+        write_file(path, draw(document), flag="--output")
+    say(f"{'page' if chart is None else 'chart'} written to {path}", quiet=options.quiet)
     if shown:
-        webbrowser.open(f"file://{os.path.abspath(page)}")
+        webbrowser.open(f"file://{os.path.abspath(path)}")
     return DOES_NOT_FIT if found.plan.best is None else 0
+
+
+def _page(document: Mapping[str, Any]) -> str:
+    from memplan.report.pages.plan import render_plan_page
+
+    return render_plan_page(document)
+
+
+def _drawing(name: str, path: str) -> Callable[[Mapping[str, Any]], str | bytes]:
+    """What draws the chart of a document for a file.
+
+    Raises:
+        UsageError: the suffix is that of no picture.
+    """
+    from memplan.report.charts.drawing import check_kind, picture_of
+    from memplan.report.charts.named import chart_of
+
+    kind = check_kind(os.path.splitext(path)[1].lstrip(".").lower())
+    return lambda document: picture_of(chart_of(document, name), kind)

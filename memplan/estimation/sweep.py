@@ -19,6 +19,7 @@ from memplan.errors import UsageError
 from memplan.estimation.estimate import EXPANDABLE_SEGMENTS
 from memplan.estimation.grid import estimate_grid
 from memplan.specs.margin import NONE as NO_MARGIN
+from memplan.specs.pictured import PicturedMap
 from memplan.specs.tabular import Tabular
 from memplan.specs.values import NamedTuple, dataclass, replace
 
@@ -57,7 +58,7 @@ class Largest(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Tabular):
+class Sweep(Tabular, PicturedMap):
     """Bytes and verdicts over a grid; records go by micro-batch, and for each by length."""
 
     model: ModelSummary

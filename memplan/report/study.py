@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.planner.schedule import schedule
+from memplan.report.beside import frontier_document, growth_document, maps_document, schedule_document
 from memplan.report.document import envelope, row_document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from memplan.estimation.estimate import Estimate
+    from memplan.estimation.growth import Growth
     from memplan.estimation.profile import Profile
+    from memplan.estimation.sweep import Sweep
+    from memplan.planner.frontier import FrontierPoint
     from memplan.specs.measurement import Measurement
 
     Document = dict[str, Any]
@@ -22,7 +27,11 @@ def study_document(
     command: str,
     profile: Profile | None,
     accuracy: Document,
+    *,
     measured: Sequence[Measurement] = (),
+    maps: Sequence[Sweep] = (),
+    growth: Growth | None = None,
+    frontier: Sequence[FrontierPoint] = (),
 ) -> Document:
     """What the page of a plan shows.
 
@@ -33,6 +42,9 @@ def study_document(
         profile: How the memory of a run goes up and down; None where it is not known.
         accuracy: How near predictions were to measurements (`memplan.report.accuracy.summary`).
         measured: Measurements of that configuration.
+        maps: What fits around it; empty where it is not known.
+        growth: How memory grows; None where it is not known.
+        frontier: What else reaches the batch; empty where it is not known.
     """
     return {
         **envelope("report"),
@@ -42,6 +54,10 @@ def study_document(
         "profile": None if profile is None else profile_document(profile),
         "accuracy": accuracy,
         "measured": [measured_document(one) for one in measured],
+        "maps": maps_document(maps),
+        "growth": None if growth is None else growth_document(growth),
+        "frontier": frontier_document(frontier),
+        "schedule": schedule_document(schedule(estimate.setup)),
     }
 
 

@@ -43,6 +43,10 @@ class Palette(NamedTuple):
     gpu: str
     cpu: str
     published: str
+    fits: str
+    """Behind text, like the next two."""
+    tight: str
+    oom: str
     shades: tuple[str, ...]
     """`NUM_SHADES` of them, for areas."""
 
@@ -57,6 +61,9 @@ PAGE = Palette(
     gpu="#0a0011",
     cpu="#0a0012",
     published="#0a0013",
+    fits="#0a0031",
+    tight="#0a0032",
+    oom="#0a0033",
     shades=tuple(f"#0a002{number}" for number in range(1, NUM_SHADES + 1)),
 )
 """Stand-ins for what the stylesheet says."""
@@ -71,6 +78,9 @@ SCREEN = Palette(
     gpu="#0072b2",
     cpu="#a85a00",
     published="#00755a",
+    fits="#d8efe6",
+    tight="#fff0c7",
+    oom="#f9dcd8",
     shades=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#999999", "#d0a800", "#c2452d"),
 )
 """The colours of Okabe and Ito (Color Universal Design, 2008), on white."""
@@ -175,15 +185,25 @@ def picture_of(chart: Chart, kind: str) -> bytes:
     Raises:
         UsageError: it is another one.
     """
-    if kind not in FILE_FORMATS:
-        written = kind or "a file without a suffix"
-        raise UsageError(f"A chart cannot be written as {written}.", "Name a .png or .svg file.")
+    check_kind(kind)
     file = BytesIO()
     about = {**NOTHING_ABOUT, "Title": chart.title, "Description": chart.conclusion}
     metadata = about if kind == "svg" else {"Software": None}
     with drawing():
         chart.figure.savefig(file, format=kind, metadata=metadata, dpi=DOTS_PER_INCH_OF_A_PICTURE)
     return file.getvalue()
+
+
+def check_kind(kind: str) -> str:
+    """The kind of file, where charts can be written so.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if kind not in FILE_FORMATS:
+        written = kind or "a file without a suffix"
+        raise UsageError(f"A chart cannot be written as {written}.", "Name a .png or .svg file.")
+    return kind
 
 
 def _shorter(path: str) -> str:

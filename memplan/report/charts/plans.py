@@ -25,6 +25,7 @@ HATCHES = {
     "temporary": (4, "---"),
     "allocator": (5, "||"),
     "context": (6, "-\\"),
+    "the rest": (5, ""),
 }
 """Kind of memory -> which of the shades its area has, and which hatch; others look as temporary ones do."""
 

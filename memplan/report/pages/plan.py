@@ -11,7 +11,9 @@ from memplan.report import accuracy
 from memplan.report.charts import plans as charts
 from memplan.report.charts.accuracy import errors_of
 from memplan.report.charts.drawing import PAGE, Chart
+from memplan.report.charts.named import parts_of, phases_of
 from memplan.report.charts.timeline import timeline
+from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
 from memplan.report.plan import kept_words, margin_words, roomier, time_words, trainer_line
 from memplan.report.text import calibration_words, choices, equation, exactly, signed, signed_seconds, split_of, vouched
@@ -30,8 +32,6 @@ FILTERS = {
     "percent": accuracy.percent,
 }
 
-SMALL = 0.01
-"""Kinds below this share of the peak are told together."""
 MOST_LIVE = 12
 """Rows of the table of what is alive at the peak."""
 
@@ -76,25 +76,14 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         marks=marks,
         words=accuracy,
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
+        **beside_values(document),
     )
-
-
-def parts_of(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """(kind, bytes at the peak), the small ones together."""
-    by_kind: dict[str, int] = {}
-    for row in ledger:
-        by_kind[row["kind"]] = by_kind.get(row["kind"], 0) + row["bytes_at_peak"]
-    whole = sum(by_kind.values())
-    found = [(kind, num) for kind, num in by_kind.items() if num >= SMALL * whole]
-    rest = whole - sum(num for _, num in found)
-    return [*found, ("the rest", rest)] if rest else found
 
 
 def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int, measured: Sequence[Document]) -> Chart | None:
     if profile is None:
         return None
-    phases = [{**phase, "step": phase["step"]} for record in measured for phase in record["phases"]]
-    return timeline(profile, usable_bytes, phases, PAGE)
+    return timeline(profile, usable_bytes, phases_of(measured), PAGE)
 
 
 def _trust(plan: Mapping[str, Any]) -> list[str]:
