@@ -59,17 +59,8 @@ def answer(options: Options, *, shown: bool, chart: str | None = None) -> int:
     draw = _page if chart is None else _drawing(chart, path)
     with Progress(shown=not options.quiet) as progress:
         found = studies.study(options.model, gpu=gpu, notify=progress.say, **options.choices())
-        document = study_document(
-            plan_document(found.plan, origin=found.origin, cards=cards_of(found.plan)),
-            found.plan.estimate,
-            command_line("suggest", options),
-            found.profile,
-            dict(found.accuracy),
-            measured=found.measured,
-            maps=found.maps,
-            growth=found.growth,
-            frontier=found.frontier,
-        )
+        plan = plan_document(found.plan, origin=found.origin, cards=cards_of(found.plan))
+        document = study_document(found, plan, command_line("suggest", options))
         write_file(path, draw(document), flag="--output")
     say(f"{'page' if chart is None else 'chart'} written to {path}", quiet=options.quiet)
     if shown:

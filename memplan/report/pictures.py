@@ -56,6 +56,7 @@ def chart(answer: Any, name: str) -> Chart:
     document = {
         "plan": plan_document(answer),
         "ledger": _ledger(answer.estimate),
+        "measured": [],
         "schedule": schedule_document(schedule(answer.estimate.setup)),
     }
     needed, _ = CHARTS[name]

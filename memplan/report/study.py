@@ -9,54 +9,33 @@ from memplan.report.beside import frontier_document, growth_document, maps_docum
 from memplan.report.document import envelope, row_document
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from memplan.estimation.estimate import Estimate
-    from memplan.estimation.growth import Growth
     from memplan.estimation.profile import Profile
-    from memplan.estimation.sweep import Sweep
-    from memplan.planner.frontier import FrontierPoint
+    from memplan.planner.study import Study
     from memplan.specs.measurement import Measurement
 
     Document = dict[str, Any]
 
 
-def study_document(
-    plan: Document,
-    estimate: Estimate,
-    command: str,
-    profile: Profile | None,
-    accuracy: Document,
-    *,
-    measured: Sequence[Measurement] = (),
-    maps: Sequence[Sweep] = (),
-    growth: Growth | None = None,
-    frontier: Sequence[FrontierPoint] = (),
-) -> Document:
+def study_document(study: Study, plan: Document, command: str) -> Document:
     """What the page of a plan shows.
 
     Args:
+        study: The plan, and what shows why; what is not known is None or empty.
         plan: The document of the plan.
-        estimate: Everything about its best configuration, or about the nearest where nothing fits.
-        command: The command line that makes the plan.
-        profile: How the memory of a run goes up and down; None where it is not known.
-        accuracy: How near predictions were to measurements (`memplan.report.accuracy.summary`).
-        measured: Measurements of that configuration.
-        maps: What fits around it; empty where it is not known.
-        growth: How memory grows; None where it is not known.
-        frontier: What else reaches the batch; empty where it is not known.
+        command: The command line that makes it.
     """
+    estimate = study.plan.estimate
     return {
         **envelope("report"),
         "plan": plan,
         "command": command,
         "ledger": [row_document(row) for row in estimate.ledger],
-        "profile": None if profile is None else profile_document(profile),
-        "accuracy": accuracy,
-        "measured": [measured_document(one) for one in measured],
-        "maps": maps_document(maps),
-        "growth": None if growth is None else growth_document(growth),
-        "frontier": frontier_document(frontier),
+        "profile": None if study.profile is None else profile_document(study.profile),
+        "accuracy": dict(study.accuracy),
+        "measured": [measured_document(one) for one in study.measured],
+        "maps": maps_document(study.maps),
+        "growth": None if study.growth is None else growth_document(study.growth),
+        "frontier": frontier_document(study.frontier),
         "schedule": schedule_document(schedule(estimate.setup)),
     }
 

@@ -10,6 +10,7 @@ import pytest
 from memplan import api, studies
 from memplan.planner.maps import doublings
 from memplan.planner.schedule import condensed, samples_of, schedule
+from memplan.planner.study import Study
 from memplan.report.beside import maps_document, schedule_document
 from memplan.report.charts.frontier import frontier as draw_frontier
 from memplan.report.charts.maps import cell_text, cells, is_plan
@@ -21,15 +22,13 @@ from memplan.specs.training import Setup
 
 
 @cache
-def studied() -> studies.Study:
+def studied() -> Study:
     return studies.study("gpt2", gpu="12GB", target_batch=48, precision="fp32")
 
 
 def document() -> dict[str, Any]:
     found = studied()
-    plan = plan_document(found.plan)
-    beside = {"maps": found.maps, "growth": found.growth, "frontier": found.frontier}
-    return study_document(plan, found.plan.estimate, "memplan suggest", found.profile, **beside)
+    return study_document(found, plan_document(found.plan), "memplan suggest")
 
 
 # -- the map -----------------------------------------------------------------------------------------------------------
@@ -192,8 +191,9 @@ def test_the_document_is_plain_data() -> None:
 
 def test_a_page_of_a_model_known_from_traces_has_what_is_known() -> None:
     """Neither map nor growth nor frontier; the schedule is known all the same."""
-    plan = studied().plan
-    page = render_plan_page(study_document(plan_document(plan), plan.estimate, "memplan suggest", None))
+    known = studied()
+    bare = Study(plan=known.plan, origin=known.origin, accuracy=known.accuracy)
+    page = render_plan_page(study_document(bare, plan_document(bare.plan), "memplan suggest"))
     assert "One optimizer step" in page
     for heading in ("What else fits", "How memory grows", "Memory against time"):
         assert heading not in page
@@ -201,6 +201,5 @@ def test_a_page_of_a_model_known_from_traces_has_what_is_known() -> None:
 
 def test_a_compiled_plan_says_which_end_is_drawn() -> None:
     found = studies.study("gpt2", gpu="24GB", target_batch=8, compile=True)
-    beside = {"maps": found.maps, "growth": found.growth, "frontier": found.frontier}
-    document = study_document(plan_document(found.plan), found.plan.estimate, "memplan suggest", None, **beside)
+    document = study_document(found, plan_document(found.plan), "memplan suggest")
     assert render_plan_page(document).count("at the upper end of the range under torch.compile") == 2
