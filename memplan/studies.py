@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memplan import api
 from memplan.estimation.profile import profile
 from memplan.estimation.timeline import timeline
+from memplan.planner.what_if import what_if
 from memplan.specs.values import dataclass, replace
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimator
     from memplan.estimation.profile import Profile
     from memplan.planner.plan import Plan
+    from memplan.planner.what_if import WhatIf
     from memplan.specs.training import Setup
 
 SHOWN_MICRO_STEPS = 2
@@ -37,6 +39,8 @@ class Study:
     """Why it is this model."""
     profile: Profile | None = None
     """How memory goes up and down in the first two steps of the plan."""
+    what_if: WhatIf | None = None
+    """What other sizes and choices take."""
 
     @property
     def setup(self) -> Setup:
@@ -70,7 +74,9 @@ def study(
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
     bare = Study(plan=plan, origin=found.origin)
     tell("following one step")
-    return replace(bare, profile=_profile(estimator, bare.setup))
+    followed = replace(bare, profile=_profile(estimator, bare.setup))
+    tell("asking what if")
+    return replace(followed, what_if=what_if(estimator, plan.goal, bare.setup))
 
 
 def _profile(estimator: Estimator, setup: Setup) -> Profile:

@@ -49,6 +49,7 @@ def answer(options: Options, *, shown: bool) -> int:
             found.plan.estimate,
             command_line("suggest", options),
             found.profile,
+            found.what_if,
         )
         from memplan.report.pages.plan import render_plan_page
 

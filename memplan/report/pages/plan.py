@@ -12,6 +12,7 @@ from memplan.report.charts.drawing import PAGE, Chart
 from memplan.report.pages.page import render
 from memplan.report.plan import trainer_line
 from memplan.report.text import choices, equation, signed, signed_seconds
+from memplan.report.what_if import controls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         timeline=_timeline(document["profile"], plan["gpu"]["usable_bytes"]),
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
         trainer=trainer_line(plan),
+        script="plan/what_if.js" if document["what_if"] else "",
+        what_if=None if document["what_if"] is None else controls(document["what_if"]),
     )
 
 
