@@ -8,7 +8,9 @@ during the whole step, so that each number depends on a few choices alone, and s
 matter as one or several (DistributedDataParallel's buckets), micro-steps as one or several (gradients that are there),
 and by the ids and labels that wait for their turn.
 
-Left out: evaluations between the steps, ``torch.compile``, and the replay through the caching allocator.
+An evaluation between the steps stands on the same, and counts with the passes.
+
+Left out: ``torch.compile``, and the replay through the caching allocator.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimator
     from memplan.estimation.step import StepProgram
     from memplan.planner.goal import Goal
+    from memplan.specs.evaluation import Evaluation
     from memplan.specs.training import Setup
 
 PRECISIONS = ("bf16", "bf16-mixed", "fp32")
@@ -66,7 +69,8 @@ class WhatIf:
 
     Arrays have an axis for precision p, rank r, checkpointing c, optimizer o, micro-batch m and length l, in the order
     of `Axes`; k is 0 for one micro-step and 1 for several, g the same of GPUs, and w is 0 for gradients that are kept
-    until the end of the step, 1 for updates in the backward pass.  What is refused holds 0.
+    until the end of the step, 1 for updates in the backward pass.  Where choices are refused, the numbers mean
+    nothing.
     """
 
     setup: Setup
@@ -75,7 +79,7 @@ class WhatIf:
     in_backward: tuple[bool, ...]
     """Of each optimizer: w."""
     passes_bytes: NDArray[np.int64]
-    """(w, p, r, c, k, m, l): highest point of forward and backward passes above what is resident and the inputs."""
+    """(w, p, r, c, k, m, l): highest point of the passes above what is resident and the inputs."""
     input_bytes: NDArray[np.int64]
     """(m, l): ids and labels of one micro-step."""
     resident_bytes: NDArray[np.int64]
@@ -105,13 +109,13 @@ class WhatIf:
 
 
 def what_if(estimator: Estimator, goal: Goal, setup: Setup) -> WhatIf | None:
-    """The grid around `setup`; None where there is an evaluation or a compiler, whose bytes are another sum.
+    """The grid around `setup`; None where there is a compiler, whose bytes are a range.
 
     Raises:
         UsageError: the model cannot be trained like `setup` itself.
     """
     estimator.check(setup)
-    if setup.evaluation is not None or setup.compile or estimator.step_time(setup) is None:
+    if setup.compile or estimator.step_time(setup) is None:
         return None
     return _Survey(estimator, setup, _axes(estimator, setup)).found(goal)
 
@@ -296,6 +300,15 @@ class _Survey:
                 highest = program.peaks(block.sizes, steps).highest_of_passes
                 base = program.resident_bytes + program.inputs(steps).total(block.sizes)
                 self.passes[(*place, steps - 1, block.points)] = highest - base
+        if setup.evaluation is not None:
+            self._fill_evaluation(self.passes[place], setup, setup.evaluation)
+
+    def _fill_evaluation(self, passes: NDArray[np.int64], setup: Setup, evaluation: Evaluation) -> None:
+        """Raise the points (k, m l) at which an evaluation, whose batches are its own, needs more than any pass."""
+        num = len(self.axes.seq_len)
+        for number, length in enumerate(self.axes.seq_len):
+            height = self.estimator.evaluation(replace(setup, seq_len=length), evaluation).height()
+            passes[:, number::num] = passes[:, number::num].clip(min=height)
 
     def _fill_times(self, place: tuple[int, int, int], setup: Setup) -> None:
         for block in self.blocks:

@@ -67,6 +67,10 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reentrant": (LLAMA, {"checkpointing": "full", "reentrant": True}),
     "half of it supervised": (LLAMA, {"supervised": 0.5, "loss": "fused"}),
     "chunked": (LLAMA, {"loss": "chunked", "seq_len": 64}),
+    "evaluated": (LLAMA, {"eval_batch": 16, "checkpointing": "full"}),
+    "evaluated with metrics": (MISTRAL, {"eval_batch": 4, "eval_samples": 50, "seq_len": 512}),
+    "evaluated by generation": (LLAMA, {"eval_batch": 8, "eval_samples": 20, "eval_generate": 64, "seq_len": 128}),
+    "evaluated end to end": (LLAMA, {"eval_batch": 16, "batching": "padding-free"}),
 }
 
 
@@ -192,12 +196,22 @@ def test_what_is_refused_says_why() -> None:
     assert any("A quantised model cannot be trained itself." in reason for reason in found.reasons)
 
 
-@pytest.mark.parametrize("more", [{"compile": True}, {"eval_batch": 4}])
-def test_no_grid_where_the_peak_is_another_sum(more: dict[str, Any]) -> None:
+def test_an_evaluation_is_the_peak_somewhere() -> None:
+    """The grid of a run that is evaluated lies above that of the same run without, and not everywhere."""
+    _, setup, found = asked("evaluated")
+    estimator, plain = asked("plain")[0], replace(setup, evaluation=None)
+    without = what_if(estimator, goal_of(plain), plain)
+    assert without is not None
+    more = found.passes_bytes - without.passes_bytes
+    assert more.min() == 0
+    assert more.max() > 0
+
+
+def test_no_grid_under_a_compiler_where_the_peak_is_a_range() -> None:
     gpu, _ = api.find_gpu("h100", None)
     model = api.find_model("gpt2")
     assert isinstance(model, api.Model)
-    setup = api.make_setup(model, 1, more)
+    setup = api.make_setup(model, 1, {"compile": True})
     assert what_if(api.estimator_of(model, gpu, remembers=False), goal_of(setup), setup) is None
 
 
