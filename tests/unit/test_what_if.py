@@ -337,6 +337,10 @@ def test_its_script_is_small_and_the_one_that_the_policy_allows() -> None:
     assert len(json.dumps(grid_of(page))) <= MOST_BYTES_OF_A_PAGE
 
 
+def test_the_same_question_gives_the_same_page() -> None:
+    assert page_of.__wrapped__(COMMANDS[0]) == page_of(COMMANDS[0])
+
+
 def test_a_page_without_a_grid_has_no_script() -> None:
     found = studies.study("gpt2", gpu="h100", target_batch=8, compile=True)
     plan = plan_document(found.plan, origin=found.origin)
