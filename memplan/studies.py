@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 from memplan import api
 from memplan.catalog.accuracy import read_accuracy
 from memplan.catalog.measurements import read_all_measurements
+from memplan.estimation.growth import growth
 from memplan.estimation.profile import profile_of
+from memplan.planner.frontier import frontier
+from memplan.planner.maps import maps
 from memplan.planner.study import Study
+from memplan.planner.what_if import what_if
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -51,16 +55,14 @@ def study(
     tell("following one step")
     bare = replace(bare, profile=profile_of(estimator, bare.setup), measured=_measured(found, bare.setup))
     tell("looking around it")
-    from memplan.estimation.growth import growth
-    from memplan.planner.frontier import frontier
-    from memplan.planner.maps import maps
-
-    return replace(
+    around = replace(
         bare,
         maps=maps(estimator, plan.goal, bare.setup),
         growth=growth(estimator, bare.setup),
         frontier=frontier(estimator, plan.goal, bare.setup),
     )
+    tell("asking what if")
+    return replace(around, what_if=what_if(estimator, plan.goal, bare.setup))
 
 
 def _measured(model: api.Model, setup: Setup) -> tuple[Measurement, ...]:

@@ -26,10 +26,10 @@ from memplan.specs.tabular import Tabular
 from memplan.specs.training import DISTILLATION, OPTIMIZERS, PRECISIONS, SCORED
 from memplan.specs.values import NamedTuple, dataclass, field, replace
 from memplan.steptime.roofline import Speed
-from memplan.steptime.step import StepTime, TimedModel
+from memplan.steptime.step import Pace, StepTime, TimedModel, seconds_of_update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping
 
     from memplan.architectures.architecture import Architecture, Recording
     from memplan.estimation.step import Peaks
@@ -363,6 +363,15 @@ class Estimator:
         speed = self._speed
         step = lambda: self._timed_model(setup, speed).step(**self._step_of(setup))  # noqa: E731
         return StepTime(*self._remembered(f"time {speed}", setup, step))
+
+    def pace(self, setup: Setup, env: Mapping[str, Any]) -> Pace | None:
+        """What makes the time of a step, for the dimensions of `env`, arrays among them; None as for `step_time`."""
+        if self._speed is None:
+            return None
+        passes = self._timed_model(setup, self._speed).passes(env, self.program(setup).layout.modes)
+        step = self._step_of(setup)
+        added, update = seconds_of_update(step["optimizer"], step["trained_bytes"], step["trained"], self._speed)
+        return Pace(sum(passes), added, update)
 
     def time_terms(self, setup: Setup) -> tuple[Term, ...] | None:
         """The same, operator by operator."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memplan.estimation.sweep import Sweep
     from memplan.planner.frontier import FrontierPoint
     from memplan.planner.plan import Plan
+    from memplan.planner.what_if import WhatIf
     from memplan.specs.measurement import Measurement
     from memplan.specs.training import Setup
 
@@ -37,6 +38,8 @@ class Study:
     """How memory grows with both."""
     frontier: tuple[FrontierPoint, ...] = ()
     """What else reaches the batch, with memory and time."""
+    what_if: WhatIf | None = None
+    """What other sizes and choices take."""
 
     @property
     def setup(self) -> Setup:

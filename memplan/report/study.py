@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.planner.schedule import schedule
 from memplan.report.beside import frontier_document, growth_document, maps_document, schedule_document
 from memplan.report.document import envelope, row_document
+from memplan.report.what_if import what_if_document
 
 if TYPE_CHECKING:
     from memplan.estimation.profile import Profile
@@ -37,6 +38,7 @@ def study_document(study: Study, plan: Document, command: str) -> Document:
         "growth": None if study.growth is None else growth_document(study.growth),
         "frontier": frontier_document(study.frontier),
         "schedule": schedule_document(schedule(estimate.setup)),
+        "what_if": None if study.what_if is None else what_if_document(study.what_if, command),
     }
 
 

@@ -18,6 +18,7 @@ from memplan.report.pages.page import render
 from memplan.report.plan import kept_words, margin_words, roomier, time_words, trainer_line
 from memplan.report.text import calibration_words, choices, equation, exactly, signed, signed_seconds, split_of, vouched
 from memplan.report.trainer_code import trainer_code
+from memplan.report.what_if import controls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,6 +78,8 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         words=accuracy,
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
         **beside_values(document),
+        script="plan/what_if.js" if document["what_if"] else "",
+        what_if=None if document["what_if"] is None else controls(document["what_if"]),
     )
 
 
