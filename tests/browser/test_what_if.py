@@ -24,6 +24,7 @@ from memplan.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from memplan.planner.study import Study
     from memplan.planner.what_if import WhatIf
     from memplan.specs.training import Setup
 
@@ -34,21 +35,21 @@ ROWS = ("parameters", "gradients", "states", "activations", "beside", "tensors",
 
 
 @pytest.fixture(scope="module")
-def study() -> studies.Study:
+def study() -> Study:
     return studies.study(MODEL, gpu=GPU, target_batch=24, precision="bf16-mixed")
 
 
 @pytest.fixture(scope="module")
-def grid(study: studies.Study) -> WhatIf:
+def grid(study: Study) -> WhatIf:
     assert study.what_if is not None
     return study.what_if
 
 
 @pytest.fixture(scope="module")
-def file(study: studies.Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = plan_document(study.plan, origin=study.origin)
     path = tmp_path_factory.mktemp("what-if") / "page.html"
-    text = render_plan_page(study_document(plan, study.plan.estimate, COMMAND, study.profile, study.what_if))
+    text = render_plan_page(study_document(study, plan, COMMAND))
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -93,7 +94,7 @@ def setup_at(grid: WhatIf, positions: dict[str, int]) -> Setup:
     return replace(grid.setup, lora=None if rank is None else Lora(rank=rank), **fields)
 
 
-def check(page: Any, study: studies.Study, grid: WhatIf, positions: dict[str, int]) -> None:
+def check(page: Any, study: Study, grid: WhatIf, positions: dict[str, int]) -> None:
     """Everything that is shown against the estimator."""
     model = api.find_model(MODEL)
     assert isinstance(model, api.Model)
@@ -139,7 +140,7 @@ def either(seconds: float) -> set[str]:
     return set(map(format_seconds, around(seconds, seconds)))
 
 
-def test_it_starts_at_the_plan(page: Any, study: studies.Study, grid: WhatIf) -> None:
+def test_it_starts_at_the_plan(page: Any, study: Study, grid: WhatIf) -> None:
     check(page, study, grid, {"precision": grid.axes.precision.index("bf16-mixed")})
     assert {more for _, more in rows_of(page).values()} == {"0"}
     assert text_of(page, "batch").endswith(", as the plan.")
@@ -158,7 +159,7 @@ AXES = (
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_every_position_of_every_control(axis: str, page: Any, study: studies.Study, grid: WhatIf) -> None:
+def test_every_position_of_every_control(axis: str, page: Any, study: Study, grid: WhatIf) -> None:
     """Each by itself, with its value beside it where it is a slider."""
     for position, value in enumerate(getattr(grid.axes, axis)):
         move(page, **{axis: position})
@@ -171,7 +172,7 @@ def test_every_position_of_every_control(axis: str, page: Any, study: studies.St
             assert control.locator("option:checked").text_content() == shown
 
 
-def test_several_at_once(page: Any, study: studies.Study, grid: WhatIf) -> None:
+def test_several_at_once(page: Any, study: Study, grid: WhatIf) -> None:
     draw = random.Random(5)
     for _ in range(25):
         positions = {axis: draw.randrange(len(getattr(grid.axes, axis))) for axis in AXES}
@@ -228,7 +229,7 @@ def test_nothing_is_cut(width: int, page: Any) -> None:
     assert page.evaluate(wider) == []
 
 
-def test_the_bar_is_as_long_as_the_process(page: Any, study: studies.Study, grid: WhatIf) -> None:
+def test_the_bar_is_as_long_as_the_process(page: Any, study: Study, grid: WhatIf) -> None:
     usable = study.plan.gpu.usable_bytes
     whole = page.locator("#what-if-bar").evaluate("x => x.clientWidth")
     drawn = page.locator("#what-if-pile b").evaluate_all("all => all.reduce((sum, x) => sum + x.offsetWidth, 0)")
@@ -252,7 +253,7 @@ def test_what_is_not_possible_says_why(browser: Any, tmp_path: Path) -> None:
     plan = plan_document(found.plan, origin=found.origin)
     path = tmp_path / "page.html"
     path.write_text(
-        render_plan_page(study_document(plan, found.plan.estimate, COMMAND, found.profile, found.what_if)),
+        render_plan_page(study_document(found, plan, COMMAND)),
         encoding="utf-8",
     )
     opened = browser.new_page()

@@ -120,7 +120,7 @@ def test_a_plan_is_the_same_when_it_is_remembered(tmp_path: Path, monkeypatch: p
 def test_a_model_read_without_dropout_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the setup says nothing about it."""
     monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path))
-    setup = Setup(seq_len=256)
+    setup = Setup(micro_batch_size=8, seq_len=256)
     peaks = [
         api.estimator_of(api.find_model("gpt2", dropout=dropout), None).memory(setup).peak_allocated_bytes
         for dropout in (0.0, None, 0.0)

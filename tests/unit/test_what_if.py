@@ -233,7 +233,7 @@ def page_of(command: str) -> str:
         choices[flag.lstrip("-").replace("-", "_")] = True if flag == "--dora" else _value(next(flags))
     found = studies.study(words[0], **choices)
     plan = plan_document(found.plan, origin=found.origin)
-    return render_plan_page(study_document(plan, found.plan.estimate, command, found.profile, found.what_if))
+    return render_plan_page(study_document(found, plan, command))
 
 
 def _value(text: str) -> Any:
@@ -344,7 +344,7 @@ def test_the_same_question_gives_the_same_page() -> None:
 def test_a_page_without_a_grid_has_no_script() -> None:
     found = studies.study("gpt2", gpu="h100", target_batch=8, compile=True)
     plan = plan_document(found.plan, origin=found.origin)
-    page = render_plan_page(study_document(plan, found.plan.estimate, "memplan suggest gpt2 --gpu h100", None))
+    page = render_plan_page(study_document(replace(found, what_if=None), plan, "memplan suggest gpt2 --gpu h100"))
     assert found.what_if is None
     assert "<script>" not in page
     assert "What if" not in page
