@@ -9,25 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.charts import plans as charts
 from memplan.report.charts.drawing import PAGE, Chart
+from memplan.report.charts.named import parts_of
 from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
 from memplan.report.plan import trainer_line
 from memplan.report.text import choices, equation, signed, signed_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     Document = dict[str, Any]
-
-SMALL = 0.01
-"""Kinds below this share of the peak are told together."""
 
 
 def render_plan_page(document: Mapping[str, Any]) -> str:
     """The page of a report document: `plan`, `ledger` and `profile` (`memplan.report.document.report_document`)."""
     plan = document["plan"]
     shown = plan["best"] or plan["nearest"]
-    parts = _parts(document["ledger"])
+    parts = parts_of(document["ledger"])
     return render(
         "plan.html.jinja",
         document=document,
@@ -44,17 +42,6 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         trainer=trainer_line(plan),
         **beside_values(document),
     )
-
-
-def _parts(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """(kind, bytes at the peak), the small ones together."""
-    by_kind: dict[str, int] = {}
-    for row in ledger:
-        by_kind[row["kind"]] = by_kind.get(row["kind"], 0) + row["bytes_at_peak"]
-    whole = sum(by_kind.values())
-    found = [(kind, num) for kind, num in by_kind.items() if num >= SMALL * whole]
-    rest = whole - sum(num for _, num in found)
-    return [*found, ("the rest", rest)] if rest else found
 
 
 def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int) -> Chart | None:
