@@ -14,6 +14,8 @@ from memplan.units import GIB, format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from matplotlib.figure import Figure
+
     Document = dict[str, Any]
 
 HATCHES = {
@@ -25,6 +27,8 @@ HATCHES = {
     "temporary": (4, "---"),
     "allocator": (5, "||"),
     "context": (6, "-\\"),
+    "workspace": (6, "///"),
+    "the rest": (5, ""),
 }
 """Kind of memory -> which of the shades its area has, and which hatch; others look as temporary ones do."""
 
@@ -32,6 +36,8 @@ MOST_LEVERS = 10
 LEAST_ROOM = 0.1
 """Share of the width that the name of a part takes."""
 WIDTH = 640
+NAMES_IN_A_ROW = 4
+"""Kinds in a line of a legend."""
 
 
 def look_of(kind: str, palette: Palette) -> Document:
@@ -54,12 +60,15 @@ def breakdown(
     peak = sum(num for _, num in parts)
     most = max(peak, usable_bytes or 0, bound_bytes or 0) / GIB
     with drawing():
-        figure = canvas(WIDTH, 92)
-        axes = figure.add_axes((0.02, 0.36, 0.96, 0.42))
+        rows = -(-len(parts) // NAMES_IN_A_ROW)
+        height = 76 + 20 * rows
+        figure = canvas(WIDTH, height)
+        axes = figure.add_axes((0.02, (36 + 20 * rows) / height, 0.96, 36 / height))
         start = 0.0
         for kind, num in parts:
-            axes.barh(0, num / GIB, left=start, linewidth=0.8, **look_of(kind, palette))
+            axes.barh(0, num / GIB, left=start, linewidth=0.8, label=named(kind), **look_of(kind, palette))
             start += num / GIB
+        _legend(figure, palette)
         if bound_bytes is not None and bound_bytes > peak:
             axes.barh(
                 0,
@@ -81,8 +90,28 @@ def breakdown(
         return Chart("breakdown", "What the memory is made of at the peak", _said(parts, peak, usable_bytes), figure)
 
 
+def named(kind: str) -> str:
+    """A kind of memory in words."""
+    return kind.replace("_", " ")
+
+
+def _legend(figure: Figure, palette: Palette) -> None:
+    """The kinds below the drawing, beside the way their areas look."""
+    figure.legend(
+        loc="lower center",
+        ncols=NAMES_IN_A_ROW,
+        frameon=False,
+        fontsize=10,
+        labelcolor=palette.ink,
+        handlelength=2.2,
+        handleheight=1.1,
+        borderpad=0,
+        borderaxespad=0,
+    )
+
+
 def _said(parts: Sequence[tuple[str, int]], peak: int, usable_bytes: int | None) -> str:
-    listed = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(num)}" for kind, num in parts)
+    listed = ", ".join(f"{named(kind)} {format_bytes(num)}" for kind, num in parts)
     against = "" if usable_bytes is None else f" of {format_bytes(usable_bytes)} usable"
     return f"{format_bytes(peak)}{against}: {listed}."
 
