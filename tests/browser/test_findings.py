@@ -20,11 +20,9 @@ WRONG = {
     "sticks out of the page": f"<p>{LONG}</p>",
     "sticks out of <div>": f'<div style="overflow: hidden; width: 80px">{LONG}</div>',
     "sticks out of its drawing": CHART.format(inside='<text x="190" y="20">outside</text>'),
-    "sticks out of a clip": (
-        CHART.format(
-            inside='<clipPath id="c"><rect x="0" y="0" width="30" height="40"/></clipPath>'
-            '<g clip-path="url(#c)"><text x="5" y="20">longer</text></g>'
-        ),
+    "sticks out of a clip": CHART.format(
+        inside='<clipPath id="c"><rect x="0" y="0" width="30" height="40"/></clipPath>'
+        '<g clip-path="url(#c)"><text x="5" y="20">longer</text></g>'
     ),
     '"first" and "second" overlap': '<p>first</p><p style="margin-top: -30px">second</p>',
     '"one" and "two" overlap': CHART.format(inside='<text x="5" y="20">one</text><text x="9" y="20">two</text>'),
