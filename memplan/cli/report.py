@@ -44,6 +44,8 @@ def answer(options: Options, *, shown: bool) -> int:
     gpu = check_plannable(options)
     with Progress(shown=not options.quiet) as progress:
         found = studies.study(options.model, gpu=gpu, notify=progress.say, **options.choices())
+        if progress.say is not None:
+            progress.say("drawing the page")
         document = study_document(
             plan_document(found.plan, origin=found.origin, cards=cards_of(found.plan)),
             found.plan.estimate,
