@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 MOST_LINES = 16
-BAR_CELLS = 16
+BAR_CELLS = 12
 SYMBOL_BY_VERDICT = {"fits": " +", "tight": " ~", "oom": " x", None: ""}
 LEGEND = "+ fits   ~ tight   x out of memory"
 SWEPT = ("micro_batch_size", "seq_len", "global_batch_size", "tokens_per_micro_batch", "tokens_per_step")
@@ -209,7 +209,7 @@ def _largest(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
     def largest(batch: int | None) -> str:
         return "none" if batch is None else f"{batch:,}{' or more' if batch == last else ''}"
 
-    rows = [("length", "micro-batch", "tokens", "of the card", "with expandable segments", "")]
+    rows = [("length", "micro-batch", "tokens", "card, at least", "with expandable segments", "")]
     for n in chosen:
         one = sweep["largest"][n]
         plain, expandable = one["micro_batch_size"], one["with_expandable_segments"]
