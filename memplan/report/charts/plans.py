@@ -81,6 +81,7 @@ def breakdown(
                 height=0.5,
             )
         if usable_bytes is not None:
+            axes.axvline(usable_bytes / GIB, color=palette.paper, linewidth=4)  # seen on bars of any colour
             axes.axvline(usable_bytes / GIB, color=palette.ink, linewidth=1.5, dashes=(4, 3))
         axes.set(xlim=(0, most * 1.02 or 1.0), ylim=(-0.5, 0.5))
         axes.set_yticks([])
