@@ -59,6 +59,8 @@ def answer(options: Options, *, shown: bool, chart: str | None = None) -> int:
     draw = _page if chart is None else _drawing(chart, path)
     with Progress(shown=not options.quiet) as progress:
         found = studies.study(options.model, gpu=gpu, notify=progress.say, **options.choices())
+        if progress.say is not None:
+            progress.say("drawing")
         plan = plan_document(found.plan, origin=found.origin, cards=cards_of(found.plan))
         document = study_document(found, plan, command_line("suggest", options))
         write_file(path, draw(document), flag="--output")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.ansi import Line
 from memplan.report.document import envelope as begin
 from memplan.report.document import gpu_document, setup_document
-from memplan.report.layout import plural, wrap
+from memplan.report.layout import bar, plural, wrap
 from memplan.report.text import choices, equation, paragraph, table, title
 from memplan.specs.measurement import DONE, OUT_OF_MEMORY, describe
 from memplan.units import format_bytes, format_count, format_seconds
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from memplan.specs.measurement import Measurement
 
     Document = dict[str, Any]
+
+BAR_CELLS = 24
 
 INSTANT_BY_PHASE = {"clip": "gradient clip", "optimizer": "optimizer step", "zero_grad": "after the update"}
 """What an estimate calls a phase, where it has another name."""
@@ -231,6 +233,12 @@ def _numbers(document: Document) -> Iterator[Line]:
     if len(rows) > 1:
         yield from title("Bytes in steady state")
         yield from table(rows)
+    peak, gpu = document["peak_process_bytes"], document["gpu"]
+    if peak is not None and gpu is not None:
+        whole = gpu["usable_bytes"]
+        yield from paragraph(
+            "card", f"{format_bytes(peak)} of {format_bytes(whole)} {bar(peak / whole, BAR_CELLS)} as measured"
+        )
     if predicted["reason"]:
         yield from paragraph("", f"no prediction: {predicted['reason']}")
     if document["peak_process_bytes"] is not None and document["process_basis"] not in {"nvml", "device"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from memplan.report.document import (
     model_document,
     setup_document,
 )
-from memplan.report.layout import WIDTH, plural, wrap
+from memplan.report.layout import WIDTH, bar, plural, wrap
 from memplan.report.text import (
     calibration_lines,
     choices,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 MOST_LINES = 16
+BAR_CELLS = 12
 SYMBOL_BY_VERDICT = {"fits": " +", "tight": " ~", "oom": " x", None: ""}
 LEGEND = "+ fits   ~ tight   x out of memory"
 SWEPT = ("micro_batch_size", "seq_len", "global_batch_size", "tokens_per_micro_batch", "tokens_per_step")
@@ -207,7 +209,7 @@ def _largest(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
     def largest(batch: int | None) -> str:
         return "none" if batch is None else f"{batch:,}{' or more' if batch == last else ''}"
 
-    rows = [("length", "micro-batch", "tokens", "with expandable segments", "")]
+    rows = [("length", "micro-batch", "tokens", "card, at least", "with expandable segments", "")]
     for n in chosen:
         one = sweep["largest"][n]
         plain, expandable = one["micro_batch_size"], one["with_expandable_segments"]
@@ -216,12 +218,22 @@ def _largest(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
                 f"{one['seq_len']:,}",
                 largest(plain),
                 "" if plain is None else f"{plain * one['seq_len']:,}",
+                "" if plain is None else _taken(sweep, plain, n),
                 "" if plain == expandable else largest(expandable),
                 "" if one["is_replayed"] else "or more: not replayed",
             )
         )
-    filled = [n for n, heading in enumerate(rows[0]) if n < 3 or any(row[n] for row in rows[1:])]
+    filled = [n for n, heading in enumerate(rows[0]) if n < 4 or any(row[n] for row in rows[1:])]
+    if len(filled) == len(rows[0]):
+        filled.remove(3)  # 80 columns do not hold everything
     yield from table([[row[n] for n in filled] for row in rows], left=())
+
+
+def _taken(sweep: Document, batch: int, n: int) -> str:
+    """How much of the card a micro-batch takes at the n-th length, at the least: ``85 %`` and a bar."""
+    at = bisect_left(sweep["micro_batch_sizes"], batch) * len(sweep["seq_lens"]) + n
+    share = sweep["points"][at]["peak_process_bytes"] / sweep["gpu"]["usable_bytes"]
+    return f"{bar(share, BAR_CELLS)} {math.floor(100 * share):2} %"
 
 
 def _nothing(sweep: Document) -> Iterator[Line]:

@@ -164,8 +164,10 @@ def svg_of(chart: Chart) -> str:
         text = re.sub(rf'( id="|href="#|url\(#){identifier}\b', rf"\g<1>{chart.name}{number}", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
+    width = float(view.split()[2])
     return (
-        f'<svg class="chart" viewBox="{view}" role="img" aria-labelledby="{chart.name}-title {chart.name}-said">'
+        f'<svg class="chart" viewBox="{view}" style="--natural: {width:g}px" '
+        f'role="img" aria-labelledby="{chart.name}-title {chart.name}-said">'
         f'<title id="{chart.name}-title">{escape(chart.title)}</title>'
         f'<desc id="{chart.name}-said">{escape(chart.conclusion)}</desc>{text.strip()}'
     )

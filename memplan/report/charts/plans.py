@@ -25,6 +25,7 @@ HATCHES = {
     "temporary": (4, "---"),
     "allocator": (5, "||"),
     "context": (6, "-\\"),
+    "workspace": (6, "///"),
     "the rest": (5, ""),
 }
 """Kind of memory -> which of the shades its area has, and which hatch; others look as temporary ones do."""
@@ -87,6 +88,7 @@ def breakdown(
                 height=0.5,
             )
         if usable_bytes is not None:
+            axes.axvline(usable_bytes / GIB, color=palette.paper, linewidth=4)  # seen on bars of any colour
             axes.axvline(usable_bytes / GIB, color=palette.ink, linewidth=1.5, dashes=(4, 3))
         axes.set(xlim=(0, most * 1.02 or 1.0), ylim=(-0.5, 0.5))
         axes.set_yticks([])
@@ -96,8 +98,13 @@ def breakdown(
         return Chart("breakdown", "What the memory is made of at the peak", _said(parts, peak, usable_bytes), figure)
 
 
+def named(kind: str) -> str:
+    """A kind of memory in words."""
+    return kind.replace("_", " ")
+
+
 def _said(parts: Sequence[tuple[str, int]], peak: int, usable_bytes: int | None) -> str:
-    listed = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(num)}" for kind, num in parts)
+    listed = ", ".join(f"{named(kind)} {format_bytes(num)}" for kind, num in parts)
     against = "" if usable_bytes is None else f" of {format_bytes(usable_bytes)} usable"
     return f"{format_bytes(peak)}{against}: {listed}."
 
