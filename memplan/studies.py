@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from memplan.estimation.estimate import Estimator
+    from memplan.estimation.estimate import Estimate, Estimator
     from memplan.estimation.profile import Profile
     from memplan.planner.plan import Plan
     from memplan.specs.training import Setup
@@ -64,13 +64,25 @@ def study(
     found = api.find_trained(model, choices)
     tell = notify or (lambda _: None)
     tell("planning")
-    plan = api.suggest(found, gpu=gpu, **choices)
+    return study_of(api.suggest(found, gpu=gpu, **choices), found, notify=notify)
+
+
+def study_of(plan: Plan, found: api.Model | api.UserModule, *, notify: Callable[[str], None] | None = None) -> Study:
+    """Everything about a plan that `memplan.api.suggest` made for the model `found`."""
+    tell = notify or (lambda _: None)
     if isinstance(found, api.UserModule):
         return Study(plan=plan, origin=found.origin)
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
     bare = Study(plan=plan, origin=found.origin)
     tell("following one step")
     return replace(bare, profile=_profile(estimator, bare.setup))
+
+
+def profile_of(found: Estimate, model: api.Model | api.UserModule) -> Profile | None:
+    """How memory goes up and down in the first two steps of an estimate; None for what is known from traces alone."""
+    if isinstance(model, api.UserModule):
+        return None
+    return _profile(api.estimator_of(model, found.gpu), found.setup)
 
 
 def _profile(estimator: Estimator, setup: Setup) -> Profile:

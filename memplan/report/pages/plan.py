@@ -26,7 +26,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
     """The page of a report document: `plan`, `ledger` and `profile` (`memplan.report.document.report_document`)."""
     plan = document["plan"]
     shown = plan["best"] or plan["nearest"]
-    parts = _parts(document["ledger"])
+    parts = parts_of(document["ledger"])
     return render(
         "plan.html.jinja",
         document=document,
@@ -38,13 +38,13 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         choices=choices(shown["setup"]),
         parts=parts,
         breakdown=charts.breakdown(parts, plan["gpu"]["usable_bytes"], shown["upper_bound_bytes"], PAGE),
-        timeline=_timeline(document["profile"], plan["gpu"]["usable_bytes"]),
+        timeline=timeline_of(document["profile"], plan["gpu"]["usable_bytes"]),
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
         trainer=trainer_line(plan),
     )
 
 
-def _parts(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+def parts_of(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     """(kind, bytes at the peak), the small ones together."""
     by_kind: dict[str, int] = {}
     for row in ledger:
@@ -55,7 +55,8 @@ def _parts(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     return [*found, ("the rest", rest)] if rest else found
 
 
-def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int) -> Chart | None:
+def timeline_of(profile: Mapping[str, Any] | None, usable_bytes: int | None) -> Chart | None:
+    """The chart of a profile document; None without one."""
     return (
         None
         if profile is None
