@@ -7,26 +7,38 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.document import envelope, row_document
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from memplan.estimation.estimate import Estimate
     from memplan.estimation.profile import Profile
 
     Document = dict[str, Any]
 
 
-def study_document(plan: Document, estimate: Estimate, command: str, profile: Profile | None) -> Document:
+def study_document(
+    plan: Document,
+    estimate: Estimate | None,
+    command: str,
+    profile: Profile | None,
+    *,
+    notes: Sequence[str] = (),
+) -> Document:
     """What the page of a plan shows.
 
     Args:
         plan: The document of the plan.
-        estimate: Everything about its best configuration, or about the nearest where nothing fits.
+        estimate: Everything about its best configuration, or about the nearest where nothing fits; None for a plan
+            from a file whose model is not to be had.
         command: The command line that makes the plan.
         profile: How the memory of a run goes up and down; None where it is not known.
+        notes: What there is to say about the page itself, such as a plan that another version of memplan made.
     """
     return {
         **envelope("report"),
         "plan": plan,
         "command": command,
-        "ledger": [row_document(row) for row in estimate.ledger],
+        "notes": list(notes),
+        "ledger": [] if estimate is None else [row_document(row) for row in estimate.ledger],
         "profile": None if profile is None else profile_document(profile),
     }
 

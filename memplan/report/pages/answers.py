@@ -12,6 +12,7 @@ import jinja2
 from memplan.errors import MemplanError
 from memplan.report.pages import tables
 from memplan.report.pages.accuracy import render_accuracy_page
+from memplan.report.pages.comparison import render_comparison_page
 from memplan.report.pages.estimate import render_estimate_page
 from memplan.report.pages.plan import render_plan_page
 from memplan.report.pages.sweep import render_sweep_page
@@ -38,6 +39,7 @@ PAGE_BY_KIND: dict[str, Callable[[Document], str]] = {
     "models": _of_tables(tables.models_page),
     "gpus": _of_tables(tables.gpus_page),
     "report": render_plan_page,
+    "comparison": render_comparison_page,
 }
 """Kind of a document -> its page; that of a plan takes more than the plan (`memplan.studies`)."""
 

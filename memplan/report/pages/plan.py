@@ -37,7 +37,9 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         equation=equation(shown["setup"], plan["model"]["unit"]),
         choices=choices(shown["setup"]),
         parts=parts,
-        breakdown=charts.breakdown(parts, plan["gpu"]["usable_bytes"], shown["upper_bound_bytes"], PAGE),
+        breakdown=charts.breakdown(parts, plan["gpu"]["usable_bytes"], shown["upper_bound_bytes"], PAGE)
+        if parts
+        else None,
         timeline=timeline_of(document["profile"], plan["gpu"]["usable_bytes"]),
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
         trainer=trainer_line(plan),
