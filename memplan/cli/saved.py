@@ -40,7 +40,7 @@ def read_saved(path: str | None) -> Document | None:
     """The answer in a .json file; None for everything else, such as a model's config.json.
 
     Raises:
-        MemplanError: it is an answer of a kind or a version that this memplan does not know, or too large to be one.
+        MemplanError: it is no JSON, an answer of a kind or a version that this memplan does not know, or too large.
     """
     if path is None or not path.endswith(".json") or not os.path.isfile(path):
         return None
@@ -48,13 +48,18 @@ def read_saved(path: str | None) -> Document | None:
         raise MemplanError(f"{path} is larger than {format_bytes(LARGEST_FILE_BYTES)}.", WRITE_AGAIN)
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return None  # whoever reads models says what is wrong
+            found = json.load(file, parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as fault:
+        reason = getattr(fault, "strerror", None) or str(fault)
+        raise MemplanError(f"{path} could not be read as JSON: {reason}.", WRITE_AGAIN) from None
     if not isinstance(found, dict) or "kind" not in found or "model_type" in found:
         return None
     _check(found, path)
     return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _check(document: Document, path: str) -> None:
@@ -125,7 +130,12 @@ def _again(
             made = api.suggest(model, gpu=gpu, **choices)
         return studies.study_of(made, model, notify=notify), free
     except MemplanError as fault:
-        return f"Only what the file says is shown, as the plan could not be made again: {fault.cause}", free
+        return _printable(f"Only what the file says is shown, as the plan could not be made again: {fault.cause}"), free
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would take for an order."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _difference(plan: Document, shown: Document, found: studies.Study) -> str:

@@ -21,6 +21,10 @@ BAR_PIXELS, LEGEND_PIXELS, AXIS_PIXELS = 34, 44, 40
 LONGEST_NAME = 34
 WHOLE = "not split"
 """The kind of a peak that nobody can split: that of a plan from a file without its model."""
+REST = "the rest"
+"""Kinds that are small in every plan."""
+SMALL = 0.01
+"""Share of the peak below which a kind is small."""
 
 
 def comparison(
@@ -38,6 +42,7 @@ def comparison(
         palette: Its colours.
     """
     height = BAR_PIXELS * len(names) + LEGEND_PIXELS + AXIS_PIXELS
+    parts = _without_small(parts)
     most = max([*usable_bytes, *(sum(part.values()) for part in parts)]) / GIB
     with drawing():
         figure = canvas(WIDTH, height)
@@ -58,6 +63,16 @@ def comparison(
         return Chart("compare", "What the memory of each plan is made of", _said(names, parts, usable_bytes), figure)
 
 
+def _without_small(parts: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+    """The same with the small ones together."""
+    large = {kind for part in parts for kind, num in part.items() if num >= SMALL * sum(part.values())}
+    rests = [sum(num for kind, num in part.items() if kind not in large) for part in parts]
+    return [
+        {kind: num for kind, num in [*part.items(), (REST, rest)] if kind in large or (kind == REST and rest)}
+        for part, rest in zip(parts, rests, strict=True)
+    ]
+
+
 def _kinds(parts: Sequence[Mapping[str, int]]) -> list[str]:
     """Those that any plan has, in the order of the hatches."""
     found = dict.fromkeys(kind for part in parts for kind in part)
@@ -69,7 +84,8 @@ def _draw(axes: Axes, kind: str, parts: Sequence[Mapping[str, int]], palette: Pa
     order = _kinds(parts)
     before = order[: order.index(kind)]
     starts = [sum(part.get(one, 0) for one in before) / GIB for part in parts]
-    look = {"facecolor": palette.band, "edgecolor": palette.ink} if kind == WHOLE else look_of(kind, palette)
+    plain = {"facecolor": palette.band, "edgecolor": palette.ink}
+    look = plain if kind in {WHOLE, REST} else look_of(kind, palette)
     widths = [part.get(kind, 0) / GIB for part in parts]
     axes.barh(range(len(parts)), widths, left=starts, height=0.62, linewidth=0.8, label=kind.replace("_", " "), **look)
 

@@ -67,8 +67,8 @@ def page_of_foreign(document: Document, path: str) -> str:
 def damaged(document: Document, path: str) -> MemplanError:
     """What there is to say of a file whose content is not that of its kind."""
     version = document.get("memplan_version")
-    written = f", which memplan {version:.20} wrote" if isinstance(version, str) else ""
+    written = f", which memplan {version:.20} wrote," if isinstance(version, str) else ""
     return MemplanError(
-        f"{path}{written}, is no complete {document['kind']} document.",
+        f"{path}{written} is no complete {document['kind']} document.",
         "Write it again: the same command with --json --output FILE.",
     )

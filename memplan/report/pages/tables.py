@@ -98,7 +98,9 @@ def models_page(document: Document) -> Page:
 def gpus_page(document: Document) -> Page:
     """The cards that are known, and where the numbers come from."""
     gpus = document["gpus"]
-    table = _listed("GPUs", catalogue.gpu_rows(gpus), texts=(1,))
+    names, *rows = catalogue.gpu_rows(gpus)
+    rows = [(row[0], gpu["label"], *row[2:]) for row, gpu in zip(rows, gpus, strict=True)]
+    table = Table("GPUs", names, rows, (1,))
     sources = [(gpu["name"], key, str(source)) for gpu in gpus for key, source in gpu["sources"].items()]
     return Page(
         "The GPUs that memplan knows",
@@ -159,14 +161,16 @@ def probe_page(document: Document) -> Page:
         retries = probe.retry_words(steps)
         table = _listed("The highest point of each phase", probe.phase_rows(steps))
         sections.append(Section("The highest point of each phase (allocated)", [retries] if retries else [], [table]))
+    if document["unmodelled"]:
+        sections.append(Section("Not modelled", [f"{one['what']}: {one['why']}" for one in document["unmodelled"]]))
     if document["ledger"]:
         sections.append(Section("What was measured, row by row", [], [_measured_ledger(document["ledger"])]))
     return Page(
-        f"Measured: {document['model']['name']}",
+        f"{document['model']['name']}, measured",
         [headline, message],
         "fits" if document["outcome"] == DONE else "not",
         list(probe.probed_facts(document)),
-        [*sections, unmodelled_section(document)],
+        sections,
     )
 
 
@@ -252,7 +256,7 @@ def difference_page(document: Document) -> Page:
     ]
     said = f"Formula and trace agree in {equal} of {plural(len(numbers), 'number')}"
     return Page(
-        f"Formula against trace: {document['model']['name']}", [said], "unknown" if kept else "fits", facts, sections
+        f"{document['model']['name']}, formula against trace", [said], "unknown" if kept else "fits", facts, sections
     )
 
 
@@ -302,8 +306,3 @@ def ledger_table(ledger: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("module", "tensor", "kind", "count", "shape", "dtype", "bytes", "at the peak", "formula", "source")
     folded = f"all {plural(len(rows), 'row')}" if len(rows) > FOLDED_FROM else ""
     return Table("Every tensor that is counted", columns, rows, (1, 2, 4, 5, 8, 9), folded)
-
-
-def unmodelled_section(document: Mapping[str, Any]) -> Section:
-    """What the numbers leave out."""
-    return Section("Not modelled", [f"{one['what']}: {one['why']}" for one in document["unmodelled"]])
