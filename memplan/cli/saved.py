@@ -18,7 +18,8 @@ from memplan.errors import MemplanError
 from memplan.report.document import SCHEMA_VERSION, envelope, setup_document
 from memplan.report.pages.answers import MISFITS, PAGE_BY_KIND, damaged
 from memplan.report.study import study_document
-from memplan.specs.choices import FIELD_BY_ARGUMENT, choices_of
+from memplan.specs.adapter import Lora
+from memplan.specs.choices import FIELD_BY_ARGUMENT, LORA_FIELD_BY_ARGUMENT, choices_of
 from memplan.specs.training import Setup
 from memplan.units import format_bytes, format_seconds
 
@@ -30,9 +31,15 @@ if TYPE_CHECKING:
 LARGEST_FILE_BYTES = 64 * 2**20
 SAME = 1e-9
 """Numbers this near to each other are the same, once written and read."""
-DEFAULTS = Setup()
 CHOSEN = ("micro_batch", "accumulation", "checkpointing")
 """What a plan chooses where it was not given."""
+DEFAULTS: dict[str, Any] = {
+    **{name: getattr(Setup(), field) for name, field in FIELD_BY_ARGUMENT.items() if name not in {"seq_len", *CHOSEN}},
+    **{name: getattr(Lora(rank=1), field) for name, field in LORA_FIELD_BY_ARGUMENT.items() if name != "lora_rank"},
+    "gpus": 1,
+    "headroom": api.DEFAULT_HEADROOM_PERCENT,
+}
+"""What a command line need not say."""
 WRITE_AGAIN = "Write one with memplan suggest ... --json --output FILE."
 
 
@@ -159,14 +166,9 @@ def _difference(plan: Document, shown: Document, found: studies.Study) -> str:
 
 def _options(plan: Document, choices: Document) -> Options:
     """The command line that asks for `choices`, without what is a default."""
-    plain = {name: getattr(DEFAULTS, field) for name, field in FIELD_BY_ARGUMENT.items() if name != "seq_len"}
-    given = {name: value for name, value in choices.items() if name not in plain or value != plain[name]}
-    if given.get("headroom") == api.DEFAULT_HEADROOM_PERCENT:
-        del given["headroom"]
-    if given.get("gpus") == 1:
-        del given["gpus"]
-    fields = {name: _hashable(value) for name, value in given.items()}
-    return Options(model=plan["model"]["name"], gpu=plan["gpu"]["name"], **fields)
+    fields = {name: _hashable(value) for name, value in choices.items()}
+    given = {name: value for name, value in fields.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    return Options(model=plan["model"]["name"], gpu=plan["gpu"]["name"], **given)
 
 
 def _hashable(value: Any) -> Any:

@@ -194,7 +194,7 @@ def choices_of(setup: Mapping[str, Any]) -> dict[str, Any]:
         found |= {name: lora[field] for name, field in LORA_FIELD_BY_ARGUMENT.items()}
     if evaluation is not None:
         found |= {name: evaluation[field] for name, field in EVALUATION_FIELD_BY_ARGUMENT.items()}
-    return {name: value for name, value in found.items() if value not in (None, False, [], {})}
+    return {name: value for name, value in found.items() if not (value is None or value is False or value in ([], {}))}
 
 
 def _defaults_of(objective: object) -> dict[str, Any]:

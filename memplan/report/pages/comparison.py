@@ -116,7 +116,7 @@ def _differing(shown: Sequence[Document]) -> list[tuple[str, ...]]:
 
 
 def _written(value: Any) -> str:
-    if value is None or value in (False, []):
+    if value is None or value is False or value == []:
         return "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_written(one)}" for name, one in value.items() if one)
