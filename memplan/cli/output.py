@@ -61,6 +61,7 @@ def write_answer(
         from memplan.report.pages.answers import page_of
 
         text = page_of(dict(document)) if page is None else page()
+        text = text if to_file is not None else declared(text, getattr(sys.stdout, "encoding", None) or "utf-8")
     else:
         text = join(lines(), colour=to_file is None and wants_colour(sys.stdout, os.environ))
     if to_file is None:
@@ -146,6 +147,13 @@ def encodable(text: str, encoding: str) -> str:
     except UnicodeError:
         return text.translate(ASCII).encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def declared(page: str, encoding: str) -> str:
+    """A page for a stream of that encoding: it says that it is UTF-8, so where it will not be it has ASCII alone."""
+    if encoding.lower().replace("_", "-") in {"utf-8", "utf8"}:
+        return page
+    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
 def _forget(stream: TextIO) -> None:

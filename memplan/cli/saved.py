@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "headroom": api.DEFAULT_HEADROOM_PERCENT,
 }
 """What a command line need not say."""
+NAME_ONE = "Name an answer that was written by --json, or a model's config.json."
 WRITE_AGAIN = "Write one with memplan suggest ... --json --output FILE."
 
 
@@ -58,7 +59,7 @@ def read_saved(path: str | None) -> Document | None:
             found = json.load(file, parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as fault:
         reason = getattr(fault, "strerror", None) or str(fault)
-        raise MemplanError(f"{path} could not be read as JSON: {reason}.", WRITE_AGAIN) from None
+        raise MemplanError(f"{path} could not be read as JSON: {reason}.", NAME_ONE) from None
     if not isinstance(found, dict) or "kind" not in found or "model_type" in found:
         return None
     _check(found, path)

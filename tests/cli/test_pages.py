@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -147,6 +149,30 @@ def test_names_from_outside_are_text(run, tmp_path, command: str) -> None:
         assert "<script>alert" not in (tmp_path / "page.html").read_bytes().decode("utf-8")
 
 
+def test_names_from_outside_in_charts(run, tmp_path) -> None:
+    """Nor do they mean anything to whoever draws: no formula, no pattern, no colour, no part of a drawing."""
+    hostile = '$\\frac{$ id="(" #0a0001 <b>&amp;'
+    (tmp_path / hostile).mkdir()
+    (tmp_path / hostile / "config.json").write_text(json.dumps(LLAMA))
+    ran = run("report", hostile, "gpt2", "--gpu", "8GB", "--target-batch", "4", "--output", "page.html")
+    assert ran.status == 0, ran.err
+    page = checked((tmp_path / "page.html").read_text())
+    assert f"1. {hostile} on 8GB" in page.text("th")
+    assert '1. $\\frac{$ id="' in page.text("text")
+
+
+def test_a_page_is_what_it_says_in_any_encoding(tmp_path) -> None:
+    """It declares UTF-8, and stdout may be something else: a browser reads the same."""
+    pages = []
+    for encoding in ("utf-8", "cp1252", "ascii"):
+        env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "memplan", "estimate", "gpt2", "--format", "html"]
+        done = subprocess.run(command, capture_output=True, env=env, cwd=tmp_path, check=True)
+        pages.append(Page(done.stdout.decode("utf-8")))
+    assert "\N{LEFT DOUBLE QUOTATION MARK}" in pages[0].text()
+    assert pages[0].texts == pages[1].texts == pages[2].texts
+
+
 def test_a_comparison_of_models_and_cards(run, tmp_path) -> None:
     """Every side has the plan that suggest makes, and the page its figures."""
     ran = run("report gpt2 qwen2.5-0.5b --gpu rtx4090,t4 --target-batch 32 -o page.html")
@@ -279,7 +305,7 @@ def test_a_broken_file_ends_in_a_cause_and_a_cure(run, tmp_path, kind: str) -> N
         assert ran.status == 1
         cause, cure = ran.err.splitlines()
         assert cause.startswith("memplan: bad.json")
-        assert cure.startswith("Write ")
+        assert cure.startswith(("Write ", "Name "))
         assert "unexpected" not in ran.err
         assert not os.path.exists("page.html")
 

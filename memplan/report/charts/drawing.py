@@ -151,7 +151,7 @@ def svg_of(chart: Chart) -> str:
     text = re.sub(r' d="([^"]*)"', lambda path: f' d="{_shorter(path[1])}"', text)
     text = re.sub(r"<g>\n<use [^<]*(?:\n<use [^<]*)*\n</g>", _styled_once, text)
     for number, identifier in enumerate(re.findall(r' id="([^"]+)"', text)):
-        text = re.sub(rf'( id="|href="#|url\(#){identifier}\b', rf"\g<1>{chart.name}{number}", text)
+        text = re.sub(rf'( id="|href="#|url\(#){re.escape(identifier)}\b', rf"\g<1>{chart.name}{number}", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
     return (
