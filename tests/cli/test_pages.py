@@ -151,14 +151,15 @@ def test_names_from_outside_are_text(run, tmp_path, command: str) -> None:
 
 def test_names_from_outside_in_charts(run, tmp_path) -> None:
     """Nor do they mean anything to whoever draws: no formula, no pattern, no colour, no part of a drawing."""
-    hostile = '$\\frac{$ id="(" #0a0001 <b>&amp;'
+    hostile = '$\\frac{$ id="(" #0a0001 1.2345 <b>'
     (tmp_path / hostile).mkdir()
     (tmp_path / hostile / "config.json").write_text(json.dumps(LLAMA))
     ran = run("report", hostile, "gpt2", "--gpu", "8GB", "--target-batch", "4", "--output", "page.html")
     assert ran.status == 0, ran.err
     page = checked((tmp_path / "page.html").read_text())
     assert f"1. {hostile} on 8GB" in page.text("th")
-    assert '1. $\\frac{$ id="' in page.text("text")
+    assert f"{hostile} on"[:12] in page.text("text")
+    assert "0a0001 1.2345 <b> on 8GB" in page.text("text") + page.text("desc")
 
 
 def test_a_page_is_what_it_says_in_any_encoding(tmp_path) -> None:
