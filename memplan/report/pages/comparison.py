@@ -59,11 +59,21 @@ def _verdict(sides: Sequence[Document], names: Sequence[str]) -> list[str]:
         return [f"1 of {len(sides)} plans fits: {fitting[0][1]}"]
     said = f"{f'All {len(sides)}' if len(fitting) == len(sides) else f'{len(fitting)} of {len(sides)}'} plans fit"
     plan, name = max(fitting, key=lambda pair: float(pair[0]["best"]["tokens_per_s"]))
-    return [said, f"Most tokens per second: {name}, {_rate(plan['best'])} at most."]
+    return [said, f"Most tokens per second: {name}, {_rate(plan, plan['best'])}."]
 
 
-def _rate(candidate: Mapping[str, Any]) -> str:
-    return f"{candidate['tokens_per_s']:,.0f}"
+def _is_timed(plan: Document, shown: Document) -> bool:
+    """Whether its times are at a speed that was measured, and no bounds."""
+    calibration = plan["calibration"]
+    return calibration is not None and calibration["is_timed"] and not shown["setup"]["compile"]
+
+
+def _rate(plan: Document, shown: Document) -> str:
+    return f"{'about' if _is_timed(plan, shown) else 'at most'} {shown['tokens_per_s']:,.0f}"
+
+
+def _time(plan: Document, shown: Document) -> str:
+    return f"{'about' if _is_timed(plan, shown) else 'at least'} {format_seconds(shown['step_time_s'])}"
 
 
 def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tuple[str, ...]]:
@@ -80,8 +90,8 @@ def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tupl
         ("usable", *(format_bytes(plan["gpu"]["usable_bytes"]) for plan in plans)),
         ("upper bound", *(format_bytes(one["upper_bound_bytes"]) for one in shown)),
         ("left beyond the bound", *(_left(one["headroom_bytes"]) for one in shown)),
-        ("a step takes at least", *(format_seconds(one["step_time_s"]) for one in shown)),
-        ("tokens per second, at most", *(_rate(one) for one in shown)),
+        ("time of a step", *(_time(plan, one) for plan, one in pairs)),
+        ("tokens per second", *(_rate(plan, one) for plan, one in pairs)),
     ]
 
 
