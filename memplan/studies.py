@@ -25,6 +25,9 @@ from memplan.specs.values import replace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from memplan.estimation.estimate import Estimate
+    from memplan.estimation.profile import Profile
+    from memplan.planner.plan import Plan
     from memplan.specs.measurement import Measurement
     from memplan.specs.training import Setup
 
@@ -47,7 +50,12 @@ def study(
     found = api.find_trained(model, choices)
     tell = notify or (lambda _: None)
     tell("planning")
-    plan = api.suggest(found, gpu=gpu, **choices)
+    return study_of(api.suggest(found, gpu=gpu, **choices), found, notify=notify)
+
+
+def study_of(plan: Plan, found: api.Model | api.UserModule, *, notify: Callable[[str], None] | None = None) -> Study:
+    """Everything about a plan that `memplan.api.suggest` made for the model `found`."""
+    tell = notify or (lambda _: None)
     if isinstance(found, api.UserModule):
         return Study(plan=plan, origin=found.origin, accuracy=read_accuracy())
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
@@ -70,3 +78,10 @@ def _measured(model: api.Model, setup: Setup) -> tuple[Measurement, ...]:
     records = read_all_measurements(os.environ).measurements
     alike = [one for one in records if one.trial.setup == setup and one.trial.config == model.values and one.steps]
     return tuple(sorted(alike, key=lambda one: one.measured_at, reverse=True))
+
+
+def profile_of_estimate(found: Estimate, model: api.Model | api.UserModule) -> Profile | None:
+    """How memory goes up and down in the first two steps of an estimate; None for what is known from traces alone."""
+    if isinstance(model, api.UserModule):
+        return None
+    return profile_of(api.estimator_of(model, found.gpu), found.setup)

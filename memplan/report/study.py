@@ -10,6 +10,8 @@ from memplan.report.document import envelope, row_document
 from memplan.report.what_if import what_if_document
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from memplan.estimation.profile import Profile
     from memplan.planner.study import Study
     from memplan.specs.measurement import Measurement
@@ -17,19 +19,41 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 
-def study_document(study: Study, plan: Document, command: str) -> Document:
+def study_document(study: Study | None, plan: Document, command: str, *, notes: Sequence[str] = ()) -> Document:
     """What the page of a plan shows.
 
     Args:
-        study: The plan, and what shows why; what is not known is None or empty.
+        study: The plan, and what shows why; None for a plan from a file whose model is not to be had.
         plan: The document of the plan.
         command: The command line that makes it.
+        notes: What there is to say about the page itself, such as a plan that another version of memplan made.
     """
-    estimate = study.plan.estimate
     return {
         **envelope("report"),
         "plan": plan,
         "command": command,
+        "notes": list(notes),
+        **(UNKNOWN if study is None else _known(study, command)),
+    }
+
+
+UNKNOWN: Document = {
+    "ledger": [],
+    "profile": None,
+    "accuracy": None,
+    "measured": [],
+    "maps": [],
+    "growth": None,
+    "frontier": [],
+    "schedule": None,
+    "what_if": None,
+}
+"""What is said of a plan whose model is not to be had."""
+
+
+def _known(study: Study, command: str) -> Document:
+    estimate = study.plan.estimate
+    return {
         "ledger": [row_document(row) for row in estimate.ledger],
         "profile": None if study.profile is None else profile_document(study.profile),
         "accuracy": dict(study.accuracy),

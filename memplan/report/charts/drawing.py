@@ -23,7 +23,7 @@ from memplan.errors import UsageError
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from matplotlib.axes import Axes
 
@@ -139,7 +139,6 @@ REWRITTEN = (
     (r"\s*\n\s*", "\n"),
     (r'<g id="[^"]*"', "<g"),  # nothing refers to them
     (r"xlink:href", "href"),
-    (r"(\d\.\d\d)\d+", r"\1"),
     (r"font: (\d+px)[^;]*;", r"font-size: \1;"),
     (r" font-family:[^;]*;", ""),
     (r' transform="rotate\(-0 [^"]*"', ""),
@@ -158,12 +157,12 @@ def svg_of(chart: Chart) -> str:
     text = text[text.index(">", text.index("<svg")) + 1 :]
     for pattern, instead in REWRITTEN:
         text = re.sub(pattern, instead, text, flags=re.DOTALL)
+    text = re.sub(r"<[^>]*>", _rounded, text)
     text = re.sub(r' d="([^"]*)"', lambda path: f' d="{_shorter(path[1])}"', text)
     text = re.sub(r"<g>\n<use [^<]*(?:\n<use [^<]*)*\n</g>", _styled_once, text)
-    for number, identifier in enumerate(re.findall(r' id="([^"]+)"', text)):
-        text = re.sub(rf'( id="|href="#|url\(#){identifier}\b', rf"\g<1>{chart.name}{number}", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
+    found = re.findall(r'<[^>]* id="([^"]+)"', text)
+    names = {identifier: f"{chart.name}{number}" for number, identifier in enumerate(found)}
+    text = re.sub(r"<[^>]*>", lambda tag: _of_page(tag[0], names), text)
     width = float(view.split()[2])
     return (
         f'<svg class="chart" viewBox="{view}" style="--natural: {width:g}px" '
@@ -171,6 +170,17 @@ def svg_of(chart: Chart) -> str:
         f'<title id="{chart.name}-title">{escape(chart.title)}</title>'
         f'<desc id="{chart.name}-said">{escape(chart.conclusion)}</desc>{text.strip()}'
     )
+
+
+def _rounded(tag: re.Match[str]) -> str:
+    """A tag whose numbers have two decimals at most."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
+
+
+def _of_page(tag: str, names: Mapping[str, str]) -> str:
+    """A tag with names that are the chart's alone, and the colours of the stylesheet; texts may be anybody's."""
+    tag = re.sub(r'( id="|href="#|url\(#)([^")]+)', lambda name: name[1] + names.get(name[2], name[2]), tag)
+    return re.sub(r"#0a00[0-9a-f]{2}", lambda colour: VARIABLES.get(colour[0], colour[0]), tag)
 
 
 NOTHING_ABOUT: Any = {"Date": None, "Creator": None, "Title": ""}

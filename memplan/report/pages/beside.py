@@ -26,7 +26,7 @@ def beside_values(document: Mapping[str, Any]) -> Document:
         "maps": _maps(document) if document["maps"] else None,
         "growth": _growth(document) if document["growth"] else None,
         "frontier": _frontier(document) if has_chart(document, "frontier") else None,
-        "schedule": _schedule(document),
+        "schedule": _schedule(document) if document["schedule"] else None,
     }
 
 

@@ -44,7 +44,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
     parts = parts_of(document["ledger"])
     usable = plan["gpu"]["usable_bytes"]
     live = sorted((row for row in document["ledger"] if row["bytes_at_peak"]), key=lambda row: -row["bytes_at_peak"])
-    errors, marks = errors_of(document["accuracy"])
+    errors, marks = errors_of(document["accuracy"]) if document["accuracy"] else (None, [])
     return render(
         "plan.html.jinja",
         document=document,
@@ -67,9 +67,9 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         trainer=trainer_code(plan) or trainer_line(plan),
         runners=roomier(plan),
         parts=parts,
-        breakdown=charts.breakdown(parts, usable, shown["upper_bound_bytes"], PAGE),
+        breakdown=charts.breakdown(parts, usable, shown["upper_bound_bytes"], PAGE) if parts else None,
         profile=document["profile"],
-        timeline=_timeline(document["profile"], usable, document["measured"]),
+        timeline=timeline_of(document["profile"], usable, document["measured"]),
         live=live[:MOST_LIVE],
         num_others=len(live) - MOST_LIVE,
         other_bytes=sum(row["bytes_at_peak"] for row in live[MOST_LIVE:]),
@@ -83,7 +83,10 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
     )
 
 
-def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int, measured: Sequence[Document]) -> Chart | None:
+def timeline_of(
+    profile: Mapping[str, Any] | None, usable_bytes: int | None, measured: Sequence[Document] = ()
+) -> Chart | None:
+    """The chart of a profile document; None without one."""
     if profile is None:
         return None
     return timeline(profile, usable_bytes, phases_of(measured), PAGE)
