@@ -42,7 +42,7 @@ def make():
 def plan_of(model: str, gpu: str, **choices: Any) -> dict[str, Any]:
     found = studies.study(model, gpu=gpu, **choices)
     plan = plan_document(found.plan, origin=found.origin)
-    return study_document(plan, found.plan.estimate, f"memplan suggest {model} --gpu {gpu}", found.profile)
+    return study_document(found, plan, f"memplan suggest {model} --gpu {gpu}")
 
 
 def fits(_: Path) -> str:

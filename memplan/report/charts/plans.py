@@ -12,7 +12,7 @@ from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawin
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     Document = dict[str, Any]
 
@@ -54,6 +54,12 @@ def swatch_of(kind: str) -> tuple[str, str]:
     """How a legend shows a kind of memory: the shade in the stylesheet, and the lines in a square of 12 x 12."""
     shade, hatch = HATCHES.get(kind, HATCHES["temporary"])
     return f"var(--shade-{shade + 1})", "".join(STROKES_BY_HATCH[one] for one in dict.fromkeys(hatch))
+
+
+def legend_of(kinds: Iterable[str]) -> list[str]:
+    """The kinds that look different, in the order in which they are drawn; others look as temporary ones do."""
+    there = set(kinds)
+    return [kind for kind in HATCHES if kind in there or (kind == "temporary" and there - HATCHES.keys())]
 
 
 def breakdown(

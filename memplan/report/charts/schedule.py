@@ -102,7 +102,7 @@ def _share(
     )
     _text(axes, x + width / 2, y + height * 0.34, samples_text(share, step), palette)
     said = "gradients" if share["micro_step"] == 0 else "+ gradients"
-    _text(axes, x + width / 2, y + height * 0.72, said, palette, size=8)
+    _text(axes, x + width / 2, y + height * 0.72, said, palette, size=9)
 
 
 def _between(

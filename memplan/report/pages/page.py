@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from memplan.report.charts.drawing import Chart, svg_of
-from memplan.report.charts.plans import swatch_of
+from memplan.report.charts.plans import legend_of, swatch_of
 from memplan.report.layout import plural
 from memplan.units import format_bytes, format_seconds
 
@@ -55,7 +55,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters.update(bytes=format_bytes, seconds=format_seconds, svg=_svg, flags=_flags, **(filters or {}))
-    environment.globals.update(plural=plural, swatch_of=swatch_of)
+    environment.globals.update(plural=plural, swatch_of=swatch_of, legend_of=legend_of)
     page = environment.get_template(template).render(
         document=document,
         json=Markup(embedded(document)),
