@@ -82,6 +82,12 @@ def test_a_page_shows_the_document_of_json(run, name: str, tmp_path, request) ->
     assert (tmp_path / "page.html").read_bytes() == ran.out.encode()
 
 
+def without_commands(document: dict) -> dict:
+    """What is the same however the command is spelt."""
+    left = {key: value for key, value in document.items() if key != "command"}
+    return {**left, "what_if": {key: value for key, value in document["what_if"].items() if key != "commands"}}
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_the_page_of_suggest_is_that_of_report(run, name: str, tmp_path) -> None:
     """By whichever command, and from the plan in a file: the same page, but for how the command is spelt."""
@@ -97,8 +103,9 @@ def test_the_page_of_suggest_is_that_of_report(run, name: str, tmp_path) -> None
     again = run("report plan.json")
     assert (again.status, again.err) == (asked.status, "memplan: page written to memplan-report.html\n")
     page = checked((tmp_path / "memplan-report.html").read_text())
-    assert page.document == {**document, "command": page.document["command"]}
-    made = run(*page.document["command"].split()[1:], "--json")
+    command = page.document["command"]
+    assert without_commands(page.document) == without_commands(document)
+    made = run(*command.split()[1:], "--json")
     assert json.loads(made.out)["best"] == document["plan"]["best"]
 
 
