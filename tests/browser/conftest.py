@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,3 +30,15 @@ def browser() -> Iterator[Any]:
             pytest.skip(f"{found[0]} does not start: {fault.message.splitlines()[0]}")
         yield chromium
         chromium.close()
+
+
+AT_ONCE = ("test_findings", "fits-800-scripts", "test_it_starts_at_the_plan")
+"""Of the names of tests: these are run by default, the others where the slow ones are."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser takes seconds a page."""
+    for item in items:
+        here = Path(str(item.path)).parent == Path(__file__).parent
+        if here and not any(name in item.nodeid for name in AT_ONCE):
+            item.add_marker(pytest.mark.slow)

@@ -109,6 +109,7 @@ def test_the_page_of_suggest_is_that_of_report(run, name: str, tmp_path) -> None
     assert json.loads(made.out)["best"] == document["plan"]["best"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_pages_of_measurements(run, name: str, tiny, monkeypatch) -> None:
     """A real measurement on the CPU, and a grid of them."""
@@ -181,6 +182,7 @@ def test_a_page_is_what_it_says_in_any_encoding(tmp_path) -> None:
     assert pages[0].texts == pages[1].texts == pages[2].texts
 
 
+@pytest.mark.slow
 def test_a_comparison_of_models_and_cards(run, tmp_path) -> None:
     """Every side has the plan that suggest makes, and the page its figures."""
     ran = run("report gpt2 qwen2.5-0.5b --gpu rtx4090,t4 --target-batch 32 -o page.html")
@@ -205,6 +207,7 @@ def test_a_comparison_of_models_and_cards(run, tmp_path) -> None:
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "page.html").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -218,6 +221,7 @@ def test_a_comparison_fits_where_one_does(run, tmp_path, arguments: str, status:
     assert says in checked((tmp_path / "page.html").read_text()).text("p")
 
 
+@pytest.mark.slow
 def test_plans_from_files_are_compared(run, tmp_path) -> None:
     """A file without its model has a bar that is not split; the rest is as in the file."""
     run("suggest gpt2 --gpu t4 --target-batch 32 --json --output a.json")

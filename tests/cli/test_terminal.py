@@ -103,6 +103,7 @@ def test_a_terminal_that_has_ascii_alone(at_terminal, words: str) -> None:
     assert ascii_alone == at_terminal(words).piped.translate(str.maketrans("█░", "#."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", LONG)
 def test_whoever_waits_sees_what_is_done(at_terminal, words: str) -> None:
     """A line with the time; it goes away, and only words that stay are left."""

@@ -122,7 +122,12 @@ def peak_of(found: WhatIf, place: dict[str, int], steps: int) -> int:
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ASKED)
+SOME = sorted(ASKED)[::4]
+"""Those that are asked by default; the others where the slow tests are."""
+ALL = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in ASKED]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_every_place_is_what_the_estimator_says(name: str) -> None:
     """Bytes exactly, seconds but for the rounding of sums, refusals word by word."""
     estimator, _, found = asked(name)
@@ -154,7 +159,7 @@ def _checked(estimator: Estimator, setup: Setup) -> Setup:
     return setup
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", ALL)
 def test_accumulation_between_and_beyond_the_marks(name: str) -> None:
     """Two and more micro-steps differ by their inputs alone."""
     estimator, _, found = asked(name)
@@ -166,7 +171,7 @@ def test_accumulation_between_and_beyond_the_marks(name: str) -> None:
             assert peak_of(found, place, 1001) == estimator.memory(setup).peak_allocated_bytes
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", ALL)
 def test_it_fits_as_a_candidate_of_the_plan_does(name: str) -> None:
     """A process within the budget is one whose upper bound, headroom and reserve included, is usable."""
     estimator, setup, found = asked(name)
@@ -179,7 +184,7 @@ def test_it_fits_as_a_candidate_of_the_plan_does(name: str) -> None:
     assert candidate.fits == (memory.peak_process_bytes <= found.budget_bytes)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", ALL)
 def test_the_plan_is_in_its_grid(name: str) -> None:
     _, setup, found = asked(name)
     own = what_if_document(found, "memplan suggest tiny --gpu h100")["own"]
