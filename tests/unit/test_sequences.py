@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memplan.sequences import packing, padding
+from memplan.sequences.analysis import STRATEGIES, candidate, split, summary
 from memplan.sequences.lengths import Lengths, Spans, at_the_end
 from memplan.sequences.truncation import SIDES, truncate
 
@@ -187,3 +188,33 @@ def test_what_is_longer_than_a_row_is_refused() -> None:
     for pack in (packing.best_fit_decreasing, packing.first_fit, packing.first_fit_decreasing):
         with pytest.raises(ValueError, match="5 tokens is longer than a row of 4"):
             pack(array(5), 4)
+
+
+# -- candidates --------------------------------------------------------------------------------------------------------
+
+
+def test_split_by_hand() -> None:
+    assert split(array(5, 8, 0, 3), 4).tolist() == [4, 1, 4, 4, 0, 3]
+
+
+def test_a_candidate_by_hand() -> None:
+    """Lengths 5, 2, 3, 1 at a maximum of 4 in batches of 2."""
+    found = candidate(Lengths(array(5, 2, 3, 1)), 4, micro_batch=2, strategies=tuple(STRATEGIES))
+    assert found.truncation.tokens_lost == 1
+    assert found.paddings["fixed"] == (16, 10)
+    assert found.paddings["longest"].slots == pytest.approx(2 * 2 * (4 * 3 + 3 * 2 + 2 * 1) / 6)
+    assert {name: (one.num_rows, int(one.tokens.sum())) for name, one in found.packings.items()} == {
+        "bfd": (3, 10),
+        "bfd-split": (3, 11),
+        "wrapped": (3, 11),
+        "first-fit": (3, 10),
+        "ffd": (3, 10),
+    }
+
+
+def test_a_summary_by_hand() -> None:
+    found = summary(at_the_end([1, 2, 3, 4], [0, 1, 1, 2]))
+    assert found[:4] == (4, 10, 4, 2.5)
+    assert (found.quantiles[0.0], found.quantiles[0.5], found.quantiles[0.75], found.quantiles[1.0]) == (1, 2, 3, 4)
+    with pytest.raises(ValueError, match="no lengths"):
+        summary(Lengths(array()))
