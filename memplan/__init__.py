@@ -14,9 +14,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradientNoise",
     "MemplanError",
     "UsageError",
     "__version__",
+    "accumulate",
     "calibrate",
     "estimate",
     "estimate_grid",
@@ -37,6 +39,14 @@ def __getattr__(name: str) -> Any:
         from memplan import measuring
 
         return getattr(measuring, name)
+    if name == "accumulate":
+        from memplan.accumulation.step import accumulate
+
+        return accumulate
+    if name == "GradientNoise":
+        from memplan.accumulation.noise import GradientNoise
+
+        return GradientNoise
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 
