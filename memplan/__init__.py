@@ -23,6 +23,7 @@ __all__ = [
     "estimate",
     "estimate_grid",
     "probe",
+    "same_update",
     "suggest",
     "trace",
     "validate",
@@ -35,7 +36,7 @@ def __getattr__(name: str) -> Any:
         from memplan import api
 
         return getattr(api, name)
-    if name in {"probe", "validate", "calibrate"}:
+    if name in {"probe", "validate", "calibrate", "same_update"}:
         from memplan import measuring
 
         return getattr(measuring, name)

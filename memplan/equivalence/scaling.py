@@ -113,7 +113,7 @@ def advise(
 
 def _scaled(betas: tuple[float, float], ratio: float) -> tuple[float, float] | None:
     first, second = (1 - ratio * (1 - beta) for beta in betas)
-    return (first, second) if first > 0 and second > 0 else None
+    return (first, second) if min(first, second) > 1e-9 else None
 
 
 def _fewer(steps: int | None, ratio: float) -> int | None:
