@@ -5,7 +5,8 @@ Three questions, each answered by an experiment that `memplan.equivalence.runner
 1. Does the model let a batch be cut?  The sum over micro-batches, each token with the same weight, against one pass
    over the whole batch.  Where they differ, a suspect is what makes them agree once it is switched off (batch
    statistics, the balance loss); a softmax over the samples of the batch (in-batch negatives) is known by a loss
-   that grows by log 2 when every sample is there twice; a module that draws random numbers differs from itself.
+   that grows by log 2 when every sample is there twice; a sum differs from a mean by a factor alone; a module that
+   draws random numbers differs from itself.
 2. Which mean did a step take?  Its gradient against those of the means there are (all tokens; each micro-batch; each
    rank; each sample), up to a factor: g ~ r h.  The h with no residual names the mean, and r what is wrong in scale.
 3. What else happened to the gradient on the way?  Scaled down by a power of two, clipping has nothing to clip;
@@ -70,6 +71,8 @@ class Subject(NamedTuple):
     """Suspects that were switched off -> the error that was left."""
     doubled: float | None
     """By how much the loss grows when each sample is there twice; None: not measured."""
+    residual: float = 1.0
+    """What is left of the error once the best factor is taken out: |cut - r whole| / |cut|."""
 
 
 class Match(NamedTuple):
@@ -144,6 +147,11 @@ def diagnose_subject(subject: Subject) -> Diagnosis:
     for names, error in subject.without:
         if error <= allowed:
             return Diagnosis(False, tuple(Cause(name, SUSPECTS[name]) for name in names))
+    if subject.residual <= allowed:
+        says = (
+            "the loss is a sum over the samples and no mean: those of micro-batches add up, and are not to be averaged"
+        )
+        return _fault("sum", says)
     if subject.doubled is not None and abs(subject.doubled - LOG2) < 0.01:
         says = "in-batch negatives: each sample is compared with those of its micro-batch alone (twice each: + log 2)"
         return _fault("in-batch negatives", says)

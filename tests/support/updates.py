@@ -85,6 +85,15 @@ def random() -> nn.Module:
     return Pooled(Noise())
 
 
+class Summed(Pooled):
+    def forward(self, vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.layers(vectors), classes, reduction="sum")
+
+
+def summed() -> nn.Module:
+    return Summed()
+
+
 class Contrastive(nn.Module):
     """Each anchor against the positives of its micro-batch."""
 

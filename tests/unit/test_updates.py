@@ -47,6 +47,7 @@ def found(module: Any, step: Any = None, shape: Shape = SHAPE, rank: int = 0) ->
         (updates.batch_norm, ("batch norm",), "num_samples"),
         (updates.mixture, ("balance loss",), "count_next_tokens"),
         (updates.contrastive, ("in-batch negatives",), "num_samples"),
+        (updates.summed, ("sum",), "num_samples"),
         (updates.coupled, ("coupled",), "num_samples"),
         (updates.random, ("random",), "num_samples"),
     ],

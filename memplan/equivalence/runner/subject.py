@@ -21,7 +21,9 @@ def measure_subject(case: Case, batch: Any, micro_batch_size: int) -> tuple[Subj
     again = gradient_of(case, [batch], [1.0])
     backwards = torch.arange(num_samples(batch) - 1, -1, -1)
     floor = relative(gradient_of(case, [picked(batch, backwards)], [1.0]), whole)
-    error = relative(cut_gradient(case, batch, micro_batch_size), whole)
+    cut = cut_gradient(case, batch, micro_batch_size)
+    error = relative(cut, whole)
+    residual = float((cut - (cut @ whole) / (whole @ whole) * whole).norm() / (cut.norm() or 1))
     without: list[tuple[tuple[str, ...], float]] = []
     guilty: tuple[str, ...] = ()
     doubled = None
@@ -35,7 +37,7 @@ def measure_subject(case: Case, batch: Any, micro_batch_size: int) -> tuple[Subj
                 break
         else:
             doubled = _doubled(case, batch)
-    return Subject(error, relative(again, whole), floor, without, doubled), guilty
+    return Subject(error, relative(again, whole), floor, without, doubled, residual), guilty
 
 
 def _sets(names: list[str]) -> Iterator[tuple[str, ...]]:
