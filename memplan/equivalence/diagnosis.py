@@ -9,8 +9,9 @@ Three questions, each answered by an experiment that `memplan.equivalence.runner
    draws random numbers differs from itself.
 2. Which mean did a step take?  Its gradient against those of the means there are (all tokens; each micro-batch; each
    rank; each sample), up to a factor: g ~ r h.  The h with no residual names the mean, and r what is wrong in scale.
-3. What else happened to the gradient on the way?  Scaled down by a power of two, clipping has nothing to clip;
-   between micro-steps nobody else should have changed it; all its numbers are representable in 16 bits only where it
+3. What else happened to the gradient on the way?  Scaled down by a power of two, clipping has nothing to clip: clipped
+   once, the gradient is that one made shorter or cut off at a value; clipped between micro-steps, it has been changed
+   between them and is neither.  All its numbers are representable in 16 bits only where it
    was kept in them.
 
 Errors are relative L2 norms, |g - h| / |h|.
@@ -107,8 +108,10 @@ class Loop(NamedTuple):
     """Largest n_i by the smallest, of the first window."""
     unclipped: Sequence[Window] = ()
     """The same with gradients scaled down; empty: not measured."""
+    is_clipped_whole: bool = False
+    """Whether each is that of `unclipped` made shorter, or cut off at one value: clipped behind the last sum."""
     is_changed_between: bool = False
-    """Whether gradients were changed between micro-steps."""
+    """Whether gradients were changed between micro-steps; averaging over ranks in each micro-step changes them, too."""
     kept_in: str = ""
     """The 16-bit dtype that can hold all of its numbers; empty: none."""
     autocast: str = ""
@@ -194,7 +197,7 @@ def _clipped(loop: Loop, allowed: float) -> Diagnosis:
         if all(one.error <= allowed for one in loop.unclipped)
         else _unclipped(loop, loop.unclipped, allowed)
     )
-    if loop.is_changed_between and loop.accumulation > 1:
+    if loop.is_changed_between and not loop.is_clipped_whole:
         says = "clipping per micro-step: gradients are cut between micro-steps; on small ones the error goes"
         return Diagnosis(False, (Cause("clipping", says), *below.causes))
     return below._replace(notes=("the gradient is clipped once, behind the last micro-step, as it should be",))

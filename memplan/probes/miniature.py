@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WIDTH, INNER, LAYERS, HEADS, WORDS = 64, 128, 2, 4, 256
-POSITIONS = 128
+POSITIONS, PIXELS = 128, 64
 
 SMALLER = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), WIDTH),
@@ -29,6 +29,9 @@ SMALLER = {
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("head_dim", "d_kv", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim"), WIDTH // HEADS),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "sliding_window"), POSITIONS),
+    **dict.fromkeys(("max_source_positions", "max_target_positions"), POSITIONS),
+    "image_size": PIXELS,
+    "num_conv_pos_embeddings": 16,
     "qk_rope_head_dim": 8,
     "rotary_dim": 8,
     "moe_intermediate_size": WIDTH,
@@ -37,6 +40,9 @@ SMALLER = {
     "query_pre_attn_scalar": WIDTH // HEADS,
 }
 """Name in a config -> what it is made at most."""
+
+SMALLER_LISTS = {"depths": 1, "hidden_sizes": WIDTH, "conv_dim": WIDTH // 2}
+"""The same of every number of a list."""
 
 HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KEY_VALUE_NAMES = ("num_key_value_heads",)
@@ -56,6 +62,8 @@ def miniature(values: Mapping[str, Any], seq_len: int = POSITIONS) -> dict[str, 
             small[name] = HEADS if values[name] == heads else min(values[name], 2)
     if "head_dim" in small and small["head_dim"] is not None:
         small["head_dim"] = WIDTH // HEADS
+    if "num_channels" in small:
+        small.setdefault("image_size", PIXELS)  # of networks of convolutions, which take any
     if "vocab_size" in small:
         small.setdefault("pad_token_id", 0)  # the default of a class may be beyond the words that are left
     return {name: _token(name, value, small.get("vocab_size")) for name, value in small.items()}
@@ -66,6 +74,8 @@ def _smaller(name: str, value: Any) -> Any:
         return miniature(value)
     if name in SMALLER and isinstance(value, int) and not isinstance(value, bool):
         return min(value, SMALLER[name])
+    if name in SMALLER_LISTS and isinstance(value, list):
+        return [min(one, SMALLER_LISTS[name]) for one in value]
     return value
 
 

@@ -223,6 +223,12 @@ def clipped_once(model: nn.Module, micro_batches: list[Any]) -> None:
     clip_grad_norm_(model.parameters(), 0.05)
 
 
+def each_parameter_clipped_once(model: nn.Module, micro_batches: list[Any]) -> None:
+    right(model, micro_batches)
+    for parameter in model.parameters():
+        clip_grad_norm_(parameter, 0.01)
+
+
 def values_clipped_once(model: nn.Module, micro_batches: list[Any]) -> None:
     right(model, micro_batches)
     torch.nn.utils.clip_grad_value_(model.parameters(), 0.001)

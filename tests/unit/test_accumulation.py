@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,6 +206,28 @@ def test_what_is_no_tensor_of_samples_goes_into_each() -> None:
     assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert all(part["flag"] is True and float(part["scale"]) == 2 for part in parts)
     assert [len(part) for part in split(torch.zeros(5, 2), 3)] == [3, 2]
+
+
+def test_the_loop_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two epochs' worth of one batch and a short one; the loss falls."""
+    code = textwrap.dedent(memplan.accumulate.__doc__.partition("\n\n")[2].partition("\n\n")[0])
+    assert "for batch in loader" in code
+    batch = ragged(40, 9)
+    model = Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    given = {
+        "memplan": memplan,
+        "DataLoader": torch.utils.data.DataLoader,
+        "data": 6 * [{name: value[n] for name, value in batch.items()} for n in range(40)],
+        "collate": torch.utils.data.default_collate,
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+    }
+    exec(code, given)
+    losses = [float(line.split()[1].rstrip(",")) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == -(-6 * 40 // 32)
+    assert losses[-1] < losses[0]
 
 
 def test_importing_it_needs_no_torch() -> None:

@@ -87,6 +87,7 @@ def test_a_module_of_equal_tokens_has_no_wrong_mean() -> None:
         (updates.clipped_by_hand_each_time, ("clipping",), "clipping per micro-step"),
         (updates.clipped_once, (), ""),
         (updates.values_clipped_once, (), ""),
+        (updates.each_parameter_clipped_once, (), ""),
         (updates.micro_averaged_and_clipped_once, ("mean of micro-batches",), ""),
         (updates.kept_in_bf16, ("16-bit accumulation",), "bfloat16"),
         (updates.kept_in_fp16, ("16-bit accumulation",), "float16"),
@@ -127,7 +128,13 @@ def test_any_number_of_micro_steps(accumulation: int) -> None:
 
 def two(rank: int) -> list[dict[str, Any]]:
     shape = Shape(micro_batch_size=2, accumulation=3, ranks=2, seq_len=12)
-    steps = (updates.right, updates.uncompensated, updates.micro_averaged, updates.clipped_each_time)
+    steps = (
+        updates.right,
+        updates.uncompensated,
+        updates.micro_averaged,
+        updates.clipped_each_time,
+        updates.clipped_once,
+    )
     return [found(updates.language_model, step, shape, rank) for step in steps]
 
 
@@ -142,6 +149,8 @@ def test_two_ranks(ranks: list[list[dict[str, Any]]]) -> None:
         kinds = [answer["of_loops"]["own"].kinds for answer in answers]
         assert kinds[:3] == [("mean of ranks",), ("scale",), ("mean of micro-batches",)]
         assert "clipping" in kinds[3]
+        assert kinds[4] == ("mean of ranks",)
+        assert "clipped once" in answers[4]["of_loops"]["own"].notes[0]
         assert "1 / R = 1 / 2" in answers[1]["of_loops"]["own"].causes[0].says
         for answer in answers:
             assert answer["of_loops"]["normalised"].is_same

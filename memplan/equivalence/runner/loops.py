@@ -8,7 +8,7 @@ import torch
 
 import memplan.accumulation.step as accumulation
 from memplan.equivalence.diagnosis import SAME_UPDATE, Loop
-from memplan.equivalence.runner.case import vector
+from memplan.equivalence.runner.case import relative, vector
 from memplan.equivalence.runner.means import window_of
 from memplan.equivalence.runner.watch import Watch
 
@@ -69,11 +69,12 @@ def measure_loop(
         means: The gradients of all means, by window.
         rank: This one.
     """
-    windows, unclipped = [], []
+    windows, unclipped, gradients, smaller = [], [], [], []
     is_changed, kept_in, autocast = False, "", ""
     for window, wanted in zip(steps, means, strict=True):
         mine = list(window[rank])
         found, watch = _run(case, model, step, mine, 1.0)
+        gradients.append(found)
         windows.append(window_of(found, wanted, len(mine)))
         is_changed |= watch.is_changed
         autocast = autocast or watch.autocast
@@ -81,7 +82,8 @@ def measure_loop(
     if any(not one.error <= SAME_UPDATE for one in windows):
         for window, wanted in zip(steps, means, strict=True):
             found, _ = _run(case, model, step, list(window[rank]), SMALLER)
-            unclipped.append(window_of(found / SMALLER, wanted, len(window[rank])))
+            smaller.append(found / SMALLER)
+            unclipped.append(window_of(smaller[-1], wanted, len(window[rank])))
     sizes = [int(case.num_losses(part)) for each in steps[0] for part in each]
     case.restore()
     return Loop(
@@ -91,10 +93,18 @@ def measure_loop(
         num_tokens=sum(sizes),
         spread=max(sizes) / max(min(sizes), 1),
         unclipped=unclipped,
+        is_clipped_whole=bool(smaller) and all(map(_is_clipped, gradients, smaller)),
         is_changed_between=is_changed,
         kept_in=kept_in,
         autocast=autocast,
     )
+
+
+def _is_clipped(found: torch.Tensor, unclipped: torch.Tensor) -> bool:
+    """Whether a gradient is another one clipped as a whole, by its norm or by its values."""
+    shorter = unclipped * (found.norm() / unclipped.norm())
+    cut_off = unclipped.clamp(-found.abs().max(), found.abs().max())
+    return min(relative(shorter, found), relative(cut_off, found)) <= SAME_UPDATE
 
 
 def _run(
