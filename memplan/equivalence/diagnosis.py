@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 SAME_UPDATE = 1e-5
 """Sums of fp32 in another order differ by about 1e-6."""
@@ -91,6 +91,8 @@ class Window(NamedTuple):
     """Of a rank."""
     error: float
     """Of the step against the mean over all tokens."""
+    num_tokens: int
+    """Of all ranks."""
     matches: Mapping[str, Match]
     """The means of `MEANS` that differ from each other, and how well each explains the step."""
 
@@ -102,8 +104,6 @@ class Loop(NamedTuple):
     """Full ones, and last the short one at the end of an epoch where there can be one."""
     accumulation: int
     ranks: int
-    num_tokens: int
-    """Of the first window."""
     spread: float
     """Largest n_i by the smallest, of the first window."""
     unclipped: Sequence[Window] = ()
@@ -208,12 +208,42 @@ def _unclipped(loop: Loop, windows: Sequence[Window], allowed: float) -> Diagnos
     if mean is None:
         return _unexplained(loop, windows)
     causes = [] if mean == TOKEN else [Cause(f"mean of {mean}", MEANS[mean])]
-    ratios = [one.matches[mean].ratio for one in windows]
-    if abs(ratios[0] - 1) > allowed:
-        causes.append(Cause("scale", f"scale: {ratios[0]:.4g} times too large{_scale_words(ratios[0], loop, allowed)}"))
-    if abs(ratios[-1] / ratios[0] - 1) > allowed:
-        causes.append(Cause("partial window", _partial_words(windows, ratios[-1] / ratios[0], allowed)))
+    causes += _scale([one.matches[mean].ratio for one in windows], windows, loop, allowed)
     return Diagnosis(not causes, tuple(causes))
+
+
+def _scale(ratios: Sequence[float], windows: Sequence[Window], loop: Loop, allowed: float) -> list[Cause]:
+    """What is wrong with the size of the steps: by one factor, by a number of each step, or of the short one alone."""
+    first, last = ratios[0], ratios[-1]
+    close = max(allowed, 1e-4)  # beside whole numbers
+    for factor, says in _factors(loop):
+        if all(abs(ratio / factor(one) - 1) <= close for ratio, one in zip(ratios, windows, strict=True)):
+            return [Cause("scale", f"scale: {first:.4g} times too large ({says})")]
+    causes = []
+    if abs(first - 1) > allowed:
+        words = [says for factor, says in _factors(loop) if abs(first / factor(windows[0]) - 1) <= close]
+        known = f" ({'; or '.join(words)})" if words else ""
+        causes.append(Cause("scale", f"scale: {first:.4g} times too large{known}"))
+    if abs(last / first - 1) > allowed:
+        causes.append(Cause("partial window", _partial_words(windows, last / first, allowed)))
+    return causes
+
+
+def _factors(loop: Loop) -> list[tuple[Callable[[Window], float], str]]:
+    """Factors that steps are wrong by, as numbers of a step, and how they come about; those that are 1 are left out."""
+    steps, ranks = loop.accumulation, loop.ranks
+    both, many = steps * ranks, steps > 1 and ranks > 1
+    known: list[tuple[bool, Callable[[Window], float], str]] = [
+        (steps > 1, lambda one: one.num_micro_batches, f"K = {steps}: nobody divides by the micro-batches"),
+        (steps > 1, lambda one: 1 / one.num_micro_batches, f"1 / K = 1 / {steps}: divided by the micro-batches twice"),
+        (ranks > 1, lambda _: ranks, f"R = {ranks}: gradients of ranks are summed and not averaged"),
+        (ranks > 1, lambda _: 1 / ranks, f"1 / R = 1 / {ranks}: tokens of all ranks are counted, and ranks averaged"),
+        (many, lambda one: one.num_micro_batches * ranks, f"K R = {both}, the micro-batches of a step"),
+        (many, lambda one: 1 / one.num_micro_batches / ranks, f"1 / (K R) = 1 / {both}"),
+        (True, lambda one: one.num_tokens, "N, the tokens: the sum instead of the mean"),
+        (ranks > 1, lambda one: one.num_tokens / ranks, "N / R: the sum of the tokens of a rank, ranks averaged"),
+    ]
+    return [(factor, says) for applies, factor, says in known if applies]
 
 
 def _mean_of(windows: Sequence[Window], allowed: float) -> str | None:
@@ -222,22 +252,6 @@ def _mean_of(windows: Sequence[Window], allowed: float) -> str | None:
         if all(mean in one.matches and one.matches[mean].residual <= allowed for one in windows):
             return mean
     return None
-
-
-def _scale_words(ratio: float, loop: Loop, allowed: float) -> str:
-    steps, ranks = loop.accumulation, loop.ranks
-    known = (
-        (steps, f"K = {steps}, as where nobody divides by the micro-batches", steps > 1),
-        (1 / steps, f"1 / K = 1 / {steps}, as where it is divided by the micro-batches twice", steps > 1),
-        (ranks, f"R = {ranks}, as where gradients are summed over ranks that should be averaged", ranks > 1),
-        (1 / ranks, f"1 / R = 1 / {ranks}, as where tokens of all ranks are counted and ranks averaged", ranks > 1),
-        (steps * ranks, f"K R = {steps * ranks}, the micro-batches of a step", steps > 1 and ranks > 1),
-        (1 / (steps * ranks), f"1 / (K R) = 1 / {steps * ranks}", steps > 1 and ranks > 1),
-        (loop.num_tokens, "N, the tokens: the sum instead of the mean", True),
-        (loop.num_tokens / ranks, "N / R: the sum of the tokens of a rank, ranks averaged", ranks > 1),
-    )
-    words = [says for wanted, says, applies in known if applies and abs(ratio / wanted - 1) <= max(allowed, 1e-4)]
-    return f" ({'; or '.join(words)})" if words else ""
 
 
 def _partial_words(windows: Sequence[Window], ratio: float, allowed: float) -> str:

@@ -67,8 +67,9 @@ def _run(args: tuple[str, ...], ranks: int, time_limit_s: float) -> str:
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     prefix = (*TORCHRUN, str(ranks)) if ranks > 1 else ()
-    process = subprocess.Popen(
-        (sys.executable, *prefix, "-m", *args),
+    command = (sys.executable, *prefix, "-m", *args)
+    with subprocess.Popen(
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -76,14 +77,14 @@ def _run(args: tuple[str, ...], ranks: int, time_limit_s: float) -> str:
         encoding="utf-8",
         errors="replace",
         env=environment,
-    )
-    try:
-        return process.communicate(timeout=time_limit_s)[1]
-    except subprocess.TimeoutExpired:
-        raise MemplanError(
-            f"The measurement was not done after {time_limit_s:g} s.", "Use a smaller module, or fewer micro-batches."
-        ) from None
-    finally:
-        if process.poll() is None:  # torchrun ends its ranks when it is told to end
-            process.terminate()
-            process.wait()
+    ) as process:
+        try:
+            return process.communicate(timeout=time_limit_s)[1]
+        except subprocess.TimeoutExpired:
+            raise MemplanError(
+                f"The measurement was not done after {time_limit_s:g} s.",
+                "Use a smaller module, or fewer micro-batches.",
+            ) from None
+        finally:
+            if process.poll() is None:  # torchrun ends its ranks when it is told to end
+                process.terminate()

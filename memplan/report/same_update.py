@@ -85,7 +85,7 @@ def _equation() -> Iterator[Line]:
 
 def _steps(document: Document) -> Iterator[Line]:
     yield from title("Relative error of the gradient")
-    rows = [("step", "full steps", "short last step", "scale", "what it is")]
+    rows = [("step", "full steps", "short one", "scale", "what it is")]
     subject = document["subject"]
     rows.append(("(the model, cut)", _error(subject["error"]), "", "", _what(subject)))
     for step in document["steps"]:
@@ -115,7 +115,11 @@ def _error(error: float | None) -> str:
 
 
 def _what(of: Document) -> str:
-    return "the same" if of["is_same"] else ", ".join(one["kind"] for one in of["causes"])
+    if of["is_same"]:
+        return "the same"
+    kinds = [one["kind"] for one in of["causes"]]
+    more = f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""
+    return f"{kinds[0]}{more}"
 
 
 def _weights(document: Document) -> Iterator[Line]:

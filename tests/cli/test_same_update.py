@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("torch")
 
 from memplan.catalog.trainers import find_trainers, read_rows
+from memplan.errors import MemplanError
 from memplan.measuring.same_update import find_cut
 from memplan.measuring.update_document import update_document
+from memplan.probes.update_launch import compare_updates
 from memplan.report.same_update import render_trainers, render_update
 from tests.cli.test_documents import read_schema, refuse, unlisted
 
@@ -99,6 +101,7 @@ def test_a_module_that_does_not_cut(run) -> None:
         (f"{MODULE}:language_model --step {MODULE}:raises", 1, "ValueError: the loader is empty"),
         (f"{MODULE}:language_model --step {MODULE}:nobody", 1, "has no 'nobody'"),
         (f"{MODULE}:nobody", 1, "has no 'nobody'"),
+        (f"{MODULE}:dies", 1, "ended without an answer"),
         ("gpt2 --step nonsense", 2, "package.module:function"),
         ("gpt2 --lr 1e-4", 2, "--previous-batch"),
         ("gpt2 --lr fast --previous-batch 8", 2, "--lr is 'fast'"),
@@ -115,6 +118,12 @@ def test_faults(run, args: str, status: int, words: str) -> None:
     ran = run(f"same-update {args}")
     assert ran.status == status
     assert words in ran.err
+
+
+def test_the_time_is_limited() -> None:
+    shape = {"micro_batch_size": 2, "accumulation": 2, "ranks": 2, "seq_len": 8}
+    with pytest.raises(MemplanError, match="was not done after"):
+        compare_updates(name=f"{MODULE}:language_model", config=None, shape=shape, time_limit_s=0.5)
 
 
 def test_trainers(run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ class WithLoss(Tiny):
 
 def language_model() -> nn.Module:
     return WithLoss()
+
+
+def dies() -> nn.Module:
+    os._exit(3)
 
 
 class Encoder(WithLoss):
@@ -164,6 +169,11 @@ def right(model: nn.Module, micro_batches: list[Any], times: float = 1.0) -> Non
 def summed_over_steps(model: nn.Module, micro_batches: list[Any]) -> None:
     """The fix of 2024 in trainers whose models ignored it: K times too large."""
     right(model, micro_batches, len(micro_batches))
+
+
+def four_times(model: nn.Module, micro_batches: list[Any]) -> None:
+    """The short last step, too."""
+    right(model, micro_batches, 4)
 
 
 def divided_twice(model: nn.Module, micro_batches: list[Any]) -> None:

@@ -75,11 +75,12 @@ def test_a_module_of_equal_tokens_has_no_wrong_mean() -> None:
     ("step", "kinds", "words"),
     [
         (updates.right, (), ""),
-        (updates.summed_over_steps, ("scale", "partial window"), "4 times too large (K = 4"),
-        (updates.divided_twice, ("scale", "partial window"), "0.25 times too large (1 / K = 1 / 4"),
-        (updates.sum_of_tokens, ("scale", "partial window"), "N, the tokens"),
+        (updates.summed_over_steps, ("scale",), "4 times too large (K = 4"),
+        (updates.four_times, ("scale",), "4 times too large (K = 4"),
+        (updates.divided_twice, ("scale",), "0.25 times too large (1 / K = 1 / 4"),
+        (updates.sum_of_tokens, ("scale",), "N, the tokens"),
         (updates.micro_averaged, ("mean of micro-batches",), "mean(n) / n_i"),
-        (updates.never_divided, ("mean of micro-batches", "scale", "partial window"), "K = 4"),
+        (updates.never_divided, ("mean of micro-batches", "scale"), "K = 4"),
         (updates.fixed_accumulation, ("partial window",), "has 2 micro-batches and is divided by 4"),
         (updates.micro_averaged_and_fixed, ("mean of micro-batches", "partial window"), "divided by 4"),
         (updates.sample_averaged, ("mean of samples",), "mean(n) / n of its sample"),
@@ -164,7 +165,7 @@ def test_a_gradient_that_is_not_a_number() -> None:
     nan = float("nan")
     assert diagnose_subject(Subject(nan, 0.0, 0.0, [], None)).kinds == ("not a number",)
     answer = found(updates.language_model)["loops"]["naive"]
-    broken = answer._replace(windows=[Window(4, nan, {})])
+    broken = answer._replace(windows=[Window(4, nan, 1, {})])
     assert diagnose_loop(broken).kinds == ("not a number",)
 
 

@@ -75,7 +75,7 @@ def measure_loop(
         mine = list(window[rank])
         found, watch = _run(case, model, step, mine, 1.0)
         gradients.append(found)
-        windows.append(window_of(found, wanted, len(mine)))
+        windows.append(window_of(found, wanted, len(mine), _num_tokens(case, window)))
         is_changed |= watch.is_changed
         autocast = autocast or watch.autocast
         kept_in = kept_in or watch.kept_in(len(mine))
@@ -83,14 +83,13 @@ def measure_loop(
         for window, wanted in zip(steps, means, strict=True):
             found, _ = _run(case, model, step, list(window[rank]), SMALLER)
             smaller.append(found / SMALLER)
-            unclipped.append(window_of(smaller[-1], wanted, len(window[rank])))
+            unclipped.append(window_of(smaller[-1], wanted, len(window[rank]), _num_tokens(case, window)))
     sizes = [int(case.num_losses(part)) for each in steps[0] for part in each]
     case.restore()
     return Loop(
         windows=windows,
         accumulation=len(steps[0][rank]),
         ranks=len(steps[0]),
-        num_tokens=sum(sizes),
         spread=max(sizes) / max(min(sizes), 1),
         unclipped=unclipped,
         is_clipped_whole=bool(smaller) and all(map(_is_clipped, gradients, smaller)),
@@ -98,6 +97,10 @@ def measure_loop(
         kept_in=kept_in,
         autocast=autocast,
     )
+
+
+def _num_tokens(case: Case, window: Sequence[Sequence[Any]]) -> int:
+    return sum(int(case.num_losses(part)) for each in window for part in each)
 
 
 def _is_clipped(found: torch.Tensor, unclipped: torch.Tensor) -> bool:

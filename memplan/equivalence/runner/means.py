@@ -60,10 +60,12 @@ def _alike(these: Sequence[float], those: Sequence[float]) -> bool:
     return all(abs(a - b) < ALIKE for a, b in zip(these, those, strict=True))
 
 
-def window_of(found: torch.Tensor, means: Mapping[str, torch.Tensor], num_micro_batches: int) -> Window:
+def window_of(
+    found: torch.Tensor, means: Mapping[str, torch.Tensor], num_micro_batches: int, num_tokens: int
+) -> Window:
     """A step's gradient, explained by each mean up to a factor."""
     matches = {}
     for name, mean in means.items():
         ratio = float(found @ mean / (mean @ mean))
         matches[name] = Match(ratio, float((found - ratio * mean).norm() / (found.norm() or 1)))
-    return Window(num_micro_batches, relative(found, means[TOKEN]), matches)
+    return Window(num_micro_batches, relative(found, means[TOKEN]), num_tokens, matches)
