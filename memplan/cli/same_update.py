@@ -41,10 +41,16 @@ def read_step(text: str, flag: str) -> str:
     raise UsageError(f"{flag} is {quoted(text)}.", "Write package.module:function, such as train:step.")
 
 
-SHARED = ("--target-batch", "--micro-batch", "--accumulation", "--gpus", "--seq-len")
+HELP_BY_FLAG = {
+    "--target-batch": "Sequences per optimizer step, over all GPUs.",
+    "--micro-batch": "Sequences in one forward pass on one GPU (2).",
+    "--accumulation": "Micro-batches per optimizer step (4).",
+    "--gpus": "GPUs with different data (1).",
+    "--seq-len": "Tokens per sequence (32); data is cut to it where it is given.",
+}
 _ROW_BY_FLAG = {row.flag: row for row in SETUP_ROWS}
 ROWS = (
-    *(_ROW_BY_FLAG[flag]._replace(section=BATCH) for flag in SHARED),
+    *(_ROW_BY_FLAG[flag]._replace(section=BATCH, help=words) for flag, words in HELP_BY_FLAG.items()),
     Row(("--step",), COMPARED, "Your own step: package.module:function.", read_step, "NAME"),
     Row(("--trainer",), COMPARED, "List what trainers do by default; nothing is measured."),
     Row(("--data",), DATA, "A file, folder or pattern of records, or - for stdin.", read_text, "DATA"),
