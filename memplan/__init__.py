@@ -14,13 +14,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradientNoise",
     "MemplanError",
     "UsageError",
     "__version__",
+    "accumulate",
     "calibrate",
     "estimate",
     "estimate_grid",
     "probe",
+    "same_update",
     "suggest",
     "trace",
     "validate",
@@ -33,10 +36,18 @@ def __getattr__(name: str) -> Any:
         from memplan import api
 
         return getattr(api, name)
-    if name in {"probe", "validate", "calibrate"}:
+    if name in {"probe", "validate", "calibrate", "same_update"}:
         from memplan import measuring
 
         return getattr(measuring, name)
+    if name == "accumulate":
+        from memplan.accumulation.step import accumulate
+
+        return accumulate
+    if name == "GradientNoise":
+        from memplan.accumulation.noise import GradientNoise
+
+        return GradientNoise
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 

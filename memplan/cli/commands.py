@@ -22,6 +22,7 @@ COMMANDS = {
     "trace": "the same bytes as estimate, from the real module, without a GPU",
     "probe": "the same bytes and the step time, measured on a GPU",
     "validate": "predicted against measured",
+    "same-update": "whether accumulating is the same update as the whole batch",
     "calibrate": "measurements to coefficients and error bounds for a GPU",
     "report": "a plan as one page, with charts",
     "models": "the models that are known",
@@ -32,12 +33,17 @@ COMMANDS = {
 
 PLANNED = (
     "lengths",
-    "same-update",
     "check",
     "export",
     "doctor",
 )
 """Commands to come; asking for one is a fault that says so."""
+
+
+def _imported(command: str) -> Any:
+    """The function of a command's module."""
+    name = command.replace("-", "_")
+    return getattr(import_module(f"memplan.cli.{name}"), name)
 
 
 class LazyGroup(click.Group):
@@ -51,7 +57,7 @@ class LazyGroup(click.Group):
         """The command, None where there is none."""
         if cmd_name not in COMMANDS:
             return None
-        command = self.commands.get(cmd_name) or getattr(import_module(f"memplan.cli.{cmd_name}"), cmd_name)
+        command = self.commands.get(cmd_name) or _imported(cmd_name)
         assert isinstance(command, click.Command)
         return command
 

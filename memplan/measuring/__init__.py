@@ -19,6 +19,7 @@ from memplan.measuring.probing import (
     torchrun_ranks,
     trials_document,
 )
+from memplan.measuring.same_update import SameUpdate, same_update
 from memplan.measuring.trials import (
     estimator_of,
     gpu_of,
@@ -36,6 +37,7 @@ __all__ = [
     "Decision",
     "Outcome",
     "Probe",
+    "SameUpdate",
     "Validation",
     "accuracy_document",
     "assumed_context_bytes",
@@ -50,6 +52,7 @@ __all__ = [
     "predict",
     "prediction_for",
     "probe",
+    "same_update",
     "torchrun_ranks",
     "trials_document",
     "validate",

@@ -101,7 +101,7 @@ def build_with(factory: Callable[[], Any], name: str, setup: Setup) -> Built:
         raise
     except (Exception, SystemExit) as error:
         raise FactoryError(f"{name} raises {_text(error)}", _cure(error)) from error
-    module, make_inputs, loss_of = _unpack(made, name)
+    module, make_inputs, loss_of = unpack(made, name)
     dtype = PARAMETER_DTYPES[PRECISIONS[setup.precision][0]]
     if any(x.device.type != "meta" for x in (*module.parameters(), *module.buffers())):
         module = module.to("meta")
@@ -118,7 +118,12 @@ def build_with(factory: Callable[[], Any], name: str, setup: Setup) -> Built:
     return Built(module, converted, loss_of)
 
 
-def _unpack(made: Any, name: str) -> tuple[nn.Module, Callable[[int, int], Any], Callable[[Any], Any] | None]:
+def unpack(made: Any, name: str) -> tuple[nn.Module, Callable[[int, int], Any], Callable[[Any], Any] | None]:
+    """Module, inputs and loss of what a factory returned.
+
+    Raises:
+        FactoryError: it returned something else.
+    """
     parts = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         what = ", ".join(type(part).__name__ for part in parts)

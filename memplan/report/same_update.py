@@ -1,0 +1,210 @@
+"""The text of `memplan same-update`: the equation, what was measured and why, the weights of tokens, the advice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.report.ansi import Line
+from memplan.report.layout import plural, wrap
+from memplan.report.text import paragraph, table, title
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    Document = dict[str, Any]
+
+WINDOWS = {"own": "right", "full": "too small"}
+"""By whose number of micro-batches a short last step is divided -> what that makes of it."""
+
+EQUATION = (
+    "whole batch    gradient of  (sum of all losses) / N,   N tokens with a loss",
+    "accumulated    gradient of  sum over micro-batches of  L_i / N       the same",
+    "naive average  gradient of  mean over micro-batches of L_i / n_i     a token",
+    "               weighs mean(n) / n_i: more in a micro-batch of few tokens",
+)
+
+
+def render_update(document: Document, *, quiet: bool = False) -> list[Line]:
+    """The text of a document; `quiet`: the verdict alone."""
+    if quiet:
+        return list(_verdict(document))
+    return [
+        *_about(document),
+        *_verdict(document),
+        *_equation(),
+        *_steps(document),
+        *_weights(document),
+        *_advice(document["advice"]),
+        *_worth_knowing(document),
+    ]
+
+
+def _about(document: Document) -> Iterator[Line]:
+    model, setup, measured = document["model"], document["setup"], document["measured"]
+    what = "a small one of its family" if model["is_small"] else "as the factory makes it"
+    text = f"{model['name']}: {what}, {plural(model['num_parameters'], 'parameter')}, its loss a mean over "
+    yield from paragraph("model", f"{text}{model['mean_over']}")
+    if model["origin"] not in {"", "as asked for"}:
+        yield from paragraph("", f"None was named: this is {model['origin']}.")
+    yield from paragraph("setup", f"{_split(setup)} = {plural(setup['global_batch_size'], 'sequence')} per step")
+    smaller = "" if _split(setup) == _split(measured) else f"{_split(measured)}, "
+    yield from paragraph(
+        "measured", f"{smaller}{measured['seq_len']} tokens a sequence, fp32 on the CPU, without dropout"
+    )
+
+
+def _split(setup: Document) -> str:
+    return (
+        f"micro {setup['micro_batch_size']:,} x accumulation {setup['gradient_accumulation_steps']:,} x "
+        f"{plural(setup['data_parallel_size'], 'rank')}"
+    )
+
+
+def _verdict(document: Document) -> Iterator[Line]:
+    judged = document["steps"][-1]
+    if document["is_same"]:
+        error = max(one["error"] for one in judged["windows"])
+        yield from title(f"The same update: {judged['title']} is off by {error:.0e}, which is rounding", "good")
+        return
+    causes = [*document["subject"]["causes"], *judged["causes"]]
+    yield from title(f"Not the same update: {', '.join(one['kind'] for one in causes)}", "bad")
+    for cause in causes:
+        yield from _item(cause["says"])
+
+
+def _item(text: str) -> Iterator[Line]:
+    for line in wrap(text, first="  - "):
+        yield Line(line)
+
+
+def _equation() -> Iterator[Line]:
+    yield from title("The mathematics")
+    for line in EQUATION:
+        yield Line(f"  {line}")
+
+
+def _steps(document: Document) -> Iterator[Line]:
+    yield from title("Relative error of the gradient")
+    rows = [("step", "full steps", "short one", "scale", "what it is")]
+    subject = document["subject"]
+    rows.append(("(the model, cut)", _error(subject["error"]), "", "", _what(subject)))
+    for step in document["steps"]:
+        full = step["windows"][:2]
+        last = step["windows"][2:]
+        ratio = full[0]["ratio"]
+        rows.append(
+            (
+                step["title"],
+                _error(max((one["error"] for one in full if one["error"] is not None), default=None)),
+                _error(last[0]["error"]) if last else "",
+                "" if ratio is None else f"x {ratio:.3g}",
+                _what(step),
+            )
+        )
+    yield from table(rows, left=(0, 4), shrink=4, keep_end=False)
+    for step in document["steps"][:-1]:
+        for cause in step["causes"]:
+            yield from _item(f"{step['title']}: {cause['says']}")
+    for step in document["steps"]:
+        for note in step["notes"]:
+            yield from _item(f"{step['title']}: {note}")
+
+
+def _error(error: float | None) -> str:
+    return "nan" if error is None else f"{error:.1e}"
+
+
+def _what(of: Document) -> str:
+    if of["is_same"]:
+        return "the same"
+    kinds = [one["kind"] for one in of["causes"]]
+    more = f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""
+    return f"{kinds[0]}{more}"
+
+
+def _weights(document: Document) -> Iterator[Line]:
+    weights, setup = document["token_weights"], document["setup"]
+    yield from title("What naive averaging would do to your data")
+    if weights is None:
+        text = (
+            "No data was given. Where all sequences have as many tokens with a loss, as packed rows nearly have, every "
+            "token weighs 1; --data FILE says what yours do."
+        )
+        for line in wrap(text, first="  "):
+            yield Line(line)
+        return
+    rows = [("weight of a token", "least", "5 %", "median", "95 %", "most")]
+    least, low, middle, high, most = (f"{weights[name]:.2f}" for name in ("smallest", "p5", "p50", "p95", "largest"))
+    rows.append((_split(setup), least, low, middle, high, most))
+    yield from table(rows)
+    text = (
+        f"{weights['mean_tokens']:,.0f} tokens with a loss in a micro-batch, n_i varying by "
+        f"{100 * weights['variation']:.0f} % within a step: the 95th percentile weighs {weights['spread']:.2g} times "
+        f"as much as the 5th, and a step has the noise of one on {100 * weights['effective_share']:.0f} % of its "
+        f"tokens ({plural(weights['num_steps'], 'step')} drawn)."
+    )
+    for line in wrap(text, first="  "):
+        yield Line(line)
+    if weights["empty_share"]:
+        share = f"{100 * weights['empty_share']:.2g} % of the micro-batches have no token with a loss"
+        yield from _item(f"{share}: their mean is 0 / 0, and with it the step")
+
+
+def _advice(advice: Document | None) -> Iterator[Line]:
+    if advice is None:
+        return
+    yield from title("Learning rate (advice; nothing is applied)")
+    if advice["ratio"] == 1:
+        yield from _item("The batch is as large as before: no change.")
+        return
+    factor, ratio = advice["factor"], advice["ratio"]
+    linear = f"linear x {advice['linear_factor']:.3g} (SGD; {advice['sources']['linear']})"
+    root = f"square root x {advice['square_root_factor']:.3g} (Adam; {advice['sources']['square root']})"
+    yield from _item(f"The batch is {ratio:.3g} times as large: {linear}, {root}.")
+    if factor is None:
+        yield from _item(f"For {advice['optimizer']} {advice['source']}: try both, and what lies between.")
+    else:
+        rate = advice["learning_rate"]
+        new = "" if rate is None else f": {advice['previous_learning_rate']:.3g} becomes {rate:.3g}"
+        yield from _item(f"For {advice['optimizer']} the {advice['rule']} rule, x {factor:.3g}{new}.")
+    if advice["betas"] is not None:
+        betas = ", ".join(f"{beta:.4g}" for beta in advice["betas"])
+        root_of = f"eps x {advice['square_root_factor'] ** -1:.3g}"
+        yield from _item(f"The whole of that rule also has betas {betas} (of 0.9, 0.999) and {root_of}.")
+    steps = [f"{name.replace('_', ' ')} {advice[name]:,}" for name in ("warmup_steps", "total_steps") if advice[name]]
+    if steps:
+        yield from _item(f"For the same data: {', '.join(steps)}.")
+    yield from _item(
+        f"Rules hold below the critical batch ({advice['limit']}); memplan.GradientNoise measures it while you train."
+    )
+
+
+def _worth_knowing(document: Document) -> Iterator[Line]:
+    if document["warning"]:
+        yield from title("Worth knowing")
+        yield from _item(f"{document['warning']}.")
+    installed = [one for one in document["trainers"] if one["installed"]]
+    if installed:
+        yield from title("Your trainers (all: --trainer)")
+        yield from _trainer_table(installed)
+
+
+def render_trainers(document: Document) -> list[Line]:
+    """The table of all trainers, with what else there is to know of each."""
+    trainers = document["trainers"]
+    lines = [*title("What trainers do by default"), *_trainer_table(trainers)]
+    for one in trainers:
+        lines += title(", ".join(filter(None, (one["trainer"], one["versions"]))))
+        lines += [Line(line) for line in wrap(one["says"], first="  ")]
+        read = "its source was not read" if one["checked"] == "not read" else f"read: {one['checked']}"
+        lines += [Line(line, "faint") for line in wrap(f"{one['source']} ({read})", first="  ")]
+    return lines[1:]
+
+
+def _trainer_table(trainers: list[Document]) -> Iterator[Line]:
+    rows = [("trainer", "installed", "a token weighs", "over ranks", "last step")]
+    rows += [
+        (one["trainer"], one["installed"] or "-", one["tokens"], one["ranks"], WINDOWS[one["window"]])
+        for one in trainers
+    ]
+    yield from table(rows, left=(0, 1, 2, 3, 4))

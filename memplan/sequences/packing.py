@@ -1,0 +1,207 @@
+"""How do sequences of many lengths fill rows of one length?  The algorithms of the trainers, by lengths alone.
+
+    best_fit_decreasing   TRL 1.16, ``packing_strategy="bfd"`` and ``"bfd_split"`` (data_utils.py): each thousand
+                          examples by themselves, as ``Dataset.map`` hands them over, the longest first, each into the
+                          row in which it leaves the least room
+    first_fit             axolotl 0.19 (utils/samplers/multipack.py): each 100,000 by themselves, in the sampler's
+                          order -- its documentation says decreasing, its code does not sort --, each into the first row
+                          that has room and fewer than 200 samples
+    first_fit_decreasing  the same of the longest first, as the literature has it (Johnson 1973)
+    wrapped               TRL, ``"wrapped"``: laid end to end and cut, each thousand by themselves
+
+Rows are told by how many tokens and samples they hold; which sample went where is not kept.  A sequence that is longer
+than a row is the caller's to truncate or to split (`memplan.sequences.truncation`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memplan.specs.values import NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    Lengths = NDArray[np.int64]
+
+TRL_GROUP = 1000
+"""``batch_size`` of ``datasets.Dataset.map``, which TRL leaves as it is."""
+AXOLOTL_GROUP = 100_000
+"""``sample_packing_group_size``."""
+AXOLOTL_MOST = 200
+"""``sample_packing_bin_size``: samples in a row, at most."""
+
+
+class Packing(NamedTuple):
+    """Rows, one an element."""
+
+    capacity: int
+    """Tokens that a row has room for."""
+    tokens: Lengths
+    """That it holds."""
+    samples: Lengths
+    """Sequences, or parts of them, that it holds."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return int(self.tokens.size)
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens over room for tokens; 1 without rows."""
+        return float(self.tokens.sum() / (self.num_rows * self.capacity)) if self.num_rows else 1.0
+
+
+def best_fit_decreasing(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -> Packing:
+    """Longest first, each into the row in which it leaves the least room.
+
+    Args:
+        lengths: Tokens of each sequence, in the order of the data; empty ones are left out.
+        capacity: Tokens of a row.
+        group: Sequences that are packed by themselves; None: all together.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+    tokens: list[int] = []
+    samples: list[int] = []
+    for some in _groups(_checked(lengths, capacity), group):
+        _best_fit(np.sort(some)[::-1].tolist(), capacity, tokens, samples)
+    return _packing(capacity, tokens, samples)
+
+
+def _best_fit(longest_first: Iterable[int], capacity: int, tokens: list[int], samples: list[int]) -> None:
+    """Append the rows of one group; of rows with the same room the one that has had it longest is filled first."""
+    rooms: list[int] = []  # the different rooms there are, ascending
+    waiting: dict[int, deque[int]] = {}  # samples of the rows with that room
+    for length in longest_first:
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, count = capacity, 0
+        else:
+            room = rooms[at]
+            rows = waiting[room]
+            count = rows.popleft()
+            if not rows:
+                del waiting[room], rooms[at]
+        room -= length
+        if room in waiting:
+            waiting[room].append(count + 1)
+        elif room:
+            insort(rooms, room)
+            waiting[room] = deque((count + 1,))
+        else:
+            tokens.append(capacity)
+            samples.append(count + 1)
+    for room, rows in waiting.items():
+        tokens.extend([capacity - room] * len(rows))
+        samples.extend(rows)
+
+
+def first_fit(
+    lengths: Lengths, capacity: int, *, group: int | None = AXOLOTL_GROUP, most: int | None = AXOLOTL_MOST
+) -> Packing:
+    """Each in its turn into the first row that has room.
+
+    Args:
+        lengths: Tokens of each sequence, in the order in which they come; empty ones are left out.
+        capacity: Tokens of a row.
+        group: Sequences that are packed by themselves; None: all together.
+        most: Sequences in a row, at most; None: any number.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+    tokens: list[int] = []
+    samples: list[int] = []
+    for some in _groups(_checked(lengths, capacity), group):
+        _first_fit(some.tolist(), capacity, most or some.size, tokens, samples)
+    return _packing(capacity, tokens, samples)
+
+
+def first_fit_decreasing(lengths: Lengths, capacity: int) -> Packing:
+    """The same of all together, the longest first, with any number in a row."""
+    return first_fit(np.sort(lengths)[::-1], capacity, group=None, most=None)
+
+
+def _first_fit(lengths: list[int], capacity: int, most: int, tokens: list[int], samples: list[int]) -> None:
+    """Append the rows of one group.  A tree over the rows knows in each node the largest room below it."""
+    width = 1
+    while width < len(lengths):
+        width *= 2
+    room = [capacity] * (2 * width)
+    count = [0] * width
+    opened = 0
+    for length in lengths:
+        node = 1
+        while node < width:
+            node *= 2
+            if room[node] < length:
+                node += 1
+        row = node - width
+        if row == opened:
+            opened += 1
+        count[row] += 1
+        left = room[node] - length
+        tokens_left = left if count[row] < most else -1 - left  # a row that may take no more has room for nothing
+        room[node] = tokens_left
+        node //= 2
+        while node:
+            largest = room[2 * node] if room[2 * node] >= room[2 * node + 1] else room[2 * node + 1]
+            if room[node] == largest:
+                break
+            room[node] = largest
+            node //= 2
+    rows = room[width : width + opened]
+    tokens.extend(capacity - (left if left >= 0 else -1 - left) for left in rows)
+    samples.extend(count[:opened])
+
+
+def wrapped(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -> Packing:
+    """Laid end to end and cut into rows; a sequence that is cut counts in every row that has some of it.
+
+    Args:
+        lengths: Tokens of each sequence, in the order of the data; empty ones are left out.
+        capacity: Tokens of a row.
+        group: Sequences that are laid end to end; None: all.
+    """
+    tokens: list[NDArray[np.int64]] = []
+    samples: list[NDArray[np.int64]] = []
+    for some in _groups(lengths[lengths > 0], group):
+        ends = np.cumsum(some)
+        rows = -(-int(ends[-1]) // capacity)
+        filled = np.full(rows, capacity, np.int64)
+        filled[-1] = int(ends[-1]) - (rows - 1) * capacity
+        first, last = (ends - some) // capacity, (ends - 1) // capacity
+        begun = np.bincount(first, minlength=rows + 1)
+        ended = np.bincount(last + 1, minlength=rows + 1)
+        tokens.append(filled)
+        samples.append(np.cumsum(begun[:rows] - ended[:rows]))
+    return Packing(capacity, _joined(tokens), _joined(samples))
+
+
+def _joined(parts: list[Lengths]) -> Lengths:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _checked(lengths: Lengths, capacity: int) -> Lengths:
+    if lengths.size and int(lengths.max()) > capacity:
+        raise ValueError(f"a sequence of {int(lengths.max())} tokens is longer than a row of {capacity}")
+    return lengths[lengths > 0]
+
+
+def _groups(lengths: Lengths, group: int | None) -> Iterator[Lengths]:
+    size = group or max(lengths.size, 1)
+    for start in range(0, lengths.size, size):
+        yield lengths[start : start + size]
+
+
+def _packing(capacity: int, tokens: list[int], samples: list[int]) -> Packing:
+    return Packing(capacity, np.array(tokens, np.int64), np.array(samples, np.int64))

@@ -1,0 +1,64 @@
+"""Laws of truncation, padding and packing: no token is lost or doubled, no row too full, no bound broken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan.sequences import padding
+from memplan.sequences.analysis import STRATEGIES, split
+from memplan.sequences.lengths import at_the_end
+from memplan.sequences.packing import first_fit_decreasing
+from memplan.sequences.truncation import SIDES, truncate
+
+TOKENS = st.lists(st.integers(0, 300), max_size=80).map(lambda found: np.array(found, np.int64))
+
+
+@given(tokens=TOKENS, capacity=st.integers(1, 200), name=st.sampled_from(sorted(STRATEGIES)))
+def test_rows_hold_all_tokens_once(tokens: np.ndarray, capacity: int, name: str) -> None:
+    strategy = STRATEGIES[name]
+    asked = split(tokens, capacity) if strategy.splits else np.minimum(tokens, capacity)
+    found = strategy.pack(tokens if name == "wrapped" else asked, capacity)
+    assert found.tokens.sum() == asked.sum()
+    assert ((found.tokens > 0) & (found.tokens <= capacity)).all()
+    assert ((found.samples > 0) & (found.samples <= found.tokens)).all()
+    assert 0 < found.efficiency <= 1
+    if name != "wrapped":
+        assert found.samples.sum() == (asked > 0).sum()
+
+
+@given(tokens=TOKENS, capacity=st.integers(1, 200))
+def test_first_fit_decreasing_is_within_its_bound(tokens: np.ndarray, capacity: int) -> None:
+    """At most 11/9 of the fewest rows and 6/9 (Dosa 2007); the fewest are at least the tokens over the capacity."""
+    asked = np.minimum(tokens, capacity)
+    rows = first_fit_decreasing(asked, capacity).num_rows
+    alone = int((2 * asked > capacity).sum())  # no two of these share a row
+    assert rows >= max(-(-int(asked.sum()) // capacity), alone)
+    half_full = 2 * -(-int(asked.sum()) // capacity)
+    assert rows <= max(half_full, 1)
+
+
+@given(tokens=TOKENS, most=st.integers(1, 300), side=st.sampled_from(SIDES), data=st.data())
+def test_truncation_loses_what_it_says(tokens: np.ndarray, most: int, side: str, data: st.DataObject) -> None:
+    supervised = np.array([data.draw(st.integers(0, int(one))) for one in tokens], np.int64)
+    lengths = at_the_end(tokens, supervised)
+    found = truncate(lengths, most, side)
+    left = found.lengths
+    assert lengths.num_tokens == left.num_tokens + found.tokens_lost
+    assert supervised.sum() == left.supervised().sum() + found.supervised_lost
+    assert (left.tokens <= most).all()
+    assert (left.supervised() <= np.minimum(supervised, left.tokens)).all()
+    if most >= tokens.max(initial=0):
+        assert (found.tokens_lost, found.supervised_lost, found.num_cut, found.num_without) == (0, 0, 0, 0)
+
+
+@given(tokens=TOKENS, micro_batch=st.integers(1, 9))
+def test_padding_grows_with_the_batch_and_ends_at_the_longest(tokens: np.ndarray, micro_batch: int) -> None:
+    longest = padding.longest(tokens, micro_batch)
+    assert longest.slots >= longest.tokens - 1e-6
+    assert longest.slots <= tokens.max(initial=0) * tokens.size + 1e-6
+    assert padding.longest(tokens, 1).slots == pytest.approx(int(tokens.sum()))
+    grouped = padding.grouped(tokens, micro_batch)
+    assert tokens.sum() <= grouped.slots <= tokens.max(initial=0) * tokens.size

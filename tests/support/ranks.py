@@ -1,0 +1,30 @@
+"""A function on several ranks: processes that are spawned, gloo on the CPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.multiprocessing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def on_ranks(work: Callable[..., Any], num: int, *given: Any) -> list[Any]:
+    """What ``work(rank, *given)`` returns on each of `num` ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_run, (num, folder, work, given), nprocs=num)
+        return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(num)]
+
+
+def _run(rank: int, num: int, folder: str, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{os.path.join(folder, 'store')}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=num)
+    try:
+        torch.save(work(rank, *given), os.path.join(folder, f"{rank}.pt"))
+    finally:
+        torch.distributed.destroy_process_group()
