@@ -20,6 +20,7 @@ __all__ = [
     "calibrate",
     "estimate",
     "estimate_grid",
+    "lengths",
     "probe",
     "suggest",
     "trace",
@@ -37,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from memplan import measuring
 
         return getattr(measuring, name)
+    if name == "lengths":
+        from memplan.surveying import lengths
+
+        return lengths
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 

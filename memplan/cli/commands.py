@@ -23,6 +23,7 @@ COMMANDS = {
     "probe": "the same bytes and the step time, measured on a GPU",
     "validate": "predicted against measured",
     "calibrate": "measurements to coefficients and error bounds for a GPU",
+    "lengths": "how long the data is, and what each maximum length would cost",
     "report": "a plan as one page, with charts",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
@@ -31,7 +32,6 @@ COMMANDS = {
 """
 
 PLANNED = (
-    "lengths",
     "same-update",
     "check",
     "export",

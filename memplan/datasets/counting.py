@@ -47,6 +47,7 @@ def count(
     field: str | None = None,
     prompt: str | None = None,
     sample: int | None = None,
+    known: Lengths | None = None,
     seed: int = 0,
     notify: Callable[[int], None] | None = None,
 ) -> Counted:
@@ -58,6 +59,7 @@ def count(
         field: The field with the text; None: to be found.
         prompt: That of the prompt, where there is one.
         sample: Count so many alone, drawn at random; None: all.
+        known: Their lengths, where they were counted before: then the first record alone is looked at.
         seed: Of the draw.
         notify: Is told how many were counted.
 
@@ -72,7 +74,9 @@ def count(
     layout = find_layout(first, field, prompt)
     everything = _and(first, stream)
     chosen = everything if sample is None else _drawn(everything, sample, seed)
-    if layout.kind == "counts":
+    if known is not None:
+        lengths = known
+    elif layout.kind == "counts":
         lengths = _said(chosen, layout)
     elif tokenizer is None:
         raise MemplanError("The records hold text, and no tokenizer is named.", "Say --tokenizer FOLDER.")

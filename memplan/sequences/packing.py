@@ -9,14 +9,13 @@
     first_fit_decreasing  the same of the longest first, as the literature has it (Johnson 1973)
     wrapped               TRL, ``"wrapped"``: laid end to end and cut, each thousand by themselves
 
-Rows are told by how many tokens and samples they hold; which sample went where is not kept.  A sequence that is longer
-than a row is the caller's to truncate or to split (`memplan.sequences.truncation`).
+Rows are told by how many tokens they hold; which sequence went where is not kept.  One that is longer than a row is the
+caller's to truncate or to split (`memplan.sequences.truncation`, `memplan.sequences.analysis.split`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,9 +43,9 @@ class Packing(NamedTuple):
     capacity: int
     """Tokens that a row has room for."""
     tokens: Lengths
-    """That it holds."""
-    samples: Lengths
-    """Sequences, or parts of them, that it holds."""
+    """Tokens of each row."""
+    num_samples: int
+    """Sequences, or parts of them, in all rows together."""
 
     @property
     def num_rows(self) -> int:
@@ -70,39 +69,34 @@ def best_fit_decreasing(lengths: Lengths, capacity: int, *, group: int | None = 
     Raises:
         ValueError: a sequence is longer than a row.
     """
-    tokens: list[int] = []
-    samples: list[int] = []
-    for some in _groups(_checked(lengths, capacity), group):
-        _best_fit(np.sort(some)[::-1].tolist(), capacity, tokens, samples)
-    return _packing(capacity, tokens, samples)
+    there = _checked(lengths, capacity)
+    parts = [_best_fit(np.sort(some)[::-1].tolist(), capacity) for some in _groups(there, group)]
+    return Packing(capacity, _joined(parts), there.size)
 
 
-def _best_fit(longest_first: Iterable[int], capacity: int, tokens: list[int], samples: list[int]) -> None:
-    """Append the rows of one group; of rows with the same room the one that has had it longest is filled first."""
+def _best_fit(longest_first: Iterable[int], capacity: int) -> Lengths:
+    """The rows of one group."""
     rooms: list[int] = []  # the different rooms there are, ascending
-    waiting: dict[int, deque[int]] = {}  # samples of the rows with that room
+    rows: dict[int, int] = {}  # how many rows have that room
+    full = 0
     for length in longest_first:
         at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, count = capacity, 0
-        else:
+        room = capacity
+        if at < len(rooms):
             room = rooms[at]
-            rows = waiting[room]
-            count = rows.popleft()
-            if not rows:
-                del waiting[room], rooms[at]
+            rows[room] -= 1
+            if not rows[room]:
+                del rows[room], rooms[at]
         room -= length
-        if room in waiting:
-            waiting[room].append(count + 1)
+        if room in rows:
+            rows[room] += 1
         elif room:
             insort(rooms, room)
-            waiting[room] = deque((count + 1,))
+            rows[room] = 1
         else:
-            tokens.append(capacity)
-            samples.append(count + 1)
-    for room, rows in waiting.items():
-        tokens.extend([capacity - room] * len(rows))
-        samples.extend(rows)
+            full += 1
+    held = [capacity] * full + [capacity - room for room, num in rows.items() for _ in range(num)]
+    return np.array(held, np.int64)
 
 
 def first_fit(
@@ -119,11 +113,9 @@ def first_fit(
     Raises:
         ValueError: a sequence is longer than a row.
     """
-    tokens: list[int] = []
-    samples: list[int] = []
-    for some in _groups(_checked(lengths, capacity), group):
-        _first_fit(some.tolist(), capacity, most or some.size, tokens, samples)
-    return _packing(capacity, tokens, samples)
+    there = _checked(lengths, capacity)
+    parts = [_first_fit(some.tolist(), capacity, most or some.size) for some in _groups(there, group)]
+    return Packing(capacity, _joined(parts), there.size)
 
 
 def first_fit_decreasing(lengths: Lengths, capacity: int) -> Packing:
@@ -131,8 +123,8 @@ def first_fit_decreasing(lengths: Lengths, capacity: int) -> Packing:
     return first_fit(np.sort(lengths)[::-1], capacity, group=None, most=None)
 
 
-def _first_fit(lengths: list[int], capacity: int, most: int, tokens: list[int], samples: list[int]) -> None:
-    """Append the rows of one group.  A tree over the rows knows in each node the largest room below it."""
+def _first_fit(lengths: list[int], capacity: int, most: int) -> Lengths:
+    """The rows of one group.  A tree over the rows knows in each node the largest room below it."""
     width = 1
     while width < len(lengths):
         width *= 2
@@ -159,9 +151,8 @@ def _first_fit(lengths: list[int], capacity: int, most: int, tokens: list[int], 
                 break
             room[node] = largest
             node //= 2
-    rows = room[width : width + opened]
-    tokens.extend(capacity - (left if left >= 0 else -1 - left) for left in rows)
-    samples.extend(count[:opened])
+    rows = np.array(room[width : width + opened], np.int64)
+    return capacity - np.where(rows < 0, -1 - rows, rows)
 
 
 def wrapped(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -> Packing:
@@ -172,19 +163,16 @@ def wrapped(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -
         capacity: Tokens of a row.
         group: Sequences that are laid end to end; None: all.
     """
-    tokens: list[NDArray[np.int64]] = []
-    samples: list[NDArray[np.int64]] = []
+    tokens: list[Lengths] = []
+    num_parts = 0
     for some in _groups(lengths[lengths > 0], group):
         ends = np.cumsum(some)
         rows = -(-int(ends[-1]) // capacity)
         filled = np.full(rows, capacity, np.int64)
         filled[-1] = int(ends[-1]) - (rows - 1) * capacity
-        first, last = (ends - some) // capacity, (ends - 1) // capacity
-        begun = np.bincount(first, minlength=rows + 1)
-        ended = np.bincount(last + 1, minlength=rows + 1)
+        num_parts += int(((ends - 1) // capacity - (ends - some) // capacity + 1).sum())
         tokens.append(filled)
-        samples.append(np.cumsum(begun[:rows] - ended[:rows]))
-    return Packing(capacity, _joined(tokens), _joined(samples))
+    return Packing(capacity, _joined(tokens), num_parts)
 
 
 def _joined(parts: list[Lengths]) -> Lengths:
@@ -201,7 +189,3 @@ def _groups(lengths: Lengths, group: int | None) -> Iterator[Lengths]:
     size = group or max(lengths.size, 1)
     for start in range(0, lengths.size, size):
         yield lengths[start : start + size]
-
-
-def _packing(capacity: int, tokens: list[int], samples: list[int]) -> Packing:
-    return Packing(capacity, np.array(tokens, np.int64), np.array(samples, np.int64))

@@ -99,9 +99,9 @@ def length_grouped(tokens: Integers, micro_batch: int, *, seed: int = 0) -> Inte
     size = int(tokens.size)
     group = max(min(size // (4 * micro_batch), MOST_MEGABATCHES), 1) * micro_batch
     order = np.random.default_rng(seed).permutation(size)
-    for start in range(0, size, group):
-        some = order[start : start + group]
-        order[start : start + group] = some[np.argsort(-tokens[some], kind="stable")]
+    whole = size // group * group
+    for some in (order[:whole].reshape(-1, group), order[whole:].reshape(1, -1)):
+        some[:] = np.take_along_axis(some, np.argsort(-tokens[some], axis=1, kind="stable"), axis=1)
     if size:
         firsts = order[::group]
         at = int(np.argmax(tokens[firsts])) * group
