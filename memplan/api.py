@@ -81,6 +81,8 @@ class Model(NamedTuple):
     """Its config."""
     origin: str
     """Why it is this one: as asked for, from a file of the project, or the default."""
+    dropout: float | None = None
+    """What it was read with in place of every dropout of the config; None: these."""
     teacher: Model | None = None
     """The model that is distilled into it."""
 
@@ -178,7 +180,7 @@ def find_model(
     except UnknownModelError:
         _check_runs(values, name)
         return UserModule(name, origin, values=values)
-    return Model(architecture=architecture, name=name, origin=origin, values=values)
+    return Model(architecture=architecture, name=name, origin=origin, values=values, dropout=dropout)
 
 
 def _check_runs(values: dict[str, Any], name: str) -> None:
@@ -249,7 +251,7 @@ def estimator_of(
 def remembered(model: Model) -> RememberedAnswers:
     """Earlier answers about this model, and of its teacher, by this code."""
     taught = () if model.teacher is None else (model.teacher.values,)
-    fingerprint = json.dumps([code_stamp(), model.values, *taught], sort_keys=True)
+    fingerprint = json.dumps([code_stamp(), model.values, model.dropout, *taught], sort_keys=True)
     return RememberedAnswers(fingerprint, os.environ)
 
 
@@ -610,7 +612,7 @@ def _find_traced(
                 raise UnknownModelError(error.cause, cure) from error
             raise
         return own, origin, None
-    return own, origin, Model(architecture=architecture, name=name, origin=origin, values=values)
+    return own, origin, Model(architecture, name, values, origin, dropout_of(choices))
 
 
 def _settled(found: UserModule, module: TracedModule, setup: Setup, choices: Mapping[str, object]) -> Setup:

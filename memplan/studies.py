@@ -14,43 +14,22 @@ from typing import TYPE_CHECKING, Any
 from memplan import api
 from memplan.catalog.accuracy import read_accuracy
 from memplan.catalog.measurements import read_all_measurements
-from memplan.estimation.profile import profile
-from memplan.estimation.timeline import timeline
-from memplan.specs.values import dataclass, replace
+from memplan.estimation.growth import growth
+from memplan.estimation.profile import profile_of
+from memplan.planner.frontier import frontier
+from memplan.planner.maps import maps
+from memplan.planner.study import Study
+from memplan.planner.what_if import what_if
+from memplan.specs.values import replace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from memplan.estimation.estimate import Estimator
+    from memplan.estimation.estimate import Estimate
     from memplan.estimation.profile import Profile
     from memplan.planner.plan import Plan
     from memplan.specs.measurement import Measurement
     from memplan.specs.training import Setup
-
-SHOWN_MICRO_STEPS = 2
-"""Micro-steps of a step that is drawn: the third is as the second."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """A plan, and what a page shows beside it; None where nobody knows, for models that are known from traces alone."""
-
-    plan: Plan
-    origin: str
-    """Why it is this model."""
-    profile: Profile | None = None
-    """How memory goes up and down in the first two steps of the plan."""
-    accuracy: Mapping[str, Any]
-    """How near predictions were to measurements, as `memplan.catalog.accuracy` has it."""
-    measured: tuple[Measurement, ...] = ()
-    """Measurements of that very configuration."""
-
-    @property
-    def setup(self) -> Setup:
-        """The configuration it is about: the best, or the nearest where nothing fits."""
-        shown = self.plan.best or self.plan.nearest
-        assert shown is not None
-        return shown.setup
 
 
 def study(
@@ -71,18 +50,27 @@ def study(
     found = api.find_trained(model, choices)
     tell = notify or (lambda _: None)
     tell("planning")
-    plan = api.suggest(found, gpu=gpu, **choices)
+    return study_of(api.suggest(found, gpu=gpu, **choices), found, notify=notify)
+
+
+def study_of(plan: Plan, found: api.Model | api.UserModule, *, notify: Callable[[str], None] | None = None) -> Study:
+    """Everything about a plan that `memplan.api.suggest` made for the model `found`."""
+    tell = notify or (lambda _: None)
     if isinstance(found, api.UserModule):
         return Study(plan=plan, origin=found.origin, accuracy=read_accuracy())
     estimator = api.estimator_of(found, plan.gpu, api.find_speed(plan.gpu))
     bare = Study(plan=plan, origin=found.origin, accuracy=read_accuracy())
     tell("following one step")
-    return replace(bare, profile=_profile(estimator, bare.setup), measured=_measured(found, bare.setup))
-
-
-def _profile(estimator: Estimator, setup: Setup) -> Profile:
-    steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
-    return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))
+    bare = replace(bare, profile=profile_of(estimator, bare.setup), measured=_measured(found, bare.setup))
+    tell("looking around it")
+    around = replace(
+        bare,
+        maps=maps(estimator, plan.goal, bare.setup),
+        growth=growth(estimator, bare.setup),
+        frontier=frontier(estimator, plan.goal, bare.setup),
+    )
+    tell("asking what if")
+    return replace(around, what_if=what_if(estimator, plan.goal, bare.setup))
 
 
 def _measured(model: api.Model, setup: Setup) -> tuple[Measurement, ...]:
@@ -90,3 +78,10 @@ def _measured(model: api.Model, setup: Setup) -> tuple[Measurement, ...]:
     records = read_all_measurements(os.environ).measurements
     alike = [one for one in records if one.trial.setup == setup and one.trial.config == model.values and one.steps]
     return tuple(sorted(alike, key=lambda one: one.measured_at, reverse=True))
+
+
+def profile_of_estimate(found: Estimate, model: api.Model | api.UserModule) -> Profile | None:
+    """How memory goes up and down in the first two steps of an estimate; None for what is known from traces alone."""
+    if isinstance(model, api.UserModule):
+        return None
+    return profile_of(api.estimator_of(model, found.gpu), found.setup)

@@ -11,6 +11,7 @@ from memplan import measuring
 from memplan.catalog.calibrations import calibration_record, writable_folder, write_calibration
 from memplan.cli.options import Option, SetupCommand, output_options
 from memplan.cli.output import say, write_answer
+from memplan.cli.progress import Progress
 from memplan.errors import UsageError
 from memplan.report.calibration import calibrations_document, render_calibrations
 
@@ -47,7 +48,8 @@ def calibrate(
         raise UsageError("--folder is empty.", "Name a folder, or leave it out.")
     if records is not None and not os.path.exists(records):
         raise UsageError(f"There is nothing at {records}.", "Name a folder or a file of measurements.")
-    learnt = measuring.calibrate(records, gpu=gpu)
+    with Progress(shown=not quiet) as progress:
+        learnt = measuring.calibrate(records, gpu=gpu, notify=progress.say)
     place = folder or writable_folder(os.environ)
     paths = [None if dry_run else write_calibration(place, one) for one in learnt]
     document = calibrations_document([calibration_record(one) for one in learnt], paths)

@@ -42,6 +42,11 @@ def answer(options: Options) -> int:
 
         return render_estimate(document, quiet=options.quiet)
 
+    def page() -> str:
+        from memplan.cli.pages import estimate_page
+
+        return estimate_page(document, found, model, options)
+
     write_answer(
         document,
         format=options.format,
@@ -49,6 +54,7 @@ def answer(options: Options) -> int:
         quiet=options.quiet,
         lines=lines,
         records=found.records,
+        page=page,
     )
     return DOES_NOT_FIT if found.fits is False else 0
 

@@ -92,9 +92,12 @@ def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return options_of(SETUP_ROWS)(command)
 
 
-def options_of(rows: Sequence[Row]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """MODEL and the options of a table."""
-    model = click.argument(MODEL.field, required=False, type=Value(MODEL), metavar=MODEL.metavar)
+def options_of(rows: Sequence[Row], *, several: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """MODEL, or as many as there are under the name `several`, and the options of a table."""
+    count = -1 if several else 1
+    model = click.argument(
+        MODEL.field, required=False, nargs=count, type=Value(MODEL), metavar=several or MODEL.metavar
+    )
     return lambda command: _with([model, *map(_option, rows)], command)
 
 

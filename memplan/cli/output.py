@@ -29,8 +29,19 @@ def write_answer(
     quiet: bool,
     lines: Callable[[], Sequence[Line]],
     records: Callable[[], Sequence[Mapping[str, Any]]],
+    page: Callable[[], str] | None = None,
 ) -> None:
-    """Write `document` in the format that was asked for, to stdout or to the file `output`."""
+    """Write `document` in the format that was asked for, to stdout or to the file `output`.
+
+    Args:
+        document: The answer as plain data.
+        format: One of `memplan.cli.values.FORMATS`.
+        output: The file; None or ``-``: stdout.
+        quiet: Say nothing beside the answer.
+        lines: The answer as text.
+        records: The answer as rows.
+        page: The answer as a page, where it shows more than the page of `document` alone.
+    """
     to_file = output if output not in {None, "-"} else None
     if to_file is None and sys.stdout is None:  # closed by whoever started the program
         raise MemplanError("There is no stdout to write the answer to.", "Write it to a file, with --output FILE.")
@@ -46,6 +57,11 @@ def write_answer(
         from memplan.report.tables import render_markdown
 
         text = render_markdown(records())
+    elif format == "html":
+        from memplan.report.pages.answers import page_of
+
+        text = page_of(dict(document)) if page is None else page()
+        text = text if to_file is not None else declared(text, getattr(sys.stdout, "encoding", None) or "utf-8")
     else:
         text = join(lines(), colour=to_file is None and wants_colour(sys.stdout, os.environ))
     if to_file is None:
@@ -131,6 +147,13 @@ def encodable(text: str, encoding: str) -> str:
     except UnicodeError:
         return text.translate(ASCII).encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def declared(page: str, encoding: str) -> str:
+    """A page for a stream of that encoding: it says that it is UTF-8, so where it will not be it has ASCII alone."""
+    if encoding.lower().replace("_", "-") in {"utf-8", "utf8"}:
+        return page
+    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
 def _forget(stream: TextIO) -> None:

@@ -38,10 +38,17 @@ def answer(options: Options) -> int:
         quiet=options.quiet,
         lines=lambda: render_plan(document, quiet=options.quiet),
         records=plan.records,
+        page=lambda: _page(plan, model, options),
     )
     if plan.best is None and options.format in {"csv", "markdown"}:
         say("nothing fits, so the table is empty; see --format text or --json", quiet=options.quiet)
     return DOES_NOT_FIT if plan.best is None else 0
+
+
+def _page(plan: Plan, model: api.Model | api.UserModule, options: Options) -> str:
+    from memplan.cli.pages import plan_page
+
+    return plan_page(plan, model, options)
 
 
 def check_plannable(options: Options) -> str:

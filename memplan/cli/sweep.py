@@ -90,7 +90,7 @@ def answer(options: Options, micro_batches: Sequence[int] | None, seq_lens: Sequ
         )
     _write(found, options, model.origin)
     skipped = sum(not one.is_replayed for one in found.largest)
-    if skipped and options.format != "text":
+    if skipped and options.format not in {"text", "html"}:
         replayed = len(found.largest) - skipped
         say(
             f"{replayed} of {len(found.largest)} lengths were replayed: at the others tight is also what fits at the "

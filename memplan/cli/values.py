@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Reader = Callable[[str, str], Any]
 
-FORMATS = ("text", "json", "csv", "markdown")
+FORMATS = ("text", "json", "csv", "markdown", "html")
 CHECKPOINTINGS = ("none", "selective", "save-attention", "full", "every-N")
 
 NOT_MODELLED = ("--zero-stage",)
@@ -311,7 +311,7 @@ MODEL = Row(("MODEL",), "", "", read_text, "[MODEL]")
 
 OUTPUT_ROWS = (
     Row(("--json",), OUTPUT, "One JSON object; bytes are integers.", first=True),
-    _named("--format", OUTPUT, "text is for people.", FORMATS),
+    _named("--format", OUTPUT, "text is for people, html is one page for a browser.", FORMATS),
     Row(("--output", "-o"), OUTPUT, "Write to FILE, whole or not at all; - is stdout.", read_text, "FILE"),
     Row(("--quiet", "-q"), OUTPUT, "The result in as few lines as it can be."),
     Row(("--traceback",), OUTPUT, "With a fault, show where in the program it arose."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memplan.architectures.flattened import check_flattened
@@ -20,14 +21,15 @@ from memplan.memory.events import Sizes
 from memplan.operators.attention import MOST_OF_FLASH
 from memplan.operators.tape import ATTENTION_KERNEL
 from memplan.specs.margin import NONE as NO_MARGIN
+from memplan.specs.pictured import Behind, PicturedBytes
 from memplan.specs.tabular import Tabular
 from memplan.specs.training import DISTILLATION, OPTIMIZERS, PRECISIONS, SCORED
-from memplan.specs.values import NamedTuple, dataclass, replace
+from memplan.specs.values import NamedTuple, dataclass, field, replace
 from memplan.steptime.roofline import Speed
-from memplan.steptime.step import StepTime, TimedModel
+from memplan.steptime.step import Pace, StepTime, TimedModel, seconds_of_update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping
 
     from memplan.architectures.architecture import Architecture, Recording
     from memplan.estimation.step import Peaks
@@ -114,7 +116,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate(Tabular):
+class Estimate(Tabular, PicturedBytes):
     """Everything that is known about the memory of one configuration."""
 
     model: ModelSummary
@@ -146,6 +148,8 @@ class Estimate(Tabular):
     """Between which bounds the bytes lie under ``torch.compile``; those of the other fields are the upper ones."""
     confidence: float = 0.0
     """Probability that a comparable run stays under the upper bound, at least; 0 where no measurement says so."""
+    behind: Behind = field(default_factory=Behind, repr=False)
+    """What pictures are worked out with."""
 
     @property
     def peak_instant(self) -> str:
@@ -187,6 +191,7 @@ class Estimator:
         `teacher`: the model that is distilled, read without dropout.
         """
         self._answers: Answers = {} if answers is None else answers
+        self._behind = Behind(partial(Estimator, architecture, name, gpu, speed, answers, teacher))
         self.architecture = architecture
         self.name = name
         self.gpu = gpu
@@ -359,6 +364,15 @@ class Estimator:
         step = lambda: self._timed_model(setup, speed).step(**self._step_of(setup))  # noqa: E731
         return StepTime(*self._remembered(f"time {speed}", setup, step))
 
+    def pace(self, setup: Setup, env: Mapping[str, Any]) -> Pace | None:
+        """What makes the time of a step, for the dimensions of `env`, arrays among them; None as for `step_time`."""
+        if self._speed is None:
+            return None
+        passes = self._timed_model(setup, self._speed).passes(env, self.program(setup).layout.modes)
+        step = self._step_of(setup)
+        added, update = seconds_of_update(step["optimizer"], step["trained_bytes"], step["trained"], self._speed)
+        return Pace(sum(passes), added, update)
+
     def time_terms(self, setup: Setup) -> tuple[Term, ...] | None:
         """The same, operator by operator."""
         if self._speed is None:
@@ -393,13 +407,10 @@ class Estimator:
         self.check(setup)
         program = self.program(setup)
         sizes = self.sizes(setup)
-        accumulation = setup.gradient_accumulation_steps
         steady, first = self.peaks(setup), self.peaks(setup, first_step=True)
         budget = None if self.gpu is None else margin.budget(self.gpu.usable_bytes)
         memory = self.replayed_memory(setup, budget, alloc_conf)
-        rows = ledger(program, sizes, accumulation)
-        if steady.at_evaluation and setup.evaluation is not None:
-            rows = at_evaluation(rows, self.evaluation(setup, setup.evaluation))
+        rows = self.rows(setup)
         return Estimate(
             model=self.summary(setup),
             setup=setup,
@@ -424,7 +435,15 @@ class Estimator:
             unmodelled=self.unmodelled(setup),
             lints=lints(self, setup, program, sizes, steady),
             compiled=self._compiled(setup, steady, memory) if setup.compile else None,
+            behind=self._behind,
         )
+
+    def rows(self, setup: Setup) -> tuple[LedgerRow, ...]:
+        """The ledger of the tensors, at the peak of the step or of an evaluation that needs more."""
+        rows = ledger(self.program(setup), self.sizes(setup), setup.gradient_accumulation_steps)
+        if setup.evaluation is not None and self.peaks(setup).at_evaluation:
+            return at_evaluation(rows, self.evaluation(setup, setup.evaluation))
+        return rows
 
     def _compiled(self, setup: Setup, peaks: Peaks, memory: Memory) -> Compiled:
         """The range under ``torch.compile``, whose upper end `memory` is."""

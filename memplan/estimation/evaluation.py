@@ -120,6 +120,10 @@ class EvaluationProgram:
         """The highest point."""
         return max(self._all_highs(), key=self._height)
 
+    def height(self) -> int:
+        """The highest point above parameters, states and the inputs of the step."""
+        return self._height(self.high())
+
     def _all_highs(self) -> Iterator[High]:
         """Candidates; before each forward pass of an evaluation the generation of its batch."""
         for high in self._highs():

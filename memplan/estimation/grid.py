@@ -104,7 +104,7 @@ def estimate_grid(estimator: Estimator, setup: Setup, micro_batch_size: ArrayLik
     low_kept, low_peak = np.empty_like(kept), np.empty_like(peak)
     steps = setup.gradient_accumulation_steps
     alone = setup.batching == "padding-free"  # a single sequence in the row needs no mask
-    for points in _blocks(batches > alone, lengths, sorted(estimator.architecture.windows)):
+    for points in blocks(batches > alone, lengths, sorted(estimator.architecture.windows)):
         b, s = batches[points], lengths[points]
         program = estimator.program(replace(setup, micro_batch_size=int(b[0]), seq_len=int(s[0])))
         sizes = Sizes(dimensions(setup, b, s))
@@ -154,7 +154,7 @@ def _check(estimator: Estimator, setup: Setup) -> None:
         )
 
 
-def _blocks(several: NDArray[np.bool_], lengths: NDArray[np.int64], windows: list[int]) -> Iterator[Any]:
+def blocks(several: NDArray[np.bool_], lengths: NDArray[np.int64], windows: list[int]) -> Iterator[Any]:
     """Positions of the points, in blocks whose lengths exceed the same windows and which are alike in `several`."""
     if not windows and several.all():
         for start in range(0, lengths.size, BLOCK_POINTS):

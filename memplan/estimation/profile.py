@@ -8,14 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.estimation.step import OPTIMIZER
+from memplan.estimation.timeline import timeline
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from memplan.estimation.estimate import Estimator
     from memplan.estimation.timeline import Moment
+    from memplan.specs.training import Setup
 
 MOST_POINTS = 150
+
+SHOWN_MICRO_STEPS = 2
+"""Micro-steps of a step that is followed: the third is as the second."""
 
 
 class Point(NamedTuple):
@@ -59,6 +65,12 @@ class Profile(NamedTuple):
     points: tuple[Point, ...]
     parts: tuple[Part, ...]
     summit: Summit
+
+
+def profile_of(estimator: Estimator, setup: Setup) -> Profile:
+    """The first two steps of a setup."""
+    steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
+    return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))
 
 
 def profile(moments: Iterable[Moment]) -> Profile:

@@ -101,6 +101,15 @@ class Peaks(NamedTuple):
         return highest
 
     @property
+    def highest_of_passes(self) -> Any:
+        """The highest of forward and backward passes."""
+        highest: Any = 0
+        for name, value in self.by_instant.items():
+            if name not in {CLIP, OPTIMIZER}:
+                highest = maximum(highest, value)
+        return highest
+
+    @property
     def at_evaluation(self) -> bool:
         """Whether an evaluation needs more than any instant of the step."""
         highest = max(self.by_instant.get(EVALUATION, 0), self.by_instant.get(GENERATION, 0))
@@ -708,6 +717,18 @@ class StepProgram:
             clip.total(sizes),
             step.total(sizes),
         )
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is allocated during the whole of a step but the first, without the inputs."""
+        fixed, states, *_ = self._fixed
+        return fixed + states
+
+    @property
+    def end_bytes(self) -> int:
+        """The highest point of gradient clip and update above what is there during the whole step."""
+        _, _, gradients, clip, step = self._fixed
+        return gradients + max(clip, step)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from memplan.errors import UsageError
 from memplan.estimation.estimate import EXPANDABLE_SEGMENTS
 from memplan.estimation.grid import estimate_grid
 from memplan.specs.margin import NONE as NO_MARGIN
+from memplan.specs.pictured import PicturedMap
 from memplan.specs.tabular import Tabular
 from memplan.specs.values import NamedTuple, dataclass, replace
 
@@ -57,7 +58,7 @@ class Largest(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Tabular):
+class Sweep(Tabular, PicturedMap):
     """Bytes and verdicts over a grid; records go by micro-batch, and for each by length."""
 
     model: ModelSummary
@@ -137,6 +138,8 @@ def sweep(
     """
     batches, lengths = sorted(micro_batch_sizes), sorted(seq_lens)
     _check_points(len(batches), len(lengths))
+    if notify is not None:
+        notify(f"estimating {len(batches) * len(lengths):,} points")
     grid = estimate_grid(estimator, setup, np.array(batches)[:, None], np.array(lengths))
     boundary = _Boundary(estimator, setup, batches, margin, notify)
     largest: tuple[Largest, ...] = ()
@@ -182,6 +185,7 @@ class _Boundary:
         self.setup = setup
         self.batches = batches
         self.notify = notify
+        self.position = ""
         self.budget = 0 if estimator.gpu is None else margin.budget(estimator.gpu.usable_bytes)
         self.num_replays = 0
 
@@ -194,6 +198,7 @@ class _Boundary:
         for n in reversed(range(len(lengths))):
             top = int(num_least[n]) - 1
             if n in replayed:
+                self.position = f"{1 + sum(n < one for one in replayed)}/{len(replayed)}"
                 plain = self._last_that_fits(lengths[n], "", plain, top)
                 expandable = self._last_that_fits(lengths[n], EXPANDABLE_SEGMENTS, max(plain, expandable), top)
             found.append(
@@ -225,7 +230,7 @@ class _Boundary:
     def _fits(self, position: int, seq_len: int, alloc_conf: str) -> bool:
         batch = self.batches[position]
         if self.notify is not None:
-            self.notify(f"replaying {batch:,} x {seq_len:,} tokens through the allocator")
+            self.notify(f"{self.position} replaying {batch:,} x {seq_len:,} tokens through the allocator")
         self.num_replays += 1
         setup = replace(self.setup, micro_batch_size=batch, seq_len=seq_len)
         return self.estimator.replayed_memory(setup, self.budget, alloc_conf).peak_process_bytes <= self.budget

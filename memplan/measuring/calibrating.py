@@ -15,6 +15,8 @@ from memplan.estimation.estimate import speed_of
 from memplan.measuring.trials import card_id, estimator_of, gpu_of, predict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memplan.specs.calibration import Calibration
     from memplan.specs.measurement import Measurement
     from memplan.steptime.roofline import Term
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
 CURE = "Make some: memplan probe --matrix core."
 
 
-def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Calibration, ...]:
+def calibrate(
+    records: str | None = None, *, gpu: str | None = None, notify: Callable[[str], None] | None = None
+) -> tuple[Calibration, ...]:
     """What the records of each card and stack teach; of one card if `gpu` names it.
+
+    `notify` is told of which card.
 
     Raises:
         MemplanError: there are no records that something could be learnt from.
@@ -41,7 +47,9 @@ def calibrate(records: str | None = None, *, gpu: str | None = None) -> tuple[Ca
         raise MemplanError(f"There are no measurements on a GPU{of} to learn from.", CURE)
     learnt: list[Calibration] = []
     reasons: list[str] = []
-    for key, group in wanted.items():
+    for number, (key, group) in enumerate(wanted.items(), 1):
+        if notify is not None:
+            notify(f"{number}/{len(wanted)} learning from {len(group):,} measurements on {key[0]}")
         try:
             learnt.append(fit(group, key[0], _predict_with, _terms_of))
         except TooFewRecordsError as fault:

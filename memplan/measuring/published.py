@@ -12,6 +12,8 @@ from memplan.estimation.estimate import Estimator
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memplan.catalog.published import Question
 
 
@@ -42,11 +44,14 @@ class Answer(NamedTuple):
         return self.error + self.question.explained_bytes / self.question.measured_bytes
 
 
-def answers() -> tuple[Answer, ...]:
-    """What memplan says to every question that it is asked about published numbers."""
+def answers(notify: Callable[[str], None] | None = None) -> tuple[Answer, ...]:
+    """What memplan says to every question that it is asked about published numbers; `notify` is told which one."""
     estimators: dict[str, Estimator] = {}
     found = []
-    for question in read_questions():
+    questions = read_questions()
+    for number, question in enumerate(questions, 1):
+        if notify is not None:
+            notify(f"{number}/{len(questions)} published: {question.model} on {question.gpu}")
         key = f"{question.model} on {question.gpu}"
         if key not in estimators:
             values = question.config or read_config(question.model)[0]

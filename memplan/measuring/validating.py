@@ -66,16 +66,21 @@ def validate(
         require("torch")
         require("transformers")
 
+    tell = notify or (lambda _: None)
+    several = distinct(chosen)
+    place = {record.id: f"{number}/{len(several)}" for number, record in enumerate(several, 1)}
+
     def predict_one(record: Measurement) -> Prediction:
-        if notify is not None:
-            notify(describe(record.trial))
+        tell(f"{place[record.id]} {describe(record.trial)}")
         return prediction_for(record, trace=trace, calibrated=calibrated)
 
+    accuracy = compare(several, predict_one)
+    tell("planning what was put to the test")
     return Validation(
         records=found,
-        accuracy=compare(distinct(chosen), predict_one),
+        accuracy=accuracy,
         decisions=decisions_of(chosen),
-        published=answers(),
+        published=answers(notify),
         witness="trace" if trace else "formula",
     )
 

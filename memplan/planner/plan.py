@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.specs.pictured import PicturedPlan
 from memplan.specs.tabular import Tabular
 from memplan.specs.values import NamedTuple, dataclass
 
@@ -89,7 +90,7 @@ class WayOut(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Tabular):
+class Plan(Tabular, PicturedPlan):
     """What to run."""
 
     model: ModelSummary

@@ -22,11 +22,12 @@ from memplan.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeAlias
 
     from memplan.estimation.estimate import Estimator as Described
     from memplan.estimation.traced_estimator import TracedEstimator
 
-    Estimator = Described | TracedEstimator
+    Estimator: TypeAlias = Described | TracedEstimator
     from memplan.planner.goal import Goal
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.training import Setup

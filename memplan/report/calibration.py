@@ -9,7 +9,7 @@ from memplan.calibration.bounds import bound, least_scores
 from memplan.report.ansi import Line
 from memplan.report.document import envelope
 from memplan.report.layout import plural
-from memplan.report.text import paragraph, table, title
+from memplan.report.text import paragraph, paragraphs, table, title
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONFIDENCES = (0.5, 0.9, 0.95, 0.99)
 """Whose bounds are shown."""
+NO_BOUNDS = "none: the driver did not say what the processes took"
 
 
 def calibrations_document(records: Sequence[Document], paths: Sequence[str | None]) -> Document:
@@ -40,25 +41,34 @@ def render_calibrations(document: Document, *, quiet: bool = False) -> list[Line
 
 
 def _one(one: Document) -> Iterator[Line]:
-    yield from title(f"{one['card_name']} ({one['gpu']})")
-    stack = ", ".join(f"{name} {value}" for name, value in one["versions"].items())
-    yield from paragraph("stack", stack)
-    num = one["num_fitted"] + one["num_scored"]
-    yield from paragraph(
-        "records",
-        f"{num}, of {one['first'][:10]} to {one['last'][:10]}: {one['num_fitted']} give the coefficients, "
-        f"{one['num_scored'] + one['num_exceeded']} the bounds",
-    )
-    if one["num_exceeded"]:
-        text = f"{one['num_exceeded']} of these ran out of memory where the prediction says that they fit"
-        yield from paragraph("", text)
-    yield from table([("", "learnt"), *_coefficients(one)])
+    yield from title(card_words(one))
+    yield from paragraphs(learnt_facts(one))
+    yield from table([("", "learnt"), *coefficient_rows(one)])
     yield from _bounds(one)
     if one["path"]:
         yield from paragraph("written", one["path"])
 
 
-def _coefficients(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def card_words(one: Mapping[str, Any]) -> str:
+    """The card that was measured."""
+    return f"{one['card_name']} ({one['gpu']})"
+
+
+def learnt_facts(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What it was learnt from, as labels and texts."""
+    yield "stack", ", ".join(f"{name} {value}" for name, value in one["versions"].items())
+    num = one["num_fitted"] + one["num_scored"]
+    yield (
+        "records",
+        f"{num}, of {one['first'][:10]} to {one['last'][:10]}: {one['num_fitted']} give the coefficients, "
+        f"{one['num_scored'] + one['num_exceeded']} the bounds",
+    )
+    if one["num_exceeded"]:
+        yield "", f"{one['num_exceeded']} of these ran out of memory where the prediction says that they fit"
+
+
+def coefficient_rows(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is learnt, and its value."""
     for key, name in (("context_bytes", "beside the allocator"), ("workspace_bytes", "cuBLAS workspaces")):
         yield name, "not measured" if one[key] is None else format_bytes(one[key])
     for key, name in (("flops_fraction", "of peak FLOP/s"), ("bandwidth_fraction", "of peak bandwidth")):
@@ -74,11 +84,14 @@ def _coefficients(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _bounds(one: Mapping[str, Any]) -> Iterator[Line]:
     if not one["bounds"]:
-        yield from paragraph("bounds", "none: the driver did not say what the processes took")
+        yield from paragraph("bounds", NO_BOUNDS)
         return
-    rows = [("confidence", "bound above the prediction", "")]
+    yield from table([("confidence", "bound above the prediction", ""), *bound_rows(one)], left=(2,))
+
+
+def bound_rows(one: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Confidence, bound, and what it would take where measurements do not vouch for it."""
     for each in one["bounds"]:
         least = "" if each["is_attained"] else f"{int(1000 * each['confidence']) / 1000:g} at most"
         note = least and f"{least}; it takes {least_scores(each['asked'])} scores"
-        rows.append((f"{each['asked']:g}", f"{100 * each['ratio']:+.2f} %", note))
-    yield from table(rows, left=(2,))
+        yield f"{each['asked']:g}", f"{100 * each['ratio']:+.2f} %", note

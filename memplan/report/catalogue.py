@@ -18,24 +18,34 @@ TYPE_WIDTH = 18
 MARK_BY_ANSWER = {"formula": "", "trace": " -", "one trace": " --"}
 LABEL_WIDTH = 28
 
+MODELS_NOTE = (
+    "-: answered by a trace, which takes PyTorch and transformers or diffusers. --: by memplan trace alone, "
+    "one size at a time. Any other model: a config.json or a hub id."
+)
+GPUS_NOTE = (
+    "usable: what torch sees of the card; with * what nvidia-smi shows, where that is not known. "
+    "TFLOP/s: dense bf16. context: MiB of a CUDA context, where measured. Sources: --json. "
+    "Any other card: a size such as 24GB."
+)
+
 
 def render_models(models: Sequence[Document]) -> list[Line]:
     """One line a model, under the shortest name it has, spelt with its hyphens: ``llama-3-8b``, not ``llama3-8b``."""
-    rows = [("name", "parameters", "type", "full name")]
-    rows += [
-        (
-            _shortest([*model["aliases"], model["id"]]),
-            format_count(model["num_parameters"]),
-            clip(model["model_type"], TYPE_WIDTH) + MARK_BY_ANSWER[model["answered_by"]],
-            model["id"],
-        )
-        for model in models
-    ]
+    return [*table(model_rows(models), left=(0, 2, 3), shrink=3), *_note(MODELS_NOTE)]
+
+
+def model_rows(models: Sequence[Document]) -> list[tuple[str, ...]]:
+    """The names of the columns, and a row for each model."""
     return [
-        *table(rows, left=(0, 2, 3), shrink=3),
-        *_note(
-            "-: answered by a trace, which takes PyTorch and transformers or diffusers. --: by memplan trace alone, "
-            "one size at a time. Any other model: a config.json or a hub id."
+        ("name", "parameters", "type", "full name"),
+        *(
+            (
+                _shortest([*model["aliases"], model["id"]]),
+                format_count(model["num_parameters"]),
+                clip(model["model_type"], TYPE_WIDTH) + MARK_BY_ANSWER[model["answered_by"]],
+                model["id"],
+            )
+            for model in models
         ),
     ]
 
@@ -47,24 +57,23 @@ def _shortest(names: Sequence[str]) -> str:
 
 def render_gpus(gpus: Sequence[Document]) -> list[Line]:
     """One line a card; what is not known is a dash."""
-    rows = [("name", "card", "usable GiB", "TFLOP/s", "GB/s", "context")]
-    rows += [
-        (
-            gpu["name"],
-            clip(gpu["label"].removeprefix("NVIDIA "), LABEL_WIDTH),
-            ("* " if gpu["is_from_nvidia_smi"] else "") + gib(gpu["usable_bytes"]),
-            _scaled(gpu["flops_per_s"].get("bf16"), 1e12),
-            _scaled(gpu["memory_bandwidth_bytes_per_s"], 1e9),
-            _scaled(gpu["context_bytes"], 2**20),
-        )
-        for gpu in gpus
-    ]
+    return [*table(gpu_rows(gpus), left=(0, 1), shrink=1), *_note(GPUS_NOTE)]
+
+
+def gpu_rows(gpus: Sequence[Document]) -> list[tuple[str, ...]]:
+    """The names of the columns, and a row for each card."""
     return [
-        *table(rows, left=(0, 1), shrink=1),
-        *_note(
-            "usable: what torch sees of the card; with * what nvidia-smi shows, where that is not known. "
-            "TFLOP/s: dense bf16. context: MiB of a CUDA context, where measured. Sources: --json. "
-            "Any other card: a size such as 24GB."
+        ("name", "card", "usable GiB", "TFLOP/s", "GB/s", "context"),
+        *(
+            (
+                gpu["name"],
+                clip(gpu["label"].removeprefix("NVIDIA "), LABEL_WIDTH),
+                ("* " if gpu["is_from_nvidia_smi"] else "") + gib(gpu["usable_bytes"]),
+                _scaled(gpu["flops_per_s"].get("bf16"), 1e12),
+                _scaled(gpu["memory_bandwidth_bytes_per_s"], 1e9),
+                _scaled(gpu["context_bytes"], 2**20),
+            )
+            for gpu in gpus
         ),
     ]
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_SIZES = 20
 """Sizes that are listed; all are in the JSON."""
+KEPT_EQUALLY = "What the forward pass keeps is equal, tensor by tensor"
+KEPT_BY_ONE = "Kept by only one of the two: sizes of which they do not keep equally many"
 
 
 def render_difference(document: Document, *, quiet: bool = False) -> list[Line]:
@@ -39,8 +41,12 @@ def render_difference(document: Document, *, quiet: bool = False) -> list[Line]:
 
 def _numbers(heading: str, numbers: Sequence[Document]) -> Iterator[Line]:
     yield from title(heading)
-    rows = [("", "formula", "trace", "difference")]
-    rows += [
+    yield from table([("", "formula", "trace", "difference"), *number_rows(numbers)])
+
+
+def number_rows(numbers: Sequence[Document]) -> list[tuple[str, ...]]:
+    """Number, formula, trace, difference."""
+    return [
         (
             one["name"].removesuffix("_bytes").replace("num_", "number of ").replace("_", " "),
             f"{one['formula']:,}",
@@ -49,14 +55,13 @@ def _numbers(heading: str, numbers: Sequence[Document]) -> Iterator[Line]:
         )
         for one in numbers
     ]
-    yield from table(rows)
 
 
 def _kept(kept: Sequence[Document]) -> Iterator[Line]:
     if not kept:
-        yield from title("What the forward pass keeps is equal, tensor by tensor", "good")
+        yield from title(KEPT_EQUALLY, "good")
         return
-    yield from title("Kept by only one of the two: sizes of which they do not keep equally many")
+    yield from title(KEPT_BY_ONE)
     for one in kept[:MOST_SIZES]:
         numbers = f"formula {one['num_in_formula']:,}, trace {one['num_in_trace']:,}"
         yield Line(f"  {format_bytes(one['bytes'])} ({one['bytes']:,} bytes): {numbers}", "title")

@@ -11,17 +11,18 @@ from memplan.report.plan import way_lines
 from memplan.report.text import (
     SEQUENCE,
     assumption_lines,
-    calibration_lines,
+    calibration_facts,
     choices,
     compiled_lines,
     equation,
     exactly,
     gib,
-    gpu_lines,
+    gpu_facts,
     lint_lines,
     may_fit,
-    model_lines,
+    model_facts,
     paragraph,
+    paragraphs,
     table,
     title,
     unmodelled_lines,
@@ -58,20 +59,24 @@ def render_estimate(estimate: Document, *, quiet: bool = False) -> list[Line]:
 
 
 def _asked(estimate: Document) -> Iterator[Line]:
+    yield from paragraphs(asked_facts(estimate))
+    yield from (Line(line) for line in wrap(equation(estimate["setup"], estimate["model"]["unit"]), first="  "))
+
+
+def asked_facts(estimate: Document) -> Iterator[tuple[str, str]]:
+    """What was asked about, as labels and texts."""
     setup = estimate["setup"]
-    yield from model_lines(estimate["model"])
+    yield from model_facts(estimate["model"])
     if estimate["gpu"]:
-        yield from gpu_lines(estimate["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
-        yield from calibration_lines(estimate["calibration"])
+        yield from gpu_facts(estimate["gpu"], num=setup["data_parallel_size"], precision=setup["precision"])
+        yield from calibration_facts(estimate["calibration"])
     else:
-        yield from paragraph("GPU", "none in particular, so that no calibration was used")
+        yield "GPU", "none in particular, so that no calibration was used"
     if estimate["target"] and estimate["target"]["rounding"]:
-        yield from paragraph("", f"{estimate['target']['rounding']}.")
-    yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
-    unit = estimate["model"]["unit"]
-    if unit == SEQUENCE:
-        yield from paragraph("length", plural(setup["seq_len"], "token"))
-    yield from (Line(line) for line in wrap(equation(setup, unit), first="  "))
+        yield "", f"{estimate['target']['rounding']}."
+    yield "setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}"
+    if estimate["model"]["unit"] == SEQUENCE:
+        yield "length", plural(setup["seq_len"], "token")
 
 
 def _by_the_allocator(estimate: Document) -> str:
@@ -85,6 +90,17 @@ def _by_the_allocator(estimate: Document) -> str:
 
 def _totals(estimate: Document) -> Iterator[Line]:
     yield from title(f"The peak, at its highest: {estimate['peak_instant']}")
+    yield from table([("", "GiB", ""), *total_rows(estimate)], left=(0, 2))
+    yield from compiled_lines(estimate["compiled"])
+    if estimate["step_time_s"] is not None:
+        yield from paragraph("time", time_words(estimate))
+    verdict = verdict_words(estimate)
+    if verdict:
+        yield from title(verdict, "good" if estimate["fits"] else "bad")
+
+
+def total_rows(estimate: Document) -> list[tuple[str, str, str]]:
+    """The three totals and the bound: name, GiB, what it is."""
     rows = [
         ("allocated", gib(estimate["peak_allocated_bytes"]), "tensors, in blocks of 512 bytes"),
         ("reserved", gib(estimate["peak_reserved_bytes"]), _by_the_allocator(estimate)),
@@ -99,14 +115,11 @@ def _totals(estimate: Document) -> Iterator[Line]:
     if margin:
         said = vouched(estimate["confidence"]) or f"with {format_bytes(margin)} of headroom and reserve"
         rows.append(("bound", gib(estimate["upper_bound_bytes"]), said))
-    yield from table([("", "GiB", ""), *rows], left=(0, 2))
-    yield from compiled_lines(estimate["compiled"])
-    if estimate["step_time_s"] is not None:
-        yield from paragraph("time", _time(estimate))
-    yield from _verdict(estimate)
+    return rows
 
 
-def _time(estimate: Document) -> str:
+def time_words(estimate: Document) -> str:
+    """How long a step takes, and how that is known."""
     seconds = format_seconds(estimate["step_time_s"])
     calibration = estimate["calibration"]
     if calibration is not None and calibration["is_timed"] and not estimate["setup"]["compile"]:
@@ -114,18 +127,17 @@ def _time(estimate: Document) -> str:
     return f"at least {seconds} per step (roofline)"
 
 
-def _verdict(estimate: Document) -> Iterator[Line]:
+def verdict_words(estimate: Document) -> str:
+    """Whether it fits; empty without a GPU."""
     spare, gpu = estimate["headroom_bytes"], estimate["gpu"]
     if gpu is None:
-        return
+        return ""
     usable = format_bytes(gpu["usable_bytes"])
     if estimate["fits"]:
-        text, style = f"It fits: {format_bytes(spare)} of {usable} are to spare", "good"
-    elif may_fit(estimate["compiled"], gpu):
-        text, style = f"It may not fit: at the upper end {exactly(-spare)} are missing of {usable}", "bad"
-    else:
-        text, style = f"It does not fit: {exactly(-spare)} are missing of {usable}", "bad"
-    yield from title(text, style)
+        return f"It fits: {format_bytes(spare)} of {usable} are to spare"
+    if may_fit(estimate["compiled"], gpu):
+        return f"It may not fit: at the upper end {exactly(-spare)} are missing of {usable}"
+    return f"It does not fit: {exactly(-spare)} are missing of {usable}"
 
 
 def _kinds(estimate: Document) -> Iterator[Line]:

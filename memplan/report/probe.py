@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.ansi import Line
 from memplan.report.document import envelope as begin
 from memplan.report.document import gpu_document, setup_document
-from memplan.report.layout import plural, wrap
-from memplan.report.text import choices, equation, paragraph, table, title
+from memplan.report.layout import bar, plural, wrap
+from memplan.report.text import choices, equation, paragraph, paragraphs, table, title
 from memplan.specs.measurement import DONE, OUT_OF_MEMORY, describe
 from memplan.units import format_bytes, format_count, format_seconds
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from memplan.specs.measurement import Measurement
 
     Document = dict[str, Any]
+
+BAR_CELLS = 24
 
 INSTANT_BY_PHASE = {"clip": "gradient clip", "optimizer": "optimizer step", "zero_grad": "after the update"}
 """What an estimate calls a phase, where it has another name."""
@@ -170,19 +172,25 @@ def render_probe(document: Document, *, quiet: bool = False) -> list[Line]:
 
 
 def _about(document: Document) -> Iterator[Line]:
+    return paragraphs(probed_facts(document))
+
+
+def probed_facts(document: Document) -> Iterator[tuple[str, str]]:
+    """What was measured where, as labels and texts."""
     model, setup, card = document["model"], document["setup"], document["card"]
     size = "" if model["num_parameters"] is None else f", {format_count(model['num_parameters'])} parameters"
     trained = model["num_trainable_parameters"]
     if trained is not None and trained != model["num_parameters"]:
         size += f", {format_count(trained)} of them trained"
-    yield from paragraph("model", f"{model['name']} ({model['model_type']}){size}")
-    yield from paragraph("device", _device(card, document["limit_bytes"]))
-    yield from paragraph("", stack_of(document["versions"], card["driver"]))
-    yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
-    yield from paragraph("", equation(setup))
+    yield "model", f"{model['name']} ({model['model_type']}){size}"
+    yield "device", device_words(card, document["limit_bytes"])
+    yield "", stack_of(document["versions"], card["driver"])
+    yield "setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}"
+    yield "", equation(setup)
 
 
-def _device(card: Mapping[str, Any], limit_bytes: int | None) -> str:
+def device_words(card: Mapping[str, Any], limit_bytes: int | None) -> str:
+    """On which device, and what of it."""
     if card["device"] == "cpu":
         return "the CPU: bytes of tensors, no CUDA allocator and no driver"
     text = f"{card['name']}, {format_bytes(card['total_bytes'])}"
@@ -202,39 +210,60 @@ def stack_of(versions: Mapping[str, str], driver: str = "") -> str:
 
 
 def _outcome(document: Document) -> Iterator[Line]:
+    headline, message = outcome_words(document)
+    yield from title(headline, "good" if document["outcome"] == DONE else "bad")
+    if document["outcome"] != DONE:
+        yield from paragraph("", message)
+
+
+def outcome_words(document: Document) -> tuple[str, str]:
+    """What became of it, and what was said about it."""
     outcome = document["outcome"]
     headline = HEADLINE_BY_OUTCOME.get(outcome, f"No answer: {outcome}")
     if outcome == DONE:
         seconds = document["step_time_s"]
-        headline += "" if seconds is None else f": {format_seconds(seconds)} a step"
-        yield from title(headline, "good")
-        return
+        return headline + ("" if seconds is None else f": {format_seconds(seconds)} a step"), ""
     phase = document["phase"]
     where = f" {phase}" if phase.startswith(("before", "building")) else f" in {phase}" if phase else ""
-    yield from title(f"{headline}{where}", "bad")
-    yield from paragraph("", document["message"])
+    return f"{headline}{where}", document["message"]
 
 
 def _numbers(document: Document) -> Iterator[Line]:
+    rows = measured_rows(document)
+    if rows:
+        yield from title("Bytes in steady state")
+        yield from table([("peak", "measured", "formula", "error"), *rows])
+    peak, gpu = document["peak_process_bytes"], document["gpu"]
+    if peak is not None and gpu is not None:
+        whole = gpu["usable_bytes"]
+        text = f"{format_bytes(peak)} of {format_bytes(whole)} {bar(peak / whole, BAR_CELLS)} as measured"
+        yield from paragraph("card", text)
+    yield from paragraphs(("", text) for text in measured_notes(document))
+
+
+def measured_rows(document: Document) -> list[tuple[str, str, str, str]]:
+    """Which peak, as measured, by the formula, and the formula's error."""
     predicted = document["predicted"]
     names = {
         "peak_allocated_bytes": "allocated",
         "peak_reserved_bytes": "reserved",
         "peak_process_bytes": "process",
     }
-    rows = [("peak", "measured", "formula", "error")]
+    rows = []
     for key, name in names.items():
         measured, formula = document[key], predicted[key]
         if measured is None and (formula is None or document["outcome"] == DONE):
             continue
         rows.append((name, *_pair(measured, formula)))
-    if len(rows) > 1:
-        yield from title("Bytes in steady state")
-        yield from table(rows)
-    if predicted["reason"]:
-        yield from paragraph("", f"no prediction: {predicted['reason']}")
+    return rows
+
+
+def measured_notes(document: Document) -> Iterator[str]:
+    """Why numbers are missing, or where they come from."""
+    if document["predicted"]["reason"]:
+        yield f"no prediction: {document['predicted']['reason']}"
     if document["peak_process_bytes"] is not None and document["process_basis"] not in {"nvml", "device"}:
-        yield from paragraph("", f"process: {document['process_basis']}, as the driver did not say")
+        yield f"process: {document['process_basis']}, as the driver did not say"
 
 
 def _pair(measured: int | None, formula: int | None) -> tuple[str, str, str]:
@@ -253,15 +282,26 @@ def _phases(document: Document) -> Iterator[Line]:
     if not steps:
         return
     yield from title("The highest point of each phase (allocated)")
+    yield from table(phase_rows(steps))
+    retries = retry_words(steps)
+    if retries:
+        yield from paragraph("", retries)
+
+
+def phase_rows(steps: Sequence[Document]) -> list[tuple[str, ...]]:
+    """The names of the columns, and a row for each phase."""
     names = list(dict.fromkeys(phase["name"] for step in steps for phase in step["phases"]))
-    rows = [("", *(f"step {step['number'] + 1}" for step in steps))]
+    rows: list[tuple[str, ...]] = [("", *(f"step {step['number'] + 1}" for step in steps))]
     for name in names:
         found = [{p["name"]: p["peak_allocated_bytes"] for p in step["phases"]}.get(name) for step in steps]
         rows.append((INSTANT_BY_PHASE.get(name, name), *("-" if x is None else format_bytes(x) for x in found)))
-    yield from table(rows)
+    return rows
+
+
+def retry_words(steps: Sequence[Document]) -> str:
+    """How often the allocator had to start over; empty where never."""
     retries = steps[-1]["num_alloc_retries"]
-    if retries:
-        yield from paragraph("", f"The allocator emptied its cache and tried again {plural(retries, 'time')}.")
+    return f"The allocator emptied its cache and tried again {plural(retries, 'time')}." if retries else ""
 
 
 # -- several -----------------------------------------------------------------------------------------------------------
@@ -293,10 +333,10 @@ def trial_row(found: Measurement, prediction: Prediction) -> Document:
 def render_trials(document: Document, *, quiet: bool = False) -> list[Line]:
     """The text of a document of several trials."""
     if quiet:
-        return [Line(_count(document))]
+        return [Line(count_words(document))]
     card = document["card"]
     return [
-        *paragraph("device", _device(card, None)),
+        *paragraph("device", device_words(card, None)),
         *paragraph("", stack_of(document["versions"], card["driver"])),
         *_largest(document["largest"]),
         *_decisions(document["decisions"]),
@@ -304,12 +344,13 @@ def render_trials(document: Document, *, quiet: bool = False) -> list[Line]:
         *_reasons("Without an answer", document["failed"]),
         *_reasons("Not asked", document["not_asked"]),
         Line(""),
-        *paragraph("", _count(document)),
+        *paragraph("", count_words(document)),
         *paragraph("", f"records: {document['records']}" if document["records"] else "nothing was recorded"),
     ]
 
 
-def _count(document: Document) -> str:
+def count_words(document: Document) -> str:
+    """How many trials have which end."""
     parts = [f"{plural(document['num_measured'], 'trial')} measured"]
     parts += [f"{document['num_known']} known from before"] if document["num_known"] else []
     parts += [f"{document['num_failed']} without an answer"] if document["num_failed"] else []
@@ -325,11 +366,12 @@ def _largest(largest: Sequence[Document]) -> Iterator[Line]:
     for one in largest:
         tried = ", ".join(f"{b} {'fits' if ok else 'does not'}" for b, ok in one["tried"])
         yield from _said(one["trial"])
-        found = _found(one["micro_batch_size"], one["complete"])
+        found = largest_words(one["micro_batch_size"], one["complete"])
         yield from _below(f"{found}; the formula says {one['predicted']} without headroom. Tried: {tried or 'nothing'}")
 
 
-def _found(micro_batch_size: int | None, complete: bool) -> str:
+def largest_words(micro_batch_size: int | None, complete: bool) -> str:
+    """The largest micro-batch, as far as it is known."""
     text = "none" if micro_batch_size is None else str(micro_batch_size)
     return text if complete else f">= {text}" if micro_batch_size else "?"
 
@@ -340,10 +382,11 @@ def _decisions(decisions: Sequence[Document]) -> Iterator[Line]:
     yield from title("Plans put to the test")
     for one in decisions:
         yield from _said(one["trial"])
-        yield from _below(f"the plan, {_tested(one['plan'])}; the next larger, {_tested(one['larger'])}")
+        yield from _below(f"the plan, {tested_words(one['plan'])}; the next larger, {tested_words(one['larger'])}")
 
 
-def _tested(one: Document | None) -> str:
+def tested_words(one: Document | None) -> str:
+    """What was tested, and how it ended."""
     if one is None:
         return "none or not measured"
     return f"micro {one['micro_batch_size']}, checkpointing {one['activation_checkpointing']}: {one['outcome']}"
@@ -363,10 +406,11 @@ def _trials(trials: Sequence[Document]) -> Iterator[Line]:
     yield from title("Trials: allocated as measured, error of the formula, time of a step")
     for one in trials:
         yield from _said(one["words"])
-        yield from _below(_result(one))
+        yield from _below(result_words(one))
 
 
-def _result(one: Document) -> str:
+def result_words(one: Document) -> str:
+    """Allocated as measured, error of the formula, time of a step; or why there are none."""
     measured, formula = one["peak_allocated_bytes"], one["predicted_allocated_bytes"]
     if measured is None:
         return str(one["outcome"])

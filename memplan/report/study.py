@@ -4,44 +4,65 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.planner.schedule import schedule
+from memplan.report.beside import frontier_document, growth_document, maps_document, schedule_document
 from memplan.report.document import envelope, row_document
+from memplan.report.what_if import what_if_document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memplan.estimation.estimate import Estimate
     from memplan.estimation.profile import Profile
+    from memplan.planner.study import Study
     from memplan.specs.measurement import Measurement
 
     Document = dict[str, Any]
 
 
-def study_document(
-    plan: Document,
-    estimate: Estimate,
-    command: str,
-    profile: Profile | None,
-    accuracy: Document,
-    measured: Sequence[Measurement] = (),
-) -> Document:
+def study_document(study: Study | None, plan: Document, command: str, *, notes: Sequence[str] = ()) -> Document:
     """What the page of a plan shows.
 
     Args:
+        study: The plan, and what shows why; None for a plan from a file whose model is not to be had.
         plan: The document of the plan.
-        estimate: Everything about its best configuration, or about the nearest where nothing fits.
-        command: The command line that makes the plan.
-        profile: How the memory of a run goes up and down; None where it is not known.
-        accuracy: How near predictions were to measurements (`memplan.report.accuracy.summary`).
-        measured: Measurements of that configuration.
+        command: The command line that makes it.
+        notes: What there is to say about the page itself, such as a plan that another version of memplan made.
     """
     return {
         **envelope("report"),
         "plan": plan,
         "command": command,
+        "notes": list(notes),
+        **(UNKNOWN if study is None else _known(study, command)),
+    }
+
+
+UNKNOWN: Document = {
+    "ledger": [],
+    "profile": None,
+    "accuracy": None,
+    "measured": [],
+    "maps": [],
+    "growth": None,
+    "frontier": [],
+    "schedule": None,
+    "what_if": None,
+}
+"""What is said of a plan whose model is not to be had."""
+
+
+def _known(study: Study, command: str) -> Document:
+    estimate = study.plan.estimate
+    return {
         "ledger": [row_document(row) for row in estimate.ledger],
-        "profile": None if profile is None else profile_document(profile),
-        "accuracy": accuracy,
-        "measured": [measured_document(one) for one in measured],
+        "profile": None if study.profile is None else profile_document(study.profile),
+        "accuracy": dict(study.accuracy),
+        "measured": [measured_document(one) for one in study.measured],
+        "maps": maps_document(study.maps),
+        "growth": None if study.growth is None else growth_document(study.growth),
+        "frontier": frontier_document(study.frontier),
+        "schedule": schedule_document(schedule(estimate.setup)),
+        "what_if": None if study.what_if is None else what_if_document(study.what_if, command),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ from memplan.report.document import (
     model_document,
     setup_document,
 )
-from memplan.report.layout import WIDTH, plural, wrap
+from memplan.report.layout import WIDTH, bar, plural, wrap
 from memplan.report.text import (
-    calibration_lines,
+    calibration_facts,
     choices,
     exactly,
-    gpu_lines,
-    model_lines,
-    paragraph,
+    gpu_facts,
+    model_facts,
+    paragraphs,
     table,
     title,
     unmodelled_lines,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 MOST_LINES = 16
+BAR_CELLS = 12
 SYMBOL_BY_VERDICT = {"fits": " +", "tight": " ~", "oom": " x", None: ""}
 LEGEND = "+ fits   ~ tight   x out of memory"
 SWEPT = ("micro_batch_size", "seq_len", "global_batch_size", "tokens_per_micro_batch", "tokens_per_step")
@@ -79,12 +81,12 @@ def sweep_document(sweep: Sweep, *, origin: str = "") -> Document:
 
 def render_sweep(sweep: Document, *, quiet: bool = False) -> list[Line]:
     """The text of a sweep document; `quiet`: the largest micro-batches alone, without a GPU the map."""
-    chosen = _columns(sweep)
+    chosen = shown_lengths(sweep)
     answer = [*_map(sweep, chosen)] if sweep["gpu"] is None else [*_largest(sweep, chosen)]
     if quiet:
         return answer[1:]
     return [
-        *_asked(sweep),
+        *paragraphs(swept_facts(sweep)),
         *(_map(sweep, chosen) if sweep["gpu"] else ()),
         *answer,
         *_basis(sweep),
@@ -92,19 +94,20 @@ def render_sweep(sweep: Document, *, quiet: bool = False) -> list[Line]:
     ]
 
 
-def _asked(sweep: Document) -> Iterator[Line]:
+def swept_facts(sweep: Document) -> Iterator[tuple[str, str]]:
+    """What was asked about, as labels and texts."""
     setup, gpu = sweep["setup"], sweep["gpu"]
-    yield from model_lines(sweep["model"])
+    yield from model_facts(sweep["model"])
     if gpu:
-        yield from gpu_lines(gpu, num=setup["data_parallel_size"], precision=setup["precision"])
-        yield from calibration_lines(sweep["calibration"])
-        yield from paragraph("budget", _budget(sweep["budget"]))
+        yield from gpu_facts(gpu, num=setup["data_parallel_size"], precision=setup["precision"])
+        yield from calibration_facts(sweep["calibration"])
+        yield "budget", _budget(sweep["budget"])
     else:
-        yield from paragraph("GPU", "none in particular: say --gpu to see what fits")
-    yield from paragraph("setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}")
+        yield "GPU", "none in particular: say --gpu to see what fits"
+    yield "setup", f"{choices(setup)}, checkpointing {setup['activation_checkpointing']}"
     yield from _compiled(sweep)
     steps, gpus = setup["gradient_accumulation_steps"], plural(setup["data_parallel_size"], "GPU")
-    yield from paragraph(
+    yield (
         "sweep",
         f"{_from_to(sweep['micro_batch_sizes'], 'micro-batch', 'micro-batches')} x "
         f"{_from_to(sweep['seq_lens'], 'length', 'lengths')} = "
@@ -112,7 +115,7 @@ def _asked(sweep: Document) -> Iterator[Line]:
     )
 
 
-def _compiled(sweep: Document) -> Iterator[Line]:
+def _compiled(sweep: Document) -> Iterator[tuple[str, str]]:
     """Under torch.compile: between which bounds the numbers lie."""
     if not sweep["setup"]["compile"]:
         return
@@ -122,7 +125,7 @@ def _compiled(sweep: Document) -> Iterator[Line]:
         f"need, go from {format_bytes(lowest)} to {format_bytes(highest)} (all: --format csv or --json)"
     )
     may = "; an x is out of memory at the upper end, and may run all the same" if sweep["gpu"] else ""
-    yield from paragraph("compiled", f"{text}{may}")
+    yield "compiled", f"{text}{may}"
 
 
 def _from_to(numbers: Sequence[int], noun: str, nouns: str) -> str:
@@ -144,7 +147,7 @@ def _budget(budget: Document) -> str:
 # -- the map -----------------------------------------------------------------------------------------------------------
 
 
-def _columns(sweep: Document) -> list[int]:
+def shown_lengths(sweep: Document) -> list[int]:
     """Positions of the lengths that are shown: as many as 80 columns hold of those that may have been replayed."""
     widest = max(len(_cell(point)) for point in sweep["points"])
     widest = max(widest, *(len(f"{length:,}") for length in sweep["seq_lens"]))
@@ -153,7 +156,7 @@ def _columns(sweep: Document) -> list[int]:
     return [positions[n] for n in spread(len(positions), max(2, (WIDTH - first) // (widest + 2)))]
 
 
-def _lines(sweep: Document, chosen: Sequence[int]) -> list[int]:
+def shown_batches(sweep: Document, chosen: Sequence[int]) -> list[int]:
     """Positions of the micro-batches that are shown: the ends, those at the boundary, then doublings."""
     batches = sweep["micro_batch_sizes"]
     if len(batches) <= MOST_LINES:
@@ -176,7 +179,7 @@ def _cell(point: Document) -> str:
 
 def _map(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
     batches, lengths = sweep["micro_batch_sizes"], sweep["seq_lens"]
-    shown = _lines(sweep, chosen)
+    shown = shown_batches(sweep, chosen)
     yield from title("GiB of the process at its peak: micro-batches down, tokens per sequence across")
     if sweep["gpu"]:
         yield Line(f"  {LEGEND}")
@@ -202,12 +205,20 @@ def _largest(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
         yield from _nothing(sweep)
         return
     yield from title("The largest micro-batch that fits", "good")
+    yield from table(largest_rows(sweep, chosen, bars=True), left=())
+
+
+def largest_rows(sweep: Document, chosen: Sequence[int], *, bars: bool = False) -> list[list[str]]:
+    """The largest micro-batch of lengths by their positions, the names of the columns first; empty ones left out.
+
+    `bars`: with a bar of characters for what they take of the card.
+    """
     last = sweep["micro_batch_sizes"][-1]
 
     def largest(batch: int | None) -> str:
         return "none" if batch is None else f"{batch:,}{' or more' if batch == last else ''}"
 
-    rows = [("length", "micro-batch", "tokens", "with expandable segments", "")]
+    rows = [("length", "micro-batch", "tokens", "card, at least", "with expandable segments", "")]
     for n in chosen:
         one = sweep["largest"][n]
         plain, expandable = one["micro_batch_size"], one["with_expandable_segments"]
@@ -216,49 +227,72 @@ def _largest(sweep: Document, chosen: Sequence[int]) -> Iterator[Line]:
                 f"{one['seq_len']:,}",
                 largest(plain),
                 "" if plain is None else f"{plain * one['seq_len']:,}",
+                "" if plain is None else _taken(sweep, plain, n),
                 "" if plain == expandable else largest(expandable),
                 "" if one["is_replayed"] else "or more: not replayed",
             )
         )
-    filled = [n for n, heading in enumerate(rows[0]) if n < 3 or any(row[n] for row in rows[1:])]
-    yield from table([[row[n] for n in filled] for row in rows], left=())
+    always = 4 if bars else 3
+    filled = [
+        n for n, heading in enumerate(rows[0]) if (bars or n != 3) and (n < always or any(row[n] for row in rows[1:]))
+    ]
+    if len(filled) == len(rows[0]):
+        filled.remove(3)  # 80 columns do not hold everything
+    return [[row[n] for n in filled] for row in rows]
+
+
+def _taken(sweep: Document, batch: int, n: int) -> str:
+    """How much of the card a micro-batch takes at the n-th length, at the least: ``85 %`` and a bar."""
+    at = bisect_left(sweep["micro_batch_sizes"], batch) * len(sweep["seq_lens"]) + n
+    share = sweep["points"][at]["peak_process_bytes"] / sweep["gpu"]["usable_bytes"]
+    return f"{bar(share, BAR_CELLS)} {math.floor(100 * share):2} %"
 
 
 def _nothing(sweep: Document) -> Iterator[Line]:
     """What the smallest point lacks; where it is tight, what decides."""
+    headline, facts = nothing_words(sweep)
+    yield from title(headline, "bad")
+    yield from paragraphs(facts)
+
+
+def nothing_words(sweep: Document) -> tuple[str, list[tuple[str, str]]]:
+    """The same as a headline, and labels and texts."""
     point = sweep["points"][0]
     size = f"{point['micro_batch_size']:,} x {plural(point['seq_len'], 'token')}"
+    ways = ("ways out", "memplan suggest and memplan estimate, with this --gpu, name them")
     if point["verdict"] == "tight":
-        yield from title("Nothing fits as the allocator cuts its segments", "bad")
-        yield from paragraph("smallest", f"{size}: the tensors fit, and the segments around them do not")
-    else:
-        yield from title(f"Nothing fits: {exactly(-point['headroom_bytes'])} are missing", "bad")
-        text = f"{size} takes {format_bytes(point['peak_process_bytes'])} at the least"
-        yield from paragraph("smallest", text)
-    yield from paragraph("ways out", "memplan suggest and memplan estimate, with this --gpu, name them")
+        said = f"{size}: the tensors fit, and the segments around them do not"
+        return "Nothing fits as the allocator cuts its segments", [("smallest", said), ways]
+    said = f"{size} takes {format_bytes(point['peak_process_bytes'])} at the least"
+    return f"Nothing fits: {exactly(-point['headroom_bytes'])} are missing", [("smallest", said), ways]
 
 
 def _basis(sweep: Document) -> Iterator[Line]:
     """What the numbers of the map are, and what stands behind the symbols."""
     yield from title("How it was found")
+    yield from paragraphs(basis_facts(sweep))
+
+
+def basis_facts(sweep: Document) -> Iterator[tuple[str, str]]:
+    """The same as labels and texts."""
     rest = sweep["context_bytes"] + sweep["workspace_bytes"]
-    yield from paragraph(
+    yield (
         "GiB",
         "tensors in whole segments of 2 MiB, the least that PyTorch's allocator can hold, and "
         f"{format_bytes(rest)} of CUDA context and cuBLAS; memplan estimate replays the run and finds as much or more",
     )
     if not sweep["gpu"]:
         return
-    yield from paragraph("x", "even that is more than the budget")
+    yield "x", "even that is more than the budget"
     if sweep["num_replays"]:
         text = (
             f"at the boundary {plural(sweep['num_replays'], 'run')} went through a simulator of the allocator; "
             "what fits is taken to fit with fewer sequences or shorter ones, too"
         )
-        yield from paragraph("+", text)
+        yield "+", text
     if any(point["verdict"] == "tight" for point in sweep["points"]):
         text = (
             "the least fits, and the run as replayed with the allocator's default settings does not: it may run "
             "out of memory; expandable segments (PYTORCH_ALLOC_CONF=expandable_segments:True) help some of them"
         )
-        yield from paragraph("~", text)
+        yield "~", text

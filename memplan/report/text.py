@@ -37,6 +37,12 @@ def paragraph(label: str, text: str) -> Iterator[Line]:
         yield Line(line)
 
 
+def paragraphs(facts: Iterable[tuple[str, str]]) -> Iterator[Line]:
+    """Words and what they are about, each as a paragraph."""
+    for label, text in facts:
+        yield from paragraph(label, text)
+
+
 def title(text: str, style: str = "title") -> Iterator[Line]:
     """A heading after an empty line."""
     yield Line("")
@@ -107,14 +113,19 @@ def unit_of(setup: Document, unit: str = SEQUENCE) -> str:
 
 def model_lines(model: Document) -> Iterator[Line]:
     """The model, and why it is this one where nobody named it."""
+    return paragraphs(model_facts(model))
+
+
+def model_facts(model: Document) -> Iterator[tuple[str, str]]:
+    """The same as labels and texts."""
     text = f"{model['name']} ({model['model_type']}), {format_count(model['num_parameters'])} parameters"
     trained = model["num_trainable_parameters"]
     if trained < model["num_parameters"]:
         text += f", {format_count(trained)} of them trained"
     text += HEAD_BY_TASK.get(model["task"], "")
-    yield from paragraph("model", text)
+    yield "model", text
     if model["origin"] not in {"", "as asked for"}:
-        yield from paragraph("", f"None was named: {_reason(model['origin'])}.")
+        yield "", f"None was named: {_reason(model['origin'])}."
 
 
 def _reason(origin: str) -> str:
@@ -128,15 +139,20 @@ def usable(gpu: Document) -> str:
 
 def gpu_lines(gpu: Document, *, num: int = 1, precision: str) -> Iterator[Line]:
     """The card, how many bytes of it are planned with, and whether it is made for the precision."""
+    return paragraphs(gpu_facts(gpu, num=num, precision=precision))
+
+
+def gpu_facts(gpu: Document, *, num: int = 1, precision: str) -> Iterator[tuple[str, str]]:
+    """The same as labels and texts."""
     name = gpu["name"] if gpu["name"] == gpu["label"] else f"{gpu['name']} ({gpu['label']})"
     each = " each" if num > 1 else ""
     text = f"{name}: {usable(gpu)} usable{each}, {gpu['usable_basis']}"
-    yield from paragraph("GPU", f"{num:,} x {text}" if num > 1 else text)
+    yield "GPU", f"{num:,} x {text}" if num > 1 else text
     if gpu["name"] == gpu["label"] and gpu["notes"]:
-        yield from paragraph("", gpu["notes"])
+        yield "", gpu["notes"]
     slow = [dtype for dtype in PRECISIONS[precision] if dtype in gpu["unsupported_dtypes"]]
     if slow:
-        yield from paragraph("", f"It has no fast units for {slow[-1]}: say --precision fp16-mixed.")
+        yield "", f"It has no fast units for {slow[-1]}: say --precision fp16-mixed."
 
 
 def choices(setup: Document) -> str:
@@ -167,6 +183,11 @@ def choices(setup: Document) -> str:
 
 def compiled_lines(compiled: Document | None) -> Iterator[Line]:
     """The range under torch.compile, and where its ends come from."""
+    return paragraphs(compiled_facts(compiled))
+
+
+def compiled_facts(compiled: Document | None) -> Iterator[tuple[str, str]]:
+    """The same as labels and texts."""
     if compiled is None:
         return
     allocated, process, kept = (
@@ -179,7 +200,7 @@ def compiled_lines(compiled: Document | None) -> Iterator[Line]:
     else:
         kept = f"{kept} kept"
         ends = "from what products need to what is kept without the compiler"
-    yield from paragraph("compiled", f"peak {process} ({allocated} allocated; {kept}): {ends}, which is planned with")
+    yield "compiled", f"peak {process} ({allocated} allocated; {kept}): {ends}, which is planned with"
 
 
 def may_fit(compiled: Document | None, gpu: Document) -> bool:
@@ -219,7 +240,12 @@ def recipe_words(setup: Document) -> list[str]:
 
 def calibration_lines(calibration: Document | None) -> Iterator[Line]:
     """Which measurements the prediction stands on."""
-    yield from paragraph("", calibration_words(calibration))
+    return paragraphs(calibration_facts(calibration))
+
+
+def calibration_facts(calibration: Document | None) -> Iterator[tuple[str, str]]:
+    """The same as labels and texts."""
+    yield "", calibration_words(calibration)
 
 
 def calibration_words(calibration: Document | None) -> str:

@@ -180,6 +180,23 @@ def setup_fields(choices: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def choices_of(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that ask for a setup again, from its JSON (`memplan.report.document.setup_document`).
+
+    What is nothing, such as no adapters, is left out.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    found = {name: setup[field] for name, field in FIELD_BY_ARGUMENT.items()}
+    lora, evaluation = setup["lora"], setup["evaluation"]
+    if lora is not None:
+        found |= {name: lora[field] for name, field in LORA_FIELD_BY_ARGUMENT.items()}
+    if evaluation is not None:
+        found |= {name: evaluation[field] for name, field in EVALUATION_FIELD_BY_ARGUMENT.items()}
+    return {name: value for name, value in found.items() if not (value is None or value is False or value in ([], {}))}
+
+
 def _defaults_of(objective: object) -> dict[str, Any]:
     """Fields for which an objective has defaults of its own; none for what is no objective."""
     if objective in TRAINER_BY_OBJECTIVE:

@@ -19,13 +19,14 @@ else:
     from collections import namedtuple
 
     class _Default:
-        def __init__(self, make, hashed):
+        def __init__(self, make, hashed, shown):
             self.make = make
             self.hashed = hashed
+            self.shown = shown
 
-    def field(*, default_factory, hash=True):  # noqa: A002 -- the name that dataclasses gives it
-        """A default that is made anew for each value; `hash=False` leaves the field out of the hash."""
-        return _Default(default_factory, hash)
+    def field(*, default_factory, hash=True, repr=True):  # noqa: A002 -- the names that dataclasses gives them
+        """A default that is made anew for each value; `hash` and `repr`: whether the field takes part in them."""
+        return _Default(default_factory, hash, repr)
 
     class _Fields:
         """``__dataclass_fields__``, made when somebody asks for it."""
@@ -68,7 +69,9 @@ else:
         return hash(tuple(self.__dict__[name] for name in cls.__value_fields__ if name not in cls.__value_unhashed__))
 
     def _repr(self):
-        inside = ", ".join(f"{name}={self.__dict__[name]!r}" for name in type(self).__value_fields__)
+        cls = type(self)
+        shown = (name for name in cls.__value_fields__ if name not in cls.__value_unshown__)
+        inside = ", ".join(f"{name}={self.__dict__[name]!r}" for name in shown)
         return f"{type(self).__qualname__}({inside})"
 
     def _frozen(self, name, *_):
@@ -89,6 +92,7 @@ else:
             cls.__value_fields__ = tuple(names)
             cls.__value_defaults__ = defaults
             cls.__value_unhashed__ = {n for n, d in defaults.items() if isinstance(d, _Default) and not d.hashed}
+            cls.__value_unshown__ = {n for n, d in defaults.items() if isinstance(d, _Default) and not d.shown}
             cls.__dataclass_fields__ = _Fields()
             cls.__init__, cls.__eq__, cls.__hash__, cls.__repr__ = _init, _eq, _hash, _repr
             cls.__setattr__ = cls.__delattr__ = _frozen

@@ -133,19 +133,28 @@ def terms(work: Sequence[Work], speed: Speed, env: Mapping[str, Any], num: int) 
         yield Term(float(one.flops.value(env)) / speed.of(one.dtype), moving, num)
 
 
-def seconds(work: Sequence[Work], speed: Speed, env: Mapping[str, Any]) -> float:
-    """Time of all of it, for one configuration."""
-    products: dict[tuple[str, ...], float] = {}
+def seconds(work: Sequence[Work], speed: Speed, env: Mapping[str, Any]) -> Any:
+    """Time of all of it, for one configuration or for arrays of them."""
+    products: dict[tuple[str, ...], Any] = {}
 
-    def value(size: Size) -> float:
+    def value(size: Size) -> Any:
         product = products.get(size.dims)
         if product is None:
-            product = products[size.dims] = float(Size(1, size.dims).value(env))
+            product = products[size.dims] = Size(1, size.dims).value(env) * 1.0
         return size.factor * product
 
-    whole = 0.0
+    whole: Any = 0.0
     for one in work:
         moving = sum(value(size) for size in one.moved) / speed.bytes_per_s
         computing = value(one.flops) / speed.of(one.dtype)
-        whole += max(moving, computing, speed.launch_s)
+        whole = whole + _longest(moving, computing, speed.launch_s)
     return whole
+
+
+def _longest(moving: Any, computing: Any, launch_s: float) -> Any:
+    """The largest of three, of numbers or element by element."""
+    if isinstance(moving, float) and isinstance(computing, float):
+        return max(moving, computing, launch_s)
+    import numpy as np
+
+    return np.maximum(np.maximum(moving, computing), launch_s)

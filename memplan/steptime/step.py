@@ -8,7 +8,7 @@ and states (torch/optim/adamw.py, sgd.py of PyTorch 2.13, one kernel after the o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.specs.training import IN_BACKWARD
 from memplan.specs.values import NamedTuple
@@ -94,6 +94,17 @@ class StepTime(NamedTuple):
         return self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s
 
 
+class Pace(NamedTuple):
+    """What the time of a step is made of: K micro-steps take K passes, K - 1 additions and one update."""
+
+    pass_s: Any
+    """Forward and backward pass of a micro-step, with what is computed twice."""
+    added_s: float
+    """Adding its gradients to those that are there."""
+    update_s: float
+    """Gradient clip and optimizer step."""
+
+
 class TimedModel:
     """The work of a recorded model, ready to be timed for any size."""
 
@@ -110,7 +121,7 @@ class TimedModel:
         self.kinds = tuple(timed(kind.tape, fused=fused) for kind in recording.kinds)
         self.order = recording.order
         self.reference = () if reference is None else tuple(timed(piece.tape) for piece in _each_run(reference))
-        self._known: dict[tuple[int, int, int, int], tuple[float, float, dict[str, float]]] = {}
+        self._known: dict[tuple[int, ...], tuple[Any, Any, dict[str, Any], object]] = {}
 
     def step(
         self,
@@ -132,27 +143,33 @@ class TimedModel:
             trained_bytes: Bytes of the parameters that are trained.
             trained: Number of them.
         """
-
-        def of(piece: Timed) -> tuple[float, float, dict[str, float]]:
-            key = (id(piece), env["b"], env["s"], env["n"])
-            if key not in self._known:
-                works = (piece.forward, piece.backward, piece.spans, piece.saved)
-                forward, backward, spans, saved = (seconds(work, self.speed, env) for work in works)
-                self._known[key] = (forward, backward, {"full": forward, "selective": spans, "save-attention": saved})
-            return self._known[key]
-
-        speed = self.speed
-        pieces = [of(kind) for kind in self.kinds]
-        stem, head = of(self.stem), of(self.head)
-        forward = stem[0] + head[0] + sum(pieces[kind][0] for kind in self.order)
-        forward += sum(of(piece)[0] for piece in self.reference)
-        backward = stem[1] + head[1] + sum(pieces[kind][1] for kind in self.order)
-        again = 0.0
-        for kind, mode in zip(self.order, modes, strict=True):
-            again += pieces[kind][2].get(mode, 0.0)
-        later = _accumulated(accumulation, trained_bytes) / speed.bytes_per_s
-        update = bytes_of_update(optimizer, trained_bytes, trained) / speed.bytes_per_s
+        forward, backward, again = self.passes(env, modes)
+        later = _accumulated(accumulation, trained_bytes) / self.speed.bytes_per_s
+        update = bytes_of_update(optimizer, trained_bytes, trained) / self.speed.bytes_per_s
         return StepTime(accumulation * forward, accumulation * backward + later, accumulation * again, update)
+
+    def passes(self, env: Mapping[str, Any], modes: tuple[str, ...]) -> tuple[Any, Any, Any]:
+        """Seconds of one micro-step: forward, backward, what is computed twice; arrays where `env` holds arrays."""
+        pieces = [self._piece(kind, env) for kind in self.kinds]
+        stem, head = self._piece(self.stem, env), self._piece(self.head, env)
+        forward = stem[0] + head[0] + sum(pieces[kind][0] for kind in self.order)
+        forward = forward + sum(self._piece(piece, env)[0] for piece in self.reference)
+        backward = stem[1] + head[1] + sum(pieces[kind][1] for kind in self.order)
+        again: Any = 0.0
+        for kind, mode in zip(self.order, modes, strict=True):
+            again = again + pieces[kind][2].get(mode, 0.0)
+        return forward, backward, again
+
+    def _piece(self, piece: Timed, env: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any], object]:
+        """Forward, backward, by mode what is computed twice; worked out once for equal numbers, or the same arrays."""
+        is_one = isinstance(env["n"], int)
+        key = (id(piece), env["b"], env["s"], env["n"]) if is_one else (id(piece), id(env))
+        if key not in self._known:
+            works = (piece.forward, piece.backward, piece.spans, piece.saved)
+            forward, backward, spans, saved = (seconds(work, self.speed, env) for work in works)
+            again = {"full": forward, "selective": spans, "save-attention": saved}
+            self._known[key] = (forward, backward, again, None if is_one else env)  # which keeps the key its own
+        return self._known[key]
 
     def terms(
         self,
@@ -189,6 +206,12 @@ def _each_run(recording: Recording) -> list[Piece]:
 def _accumulated(accumulation: int, trained_bytes: int) -> int:
     """Bytes moved to add later gradients to the first."""
     return (accumulation - 1) * ACCUMULATION_ACCESSES * trained_bytes
+
+
+def seconds_of_update(optimizer: str, trained_bytes: int, trained: int, speed: Speed) -> tuple[float, float]:
+    """Of adding the gradients of a micro-step to those that are there; of clip and update."""
+    update = bytes_of_update(optimizer, trained_bytes, trained)
+    return _accumulated(2, trained_bytes) / speed.bytes_per_s, update / speed.bytes_per_s
 
 
 def bytes_of_update(optimizer: str, trained_bytes: int, trained: int) -> int:

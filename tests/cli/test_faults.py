@@ -11,7 +11,11 @@ PLAN = "suggest gpt2 --gpu 24GB --target-batch 32"
 
 USAGE = [
     ("sugest", "no command 'sugest'", "Did you mean suggest?"),
-    ("banana", "no command 'banana'", "estimate, suggest, sweep, trace, probe, validate, calibrate, models, gpus"),
+    (
+        "banana",
+        "no command 'banana'",
+        "estimate, suggest, sweep, trace, probe, validate, calibrate, report, models, gpus",
+    ),
     ("suggest", "--gpu is missing", "--gpu 24GB"),
     ("suggest --gpu 24GB", "--target-batch or --target-tokens is missing", "--target-batch 32"),
     ("suggest --gpu banana --target-batch 32", "'banana'", "memplan gpus"),

@@ -154,7 +154,7 @@ def test_parquet_without_pyarrow(run, monkeypatch) -> None:
         ("--target-tokens 4M", "--target-tokens says how large", "memplan suggest"),
         ("--format parquet", "not for the screen", "--output FILE"),
         ("--format parquet --output -", "not for the screen", "--output FILE"),
-        ("--format xml", "--format 'xml'", "markdown, parquet"),
+        ("--format xml", "--format 'xml'", "markdown, html, parquet"),
         ("--json --format parquet", "--json and --format parquet", "Leave one"),
         ("--micro-batch 1000000000 --accumulation 1000000000", "beyond what 64 bits count", "smaller"),
         ("--lora-targets q_proj", "about adapters", "--lora-rank 16"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import memplan
+from memplan import api
 from memplan.catalog.answers import FOLDER, MOST_BYTES, RememberedAnswers
 from memplan.estimation import estimate
 from memplan.estimation.step import StepProgram
@@ -114,6 +115,17 @@ def test_a_plan_is_the_same_when_it_is_remembered(tmp_path: Path, monkeypatch: p
     assert first == second
     assert worked > 20
     assert remembered == 2  # of the plan itself, in the first step and in later ones
+
+
+def test_a_model_read_without_dropout_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the setup says nothing about it."""
+    monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path))
+    setup = Setup(micro_batch_size=8, seq_len=256)
+    peaks = [
+        api.estimator_of(api.find_model("gpt2", dropout=dropout), None).memory(setup).peak_allocated_bytes
+        for dropout in (0.0, None, 0.0)
+    ]
+    assert peaks[0] == peaks[2] < peaks[1]
 
 
 def test_times_are_those_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_what_is_replayed_is_said() -> None:
     """Somebody who waits is told; a later sweep remembers and says it again."""
     said: list[str] = []
     found = api.sweep("gpt2", gpu="24GB", micro_batches=(8, 16), seq_lens=(1024,), notify=said.append)
-    assert said == ["replaying 16 x 1,024 tokens through the allocator"]
+    assert said == ["estimating 2 points", "1/1 replaying 16 x 1,024 tokens through the allocator"]
     assert found.num_replays == 1
 
 

@@ -23,7 +23,7 @@ from memplan.errors import UsageError
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from matplotlib.axes import Axes
 
@@ -43,6 +43,10 @@ class Palette(NamedTuple):
     gpu: str
     cpu: str
     published: str
+    fits: str
+    """Behind text, like the next two."""
+    tight: str
+    oom: str
     shades: tuple[str, ...]
     """`NUM_SHADES` of them, for areas."""
 
@@ -57,6 +61,9 @@ PAGE = Palette(
     gpu="#0a0011",
     cpu="#0a0012",
     published="#0a0013",
+    fits="#0a0031",
+    tight="#0a0032",
+    oom="#0a0033",
     shades=tuple(f"#0a002{number}" for number in range(1, NUM_SHADES + 1)),
 )
 """Stand-ins for what the stylesheet says."""
@@ -71,6 +78,9 @@ SCREEN = Palette(
     gpu="#0072b2",
     cpu="#a85a00",
     published="#00755a",
+    fits="#d8efe6",
+    tight="#fff0c7",
+    oom="#f9dcd8",
     shades=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#999999", "#d0a800", "#c2452d"),
 )
 """The colours of Okabe and Ito (Color Universal Design, 2008), on white."""
@@ -129,7 +139,6 @@ REWRITTEN = (
     (r"\s*\n\s*", "\n"),
     (r'<g id="[^"]*"', "<g"),  # nothing refers to them
     (r"xlink:href", "href"),
-    (r"(\d\.\d\d)\d+", r"\1"),
     (r"font: (\d+px)[^;]*;", r"font-size: \1;"),
     (r" font-family:[^;]*;", ""),
     (r' transform="rotate\(-0 [^"]*"', ""),
@@ -148,17 +157,30 @@ def svg_of(chart: Chart) -> str:
     text = text[text.index(">", text.index("<svg")) + 1 :]
     for pattern, instead in REWRITTEN:
         text = re.sub(pattern, instead, text, flags=re.DOTALL)
+    text = re.sub(r"<[^>]*>", _rounded, text)
     text = re.sub(r' d="([^"]*)"', lambda path: f' d="{_shorter(path[1])}"', text)
     text = re.sub(r"<g>\n<use [^<]*(?:\n<use [^<]*)*\n</g>", _styled_once, text)
-    for number, identifier in enumerate(re.findall(r' id="([^"]+)"', text)):
-        text = re.sub(rf'( id="|href="#|url\(#){identifier}\b', rf"\g<1>{chart.name}{number}", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
+    found = re.findall(r'<[^>]* id="([^"]+)"', text)
+    names = {identifier: f"{chart.name}{number}" for number, identifier in enumerate(found)}
+    text = re.sub(r"<[^>]*>", lambda tag: _of_page(tag[0], names), text)
+    width = float(view.split()[2])
     return (
-        f'<svg class="chart" viewBox="{view}" role="img" aria-labelledby="{chart.name}-title {chart.name}-said">'
+        f'<svg class="chart" viewBox="{view}" style="--natural: {width:g}px" '
+        f'role="img" aria-labelledby="{chart.name}-title {chart.name}-said">'
         f'<title id="{chart.name}-title">{escape(chart.title)}</title>'
         f'<desc id="{chart.name}-said">{escape(chart.conclusion)}</desc>{text.strip()}'
     )
+
+
+def _rounded(tag: re.Match[str]) -> str:
+    """A tag whose numbers have two decimals at most."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
+
+
+def _of_page(tag: str, names: Mapping[str, str]) -> str:
+    """A tag with names that are the chart's alone, and the colours of the stylesheet; texts may be anybody's."""
+    tag = re.sub(r'( id="|href="#|url\(#)([^")]+)', lambda name: name[1] + names.get(name[2], name[2]), tag)
+    return re.sub(r"#0a00[0-9a-f]{2}", lambda colour: VARIABLES.get(colour[0], colour[0]), tag)
 
 
 NOTHING_ABOUT: Any = {"Date": None, "Creator": None, "Title": ""}
@@ -175,15 +197,25 @@ def picture_of(chart: Chart, kind: str) -> bytes:
     Raises:
         UsageError: it is another one.
     """
-    if kind not in FILE_FORMATS:
-        written = kind or "a file without a suffix"
-        raise UsageError(f"A chart cannot be written as {written}.", "Name a .png or .svg file.")
+    check_kind(kind)
     file = BytesIO()
     about = {**NOTHING_ABOUT, "Title": chart.title, "Description": chart.conclusion}
     metadata = about if kind == "svg" else {"Software": None}
     with drawing():
         chart.figure.savefig(file, format=kind, metadata=metadata, dpi=DOTS_PER_INCH_OF_A_PICTURE)
     return file.getvalue()
+
+
+def check_kind(kind: str) -> str:
+    """The kind of file, where charts can be written so.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if kind not in FILE_FORMATS:
+        written = kind or "a file without a suffix"
+        raise UsageError(f"A chart cannot be written as {written}.", "Name a .png or .svg file.")
+    return kind
 
 
 def _shorter(path: str) -> str:

@@ -12,7 +12,7 @@ from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawin
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     Document = dict[str, Any]
 
@@ -25,6 +25,8 @@ HATCHES = {
     "temporary": (4, "---"),
     "allocator": (5, "||"),
     "context": (6, "-\\"),
+    "workspace": (6, "///"),
+    "the rest": (5, ""),
 }
 """Kind of memory -> which of the shades its area has, and which hatch; others look as temporary ones do."""
 
@@ -52,6 +54,12 @@ def swatch_of(kind: str) -> tuple[str, str]:
     """How a legend shows a kind of memory: the shade in the stylesheet, and the lines in a square of 12 x 12."""
     shade, hatch = HATCHES.get(kind, HATCHES["temporary"])
     return f"var(--shade-{shade + 1})", "".join(STROKES_BY_HATCH[one] for one in dict.fromkeys(hatch))
+
+
+def legend_of(kinds: Iterable[str]) -> list[str]:
+    """The kinds that look different, in the order in which they are drawn; others look as temporary ones do."""
+    there = set(kinds)
+    return [kind for kind in HATCHES if kind in there or (kind == "temporary" and there - HATCHES.keys())]
 
 
 def breakdown(
@@ -86,6 +94,7 @@ def breakdown(
                 height=0.5,
             )
         if usable_bytes is not None:
+            axes.axvline(usable_bytes / GIB, color=palette.paper, linewidth=4)  # seen on bars of any colour
             axes.axvline(usable_bytes / GIB, color=palette.ink, linewidth=1.5, dashes=(4, 3))
         axes.set(xlim=(0, most * 1.02 or 1.0), ylim=(-0.5, 0.5))
         axes.set_yticks([])
@@ -95,8 +104,13 @@ def breakdown(
         return Chart("breakdown", "What the memory is made of at the peak", _said(parts, peak, usable_bytes), figure)
 
 
+def named(kind: str) -> str:
+    """A kind of memory in words."""
+    return kind.replace("_", " ")
+
+
 def _said(parts: Sequence[tuple[str, int]], peak: int, usable_bytes: int | None) -> str:
-    listed = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(num)}" for kind, num in parts)
+    listed = ", ".join(f"{named(kind)} {format_bytes(num)}" for kind, num in parts)
     against = "" if usable_bytes is None else f" of {format_bytes(usable_bytes)} usable"
     return f"{format_bytes(peak)}{against}: {listed}."
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     Document = Mapping[str, Any]
 
-HEIGHT = 300
-LETTER = 5.6
+HEIGHT = 280
+LETTER = 6.2
 """Pixels that a letter of the smallest text takes, about."""
 FAR = 2.5
 """Times as high as the peak: a capacity beyond this is not drawn, as nothing would be seen of the rest."""
@@ -46,7 +46,7 @@ def timeline(
     top = max(peak, drawn_line or 0, *(one["peak_allocated_bytes"] for one in measured)) * 1.12 / GIB
     with drawing():
         figure = canvas(WIDTH, HEIGHT)
-        axes = figure.add_axes((0.08, 0.2, 0.9, 0.7))
+        axes = figure.add_axes((0.08, 0.1, 0.9, 0.79))
         axes.set(xlim=(points[0][0], points[-1][0]), ylim=(0, top))
         _areas(axes, profile, palette)
         if drawn_line is not None:

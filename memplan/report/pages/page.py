@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from memplan.report.charts.drawing import Chart, svg_of
-from memplan.report.charts.plans import swatch_of
+from memplan.report.charts.plans import legend_of, swatch_of
 from memplan.report.layout import plural
 from memplan.units import format_bytes, format_seconds
 
@@ -53,8 +54,8 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(bytes=format_bytes, seconds=format_seconds, svg=_svg, **(filters or {}))
-    environment.globals.update(plural=plural, swatch_of=swatch_of)
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, svg=_svg, flags=_flags, **(filters or {}))
+    environment.globals.update(plural=plural, swatch_of=swatch_of, legend_of=legend_of)
     page = environment.get_template(template).render(
         document=document,
         json=Markup(embedded(document)),
@@ -72,6 +73,12 @@ def _source(name: str) -> str:
 
 def _svg(chart: Chart) -> Markup:
     return Markup(svg_of(chart))
+
+
+def _flags(text: str) -> Markup:
+    """Options of a command line, each with its value; a line breaks between them, not within."""
+    flags = re.split(r" (?=--)", text)
+    return Markup(" ").join(Markup('<span class="flag">{}</span>').format(flag) for flag in flags)
 
 
 def digest(code: str) -> str:

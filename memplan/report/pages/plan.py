@@ -11,11 +11,14 @@ from memplan.report import accuracy
 from memplan.report.charts import plans as charts
 from memplan.report.charts.accuracy import errors_of
 from memplan.report.charts.drawing import PAGE, Chart
+from memplan.report.charts.named import parts_of, phases_of
 from memplan.report.charts.timeline import timeline
+from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
 from memplan.report.plan import kept_words, margin_words, roomier, time_words, trainer_line
 from memplan.report.text import calibration_words, choices, equation, exactly, signed, signed_seconds, split_of, vouched
 from memplan.report.trainer_code import trainer_code
+from memplan.report.what_if import controls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,8 +33,6 @@ FILTERS = {
     "percent": accuracy.percent,
 }
 
-SMALL = 0.01
-"""Kinds below this share of the peak are told together."""
 MOST_LIVE = 12
 """Rows of the table of what is alive at the peak."""
 
@@ -43,7 +44,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
     parts = parts_of(document["ledger"])
     usable = plan["gpu"]["usable_bytes"]
     live = sorted((row for row in document["ledger"] if row["bytes_at_peak"]), key=lambda row: -row["bytes_at_peak"])
-    errors, marks = errors_of(document["accuracy"])
+    errors, marks = errors_of(document["accuracy"]) if document["accuracy"] else (None, [])
     return render(
         "plan.html.jinja",
         document=document,
@@ -66,9 +67,9 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         trainer=trainer_code(plan) or trainer_line(plan),
         runners=roomier(plan),
         parts=parts,
-        breakdown=charts.breakdown(parts, usable, shown["upper_bound_bytes"], PAGE),
+        breakdown=charts.breakdown(parts, usable, shown["upper_bound_bytes"], PAGE) if parts else None,
         profile=document["profile"],
-        timeline=_timeline(document["profile"], usable, document["measured"]),
+        timeline=timeline_of(document["profile"], usable, document["measured"]),
         live=live[:MOST_LIVE],
         num_others=len(live) - MOST_LIVE,
         other_bytes=sum(row["bytes_at_peak"] for row in live[MOST_LIVE:]),
@@ -76,25 +77,19 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         marks=marks,
         words=accuracy,
         levers=charts.levers(plan["levers"], PAGE) if plan["levers"] else None,
+        **beside_values(document),
+        script="plan/what_if.js" if document["what_if"] else "",
+        what_if=None if document["what_if"] is None else controls(document["what_if"]),
     )
 
 
-def parts_of(ledger: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """(kind, bytes at the peak), the small ones together."""
-    by_kind: dict[str, int] = {}
-    for row in ledger:
-        by_kind[row["kind"]] = by_kind.get(row["kind"], 0) + row["bytes_at_peak"]
-    whole = sum(by_kind.values())
-    found = [(kind, num) for kind, num in by_kind.items() if num >= SMALL * whole]
-    rest = whole - sum(num for _, num in found)
-    return [*found, ("the rest", rest)] if rest else found
-
-
-def _timeline(profile: Mapping[str, Any] | None, usable_bytes: int, measured: Sequence[Document]) -> Chart | None:
+def timeline_of(
+    profile: Mapping[str, Any] | None, usable_bytes: int | None, measured: Sequence[Document] = ()
+) -> Chart | None:
+    """The chart of a profile document; None without one."""
     if profile is None:
         return None
-    phases = [{**phase, "step": phase["step"]} for record in measured for phase in record["phases"]]
-    return timeline(profile, usable_bytes, phases, PAGE)
+    return timeline(profile, usable_bytes, phases_of(measured), PAGE)
 
 
 def _trust(plan: Mapping[str, Any]) -> list[str]:

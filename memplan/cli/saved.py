@@ -1,0 +1,181 @@
+"""Answers that were written by `--json`, read again; and the plan of such a file with what its page shows beside it.
+
+What is in a file was written by anybody: its names are looked up as models are, a module that it names is not run, and
+what is missing or of another shape is a fault of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from memplan import api, studies
+from memplan.cli.command_line import command_line
+from memplan.cli.values import Options
+from memplan.errors import MemplanError
+from memplan.report.document import SCHEMA_VERSION, envelope, setup_document
+from memplan.report.pages.answers import MISFITS, PAGE_BY_KIND, damaged
+from memplan.report.study import study_document
+from memplan.specs.adapter import Lora
+from memplan.specs.choices import FIELD_BY_ARGUMENT, LORA_FIELD_BY_ARGUMENT, choices_of
+from memplan.specs.training import Setup
+from memplan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memplan.planner.study import Study
+
+    Document = dict[str, Any]
+
+LARGEST_FILE_BYTES = 64 * 2**20
+SAME = 1e-9
+"""Numbers this near to each other are the same, once written and read."""
+CHOSEN = ("micro_batch", "accumulation", "checkpointing")
+"""What a plan chooses where it was not given."""
+DEFAULTS: dict[str, Any] = {
+    **{name: getattr(Setup(), field) for name, field in FIELD_BY_ARGUMENT.items() if name not in {"seq_len", *CHOSEN}},
+    **{name: getattr(Lora(rank=1), field) for name, field in LORA_FIELD_BY_ARGUMENT.items() if name != "lora_rank"},
+    "gpus": 1,
+    "headroom": api.DEFAULT_HEADROOM_PERCENT,
+}
+"""What a command line need not say."""
+NAME_ONE = "Name an answer that was written by --json, or a model's config.json."
+WRITE_AGAIN = "Write one with memplan suggest ... --json --output FILE."
+
+
+def read_saved(path: str | None) -> Document | None:
+    """The answer in a .json file; None for everything else, such as a model's config.json.
+
+    Raises:
+        MemplanError: it is no JSON, an answer of a kind or a version that this memplan does not know, or too large.
+    """
+    if path is None or not path.endswith(".json") or not os.path.isfile(path):
+        return None
+    if os.path.getsize(path) > LARGEST_FILE_BYTES:
+        raise MemplanError(f"{path} is larger than {format_bytes(LARGEST_FILE_BYTES)}.", WRITE_AGAIN)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file, parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as fault:
+        reason = getattr(fault, "strerror", None) or str(fault)
+        raise MemplanError(f"{path} could not be read as JSON: {reason}.", NAME_ONE) from None
+    if not isinstance(found, dict) or "kind" not in found or "model_type" in found:
+        return None
+    _check(found, path)
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _check(document: Document, path: str) -> None:
+    kind, version = document["kind"], document.get("schema_version")
+    if not isinstance(kind, str) or (kind not in PAGE_BY_KIND and kind != "plan"):
+        raise MemplanError(f"{path} holds {kind!r:.40}, which is no answer of memplan.", WRITE_AGAIN)
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise MemplanError(
+            f"{path} has schema_version {version!r:.20}; this version of memplan reads {SCHEMA_VERSION}.",
+            "Write it again with this version, or read it with the one that wrote it.",
+        )
+
+
+def report_of_saved(plan: Document, path: str, notify: Callable[[str], None] | None) -> Document:
+    """The document of the page of a plan from a file: the plan as it is there, the rest worked out again.
+
+    Raises:
+        MemplanError: the file is not complete.
+    """
+    try:
+        shown = plan["best"] or plan["nearest"]
+        choices = {**choices_of(shown["setup"]), **_asked(plan, shown["setup"])}
+        if notify is not None:
+            notify(f"planning {path} again")
+        found, choices = _again(plan, shown, choices, notify)
+        command = command_line("suggest", _options(plan, choices))
+        if isinstance(found, str):
+            return study_document(None, plan, command, notes=[found])
+        difference = _difference(plan, shown, found)
+        notes = [difference] if difference else []
+        return study_document(found, plan, command, notes=notes)
+    except MISFITS as fault:
+        raise damaged(plan, path) from fault
+
+
+def _asked(plan: Document, setup: Document) -> Document:
+    """The batch and the budget, as the arguments of `memplan.api.suggest`."""
+    budget = plan["budget"]
+    return {
+        "target_batch": plan["target"]["global_batch_size"],
+        "gpus": setup["data_parallel_size"],
+        "headroom": budget["headroom_percent"],
+        **({"reserve": f"{budget['reserve_bytes']}B"} if budget["reserve_bytes"] else {}),
+        **({"confidence": plan["confidence"]} if budget["bound_ratio"] and plan["confidence"] else {}),
+    }
+
+
+def _again(
+    plan: Document, shown: Document, choices: Document, notify: Callable[[str], None] | None
+) -> tuple[Study | str, Document]:
+    """The plan as this version makes it, or why it cannot; and the choices that make it.
+
+    What a plan chooses is left free; where that leads elsewhere it was given, and is.
+    """
+    name, gpu = plan["model"]["name"], plan["gpu"]["name"]
+    free = {key: value for key, value in choices.items() if key not in CHOSEN}
+    if api.names_factory(name):
+        why = f"{name} is a module that a file names, and is not run for it, so only what the file says is shown."
+        return why, free
+    try:
+        model = api.find_trained(name, choices)
+        if isinstance(model, api.UserModule):
+            model = model._replace(notify=notify)
+        made = api.suggest(model, gpu=gpu, **free)
+        candidate = made.best or made.nearest
+        if candidate is None or setup_document(candidate.setup) != shown["setup"]:
+            free = choices
+            made = api.suggest(model, gpu=gpu, **choices)
+        return studies.study_of(made, model, notify=notify), free
+    except MemplanError as fault:
+        return _printable(f"Only what the file says is shown, as the plan could not be made again: {fault.cause}"), free
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would take for an order."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _difference(plan: Document, shown: Document, found: Study) -> str:
+    """What the file says otherwise than this version, with both numbers; empty where nothing."""
+    now = found.plan.best or found.plan.nearest
+    assert now is not None
+    pairs: tuple[tuple[str, Callable[[Any], str], float, float], ...] = (
+        ("a peak", format_bytes, shown["peak_process_bytes"], now.memory.peak_process_bytes),
+        ("a step", format_seconds, shown["step_time_s"], now.step_time.total_s),
+    )
+    said = [
+        f"{what} of {written(before)} where this one ({envelope('plan')['memplan_version']}) {written(after)}"
+        for what, written, before, after in pairs
+        if not math.isclose(before, after, rel_tol=SAME)
+    ]
+    if not said:
+        return ""
+    wrote = plan["memplan_version"]
+    return f"The memplan that wrote the plan ({wrote}) found {', '.join(said)}; the plan is shown as it is in the file."
+
+
+def _options(plan: Document, choices: Document) -> Options:
+    """The command line that asks for `choices`, without what is a default."""
+    fields = {name: _hashable(value) for name, value in choices.items()}
+    given = {name: value for name, value in fields.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    return Options(model=plan["model"]["name"], gpu=plan["gpu"]["name"], **given)
+
+
+def _hashable(value: Any) -> Any:
+    """Lists and mappings of JSON as options have them."""
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(value) if isinstance(value, list) else value
