@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from memplan.sequences.lengths import Lengths, Spans, at_the_end
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from memplan.datasets.layout import Record, Text
     from memplan.datasets.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def count(
     if first is None:
         raise UsageError("The data holds no records.", "Name a file with records.")
     layout = find_layout(first, field, prompt)
-    everything = _and(first, stream)
+    everything = chain((first,), stream)
     chosen = everything if sample is None else _drawn(everything, sample, seed)
     if known is not None:
         lengths = known
@@ -84,11 +84,6 @@ def count(
         lengths = _tokenised(chosen, layout, tokenizer, notify or (lambda _: None))
     used = layout.kind == "messages" and tokenizer is not None and tokenizer.template is not None
     return Counted(lengths, layout, used, sample is not None and lengths.num_samples == sample)
-
-
-def _and(first: Record, rest: Iterator[Record]) -> Iterator[Record]:
-    yield first
-    yield from rest
 
 
 def _drawn(records: Iterable[Record], num: int, seed: int) -> list[Record]:
@@ -105,8 +100,11 @@ def _drawn(records: Iterable[Record], num: int, seed: int) -> list[Record]:
 
 def _said(records: Iterable[Record], layout: Layout) -> Lengths:
     tokens, supervised = array("q"), array("q")
+    whole, part = layout.fields[0], layout.fields[-1]
     for record in records:
-        num, labelled = counted(record, layout)
+        num, labelled = record.get(whole), record.get(part)
+        if type(num) is not int or type(labelled) is not int or not 0 <= labelled <= num:
+            num, labelled = counted(record, layout)
         tokens.append(num)
         supervised.append(labelled)
     if len(layout.fields) == 1:

@@ -23,7 +23,7 @@ import numpy as np
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -70,23 +70,29 @@ def best_fit_decreasing(lengths: Lengths, capacity: int, *, group: int | None = 
         ValueError: a sequence is longer than a row.
     """
     there = _checked(lengths, capacity)
-    parts = [_best_fit(np.sort(some)[::-1].tolist(), capacity) for some in _groups(there, group)]
+    parts = [_best_fit(np.sort(some)[::-1], capacity) for some in _groups(there, group)]
     return Packing(capacity, _joined(parts), there.size)
 
 
-def _best_fit(longest_first: Iterable[int], capacity: int) -> Lengths:
-    """The rows of one group."""
-    rooms: list[int] = []  # the different rooms there are, ascending
-    rows: dict[int, int] = {}  # how many rows have that room
-    full = 0
-    for length in longest_first:
+def _best_fit(longest_first: Lengths, capacity: int) -> Lengths:
+    """The rows of one group.
+
+    Those of more than half a row have one each: none fits beside another, so none finds room.
+    """
+    alone = int(np.count_nonzero(2 * longest_first > capacity))
+    left, num = np.unique(capacity - longest_first[:alone], return_counts=True)
+    rows: dict[int, int] = dict(zip(left.tolist(), num.tolist(), strict=True))  # how many rows have that room
+    full = rows.pop(0, 0)
+    rooms = list(rows)  # the different rooms there are, ascending
+    for length in longest_first[alone:].tolist():
         at = bisect_left(rooms, length)
         room = capacity
         if at < len(rooms):
             room = rooms[at]
-            rows[room] -= 1
-            if not rows[room]:
+            if rows[room] == 1:
                 del rows[room], rooms[at]
+            else:
+                rows[room] -= 1
         room -= length
         if room in rows:
             rows[room] += 1
@@ -95,8 +101,8 @@ def _best_fit(longest_first: Iterable[int], capacity: int) -> Lengths:
             rows[room] = 1
         else:
             full += 1
-    held = [capacity] * full + [capacity - room for room, num in rows.items() for _ in range(num)]
-    return np.array(held, np.int64)
+    held = np.repeat(capacity - np.fromiter(rows, np.int64, len(rows)), np.fromiter(rows.values(), np.int64, len(rows)))
+    return np.concatenate([np.full(full, capacity, np.int64), held])
 
 
 def first_fit(
