@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from memplan.report.ansi import Line
+from memplan.report.contamination import needs_of
 from memplan.report.document import envelope
-from memplan.report.layout import bar, plural, wrap
+from memplan.report.layout import WIDTH, bar, plural, wrap
+from memplan.report.spread import cumulative, histogram
 from memplan.report.text import paragraph, table, title
 from memplan.sequences.analysis import STRATEGIES
+from memplan.sequences.batching import PADDING_FREE
 from memplan.units import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from memplan.sequences.analysis import Candidate
-    from memplan.sequences.packing import Packing
+    from memplan.sequences.batching import Batching
     from memplan.sequences.survey import Survey
 
     Document = dict[str, Any]
 
-BINS = 16
-BAR_CELLS = 40
+BAR_CELLS, LEAST_CELLS = 32, 8
+"""Of the bars of the histogram: as many as there is room for."""
+MANY = 10**7
+"""From here on a cell says millions."""
 
 SIDE_WORDS = {
     "right": "on the right: the first tokens stay",
@@ -32,16 +35,13 @@ SIDE_WORDS = {
     "drop": "not at all: longer sequences are left out",
 }
 
-NEEDS = {
-    "bfd": "sequences lie end to end, position_ids begin anew at each: needs flash attention (variable length); with "
-    "sdpa or eager they see each other (TRL warns)",
-    "bfd-split": "as bfd; the rest of a long sequence goes on in another row, without what came before it",
-    "wrapped": "sequences of a row see each other, and are cut where a row ends",
-    "first-fit": "position_ids begin anew at each: needs flash, flex, sdpa or eager as axolotl patches them; a row "
-    "holds micro-batch x maximum length, and its batch size is 1",
-    "ffd": "nobody's default: the best of these that a trainer could reach",
+WHOSE = {
+    "fixed": "every row as long as the maximum",
+    "longest": "as long as the longest row of the micro-batch, in random order",
+    "grouped": "the same, records of about the same length together (group_by_length)",
+    PADDING_FREE: "records end to end (TRL's padding_free; flash attention)",
 }
-"""What a way to pack asks of the attention, by the sources of TRL 1.16 and axolotl 0.19."""
+"""Ways to make batches without packing -> in words."""
 
 
 def lengths_document(survey: Survey) -> Document:
@@ -60,29 +60,14 @@ def lengths_document(survey: Survey) -> Document:
         "num_supervised_tokens": whole.num_supervised,
         "mean_length": whole.mean,
         "quantiles": [{"share": share, "num_tokens": value} for share, value in whole.quantiles.items()],
-        "histogram": histogram(survey),
+        "histogram": histogram(survey.lengths.tokens, [one.most for one in survey.candidates]),
+        "cumulative": cumulative(survey.lengths.tokens, [one.most for one in survey.candidates]),
         "truncation": survey.side,
         "micro_batch_size": survey.micro_batch,
         "global_batch_size": survey.target_batch,
         "candidates": [_candidate(one, survey) for one in survey.candidates],
+        "needs": needs_of(name for one in survey.candidates for name in one.packings),
     }
-
-
-def histogram(survey: Survey) -> list[Document]:
-    """Samples by length, in bins of the same width up to the longest, and how many are at most as long."""
-    tokens = survey.lengths.tokens
-    edges = np.unique(np.linspace(0, int(tokens.max()), BINS + 1).astype(np.int64))
-    counts, _ = np.histogram(tokens, bins=np.append(edges[:-1], edges[-1] + 1))
-    shares = np.cumsum(counts) / tokens.size
-    return [
-        {
-            "from": int(edges[n]),
-            "below": int(edges[n + 1]) + (n == len(counts) - 1),
-            "num": int(num),
-            "share": float(to),
-        }
-        for n, (num, to) in enumerate(zip(counts, shares, strict=True))
-    ]
 
 
 def _candidate(one: Candidate, survey: Survey) -> Document:
@@ -93,23 +78,27 @@ def _candidate(one: Candidate, survey: Survey) -> Document:
         "num_tokens_lost": cut.tokens_lost,
         "num_supervised_tokens_lost": cut.supervised_lost,
         "num_without_labels": cut.num_without,
-        "padding": [{"how": name, "slots": found.slots, "waste": found.waste} for name, found in one.paddings.items()],
-        "packing": [_packing(name, found, survey) for name, found in one.packings.items()],
+        "padding": [{"how": name, "num_slots": was.slots, "waste": was.waste} for name, was in one.paddings.items()],
+        "batching": [_batching(found, survey.target_batch) for found in survey.batchings(one)],
     }
 
 
-def _packing(name: str, found: Packing, survey: Survey) -> Document:
-    rows, target = found.num_rows, survey.target_batch
+def _batching(found: Batching, target: int | None) -> Document:
+    strategy = STRATEGIES.get(found.name)
     return {
-        "how": name,
-        "whose": STRATEGIES[name].who,
-        "needs": NEEDS[name],
-        "num_rows": rows,
-        "num_tokens": int(found.tokens.sum()),
+        "how": found.name,
+        "whose": WHOSE[found.name] if strategy is None else strategy.who,
+        "is_packed": strategy is not None,
+        "num_rows": found.num_rows,
+        "num_tokens": found.num_tokens,
+        "num_slots": found.num_slots,
         "efficiency": found.efficiency,
-        "samples_per_row": found.num_samples / rows if rows else 0.0,
-        "tokens_per_step": None if target is None or not rows else float(found.tokens.mean()) * target,
-        "steps_per_epoch": None if target is None else -(-rows // target),
+        "samples_per_row": found.samples_per_row,
+        "rows_per_micro_batch": found.rows_per_micro_batch,
+        "tokens_per_micro_batch": found.tokens_per_micro_batch,
+        "slots_per_micro_batch": found.slots_per_micro_batch,
+        "tokens_per_step": None if target is None else found.tokens_per_step(target),
+        "steps_per_epoch": None if target is None else found.steps_per_epoch(target),
     }
 
 
@@ -119,12 +108,12 @@ def _packing(name: str, found: Packing, survey: Survey) -> Document:
 def render_lengths(document: Document, *, quiet: bool = False) -> list[Line]:
     """The text of a lengths document; `quiet`: the table of candidates alone."""
     if quiet:
-        return [*list(_candidates(document))[1:], *_packed(document)]
+        return [*list(_candidates(document))[1:], *_batched(document)]
     return [
         *_asked(document),
         *_histogram(document),
         *_candidates(document),
-        *_packed(document),
+        *_batched(document),
         *_needs(document),
     ]
 
@@ -159,20 +148,29 @@ def _tokens(document: Document) -> str:
     return f"{text}, with an end-of-sequence token"
 
 
-def _histogram(document: Document) -> Iterator[Line]:
-    yield from title("Lengths")
+def histogram_rows(document: Document, cells: int = BAR_CELLS) -> list[tuple[str, str, str, str, str]]:
+    """Each bin: tokens, records, their share of the largest bin as a bar, share up to here, candidates in it."""
     most = max(one["num"] for one in document["histogram"])
-    rows = [("tokens", "records", "", "up to here")]
-    rows += [
+    first = document["histogram"][0]["over"]
+    return [
         (
-            f"{one['from']:,} to {one['below'] - 1:,}",
+            f"{one['over'] + (one['over'] > first):,} to {one['to']:,}",
             f"{one['num']:,}",
-            bar(one["num"] / most, BAR_CELLS).rstrip("░") if one["num"] else "",
+            bar(one["num"] / most, cells).rstrip("░") if one["num"] else "",
             f"{100 * one['share']:.1f} %",
+            ", ".join(f"{candidate:,}" for candidate in one["candidates"]),
         )
         for one in document["histogram"]
     ]
-    yield from table(rows, left=(0, 2))
+
+
+def _histogram(document: Document) -> Iterator[Line]:
+    yield from title("Lengths")
+    names = ("tokens", "records", "", "up to here", "maximum")
+    bare = [names, *histogram_rows(document, 0)]
+    taken = sum(max(len(row[n]) for row in bare) for n in range(len(names))) + 2 * len(names)
+    rows = histogram_rows(document, max(min(WIDTH - taken, BAR_CELLS), LEAST_CELLS))
+    yield from table([names, *rows], left=(0, 2, 4), shrink=4)
 
 
 def _percent(part: float, whole: float) -> str:
@@ -183,7 +181,7 @@ def _percent(part: float, whole: float) -> str:
 
 def _candidates(document: Document) -> Iterator[Line]:
     yield from title(f"Maximum length, and padding in batches of {document['micro_batch_size']:,}")
-    rows = [("max", "cut", "tokens lost", "labels lost", "no label", "fixed", "longest", "grouped")]
+    rows = [("max", "cut", "tokens", "labels", "no label", "fixed", "longest", "grouped")]
     for one in document["candidates"]:
         waste = {padding["how"]: f"{100 * padding['waste']:.1f} %" for padding in one["padding"]}
         rows.append(
@@ -200,35 +198,74 @@ def _candidates(document: Document) -> Iterator[Line]:
         )
     yield from table(rows, left=())
     legend = (
-        "cut: records that lose something; no label: records that have none left. Padding: every row to the maximum, "
-        "to the longest of its batch in random order, and grouped by length."
+        "cut: records that lose something; tokens, labels: what is lost of them; no label: records that have none "
+        "left. Padding: every row to the maximum, to the longest of its batch in random order, grouped by length."
     )
     yield from (Line(line, "faint") for line in wrap(legend, first="  "))
 
 
-def _packed(document: Document) -> Iterator[Line]:
-    if not any(one["packing"] for one in document["candidates"]):
-        return
-    yield from title("Packed")
+def batching_rows(document: Document, one: Document) -> list[tuple[str, ...]]:
+    """The ways to make batches at a maximum length, the names of the columns first."""
     stepped = document["global_batch_size"] is not None
-    rows = [("max", "how", "rows", "full", "samples/row", *(["steps/epoch", "tokens/step"] if stepped else []))]
+    rows = [("how", "rows", "a row", "full", "computed", "tokens", *(["a step", "steps"] if stepped else []))]
+    for found in one["batching"]:
+        row = (
+            found["how"],
+            f"{found['num_rows']:,}",
+            f"{found['samples_per_row']:.1f}",
+            f"{100 * found['efficiency']:.1f} %",
+            _short(found["slots_per_micro_batch"]),
+            _short(found["tokens_per_micro_batch"]),
+        )
+        steps = (_short(found["tokens_per_step"]), f"{found['steps_per_epoch']:,}") if stepped else ()
+        rows.append((*row, *steps))
+    return rows
+
+
+def _short(number: float) -> str:
+    """In full as long as a column has room for it."""
+    return f"{number:,.0f}" if number < MANY else format_count(round(number))
+
+
+def batching_legend(document: Document) -> str:
+    """What the columns of `batching_rows` are."""
+    text = (
+        "a row: samples in it; full: share of the room that is data; computed and tokens: of a micro-batch, with and "
+        "without padding"
+    )
+    if document["global_batch_size"] is None:
+        return f"{text}."
+    return f"{text}; a step: tokens of the data in an optimizer step; steps: of an epoch."
+
+
+def batching_heading(document: Document) -> str:
+    """Which batches."""
+    micro, target = document["micro_batch_size"], document["global_batch_size"]
+    return f"Micro-batches of {micro:,}" + ("" if target is None else f", steps of {target:,}")
+
+
+def _batched(document: Document) -> Iterator[Line]:
+    yield from title(batching_heading(document))
+    rows: list[tuple[str, ...]] = []
     for one in document["candidates"]:
-        for packing in one["packing"]:
-            row = [
-                f"{one['max_len']:,}",
-                packing["how"],
-                f"{packing['num_rows']:,}",
-                f"{100 * packing['efficiency']:.1f} %",
-                f"{packing['samples_per_row']:.1f}",
-            ]
-            if stepped:
-                row += [f"{packing['steps_per_epoch']:,}", f"{packing['tokens_per_step'] or 0:,.0f}"]
-            rows.append(tuple(row))
-    yield from table(rows, left=(1,))
+        names, *ways = batching_rows(document, one)
+        rows += [names] if not rows else []
+        rows.append((f"at {one['max_len']:,}", *[""] * (len(names) - 1)))
+        rows += ways
+    yield from table(rows)
+    yield from (Line(line, "faint") for line in wrap(batching_legend(document), first="  "))
 
 
 def _needs(document: Document) -> Iterator[Line]:
-    used = {packing["how"]: packing for one in document["candidates"] for packing in one["packing"]}
-    for name, packing in used.items():
-        text = f"{name} ({packing['whose']}): {packing['needs']}"
-        yield from (Line(line) for line in wrap(text, first="  ", rest="    "))
+    if not document["needs"]:
+        return
+    yield from title("What keeps the samples of a packed row apart")
+    for need in document["needs"]:
+        for line in wrap(need_words(need), first="  ", rest="    "):
+            yield Line(line)
+
+
+def need_words(need: Document) -> str:
+    """A way to pack in a few sentences."""
+    name = ": ".join(part for part in (need["how"], f"{need['trainer']} {need['setting']}".strip()) if part)
+    return f"{name}. {need['says']} Longer samples: {need['overflow']}."

@@ -55,7 +55,8 @@ def longest(tokens: Integers, micro_batch: int) -> Padding:
     whole, rest = divmod(int(ordered.size), micro_batch)
     slots = whole * micro_batch * expected_longest(ordered, micro_batch) if whole else 0.0
     slots += rest * expected_longest(ordered, rest) if rest else 0.0
-    return Padding(float(slots), int(tokens.sum()))
+    held = int(tokens.sum())
+    return Padding(max(float(slots), float(held)), held)  # rounding takes nothing away from what is there
 
 
 def expected_longest(ordered: Integers, num: int) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.sequences.batching import batchings
 from memplan.specs.tabular import Tabular
 from memplan.specs.values import dataclass
 
 if TYPE_CHECKING:
     from memplan.sequences.analysis import Candidate, Summary
+    from memplan.sequences.batching import Batching
     from memplan.sequences.lengths import Lengths
 
 
@@ -34,7 +36,7 @@ class Survey(Tabular):
     side: str
     """Where longer sequences are cut."""
     micro_batch: int
-    """Rows of a padded batch."""
+    """Rows of a micro-batch."""
     target_batch: int | None
     """Rows of an optimizer step; None: no steps are told."""
     candidates: tuple[Candidate, ...]
@@ -55,7 +57,21 @@ class Survey(Tabular):
         }
         for name, packing in one.packings.items():
             row |= {f"rows_{name}": packing.num_rows, f"efficiency_{name}": packing.efficiency}
+        for found in self.batchings(one):
+            row |= {
+                f"tokens_per_micro_batch_{found.name}": found.tokens_per_micro_batch,
+                f"slots_per_micro_batch_{found.name}": found.slots_per_micro_batch,
+            }
+            if self.target_batch is not None:
+                row |= {
+                    f"tokens_per_step_{found.name}": found.tokens_per_step(self.target_batch),
+                    f"steps_per_epoch_{found.name}": found.steps_per_epoch(self.target_batch),
+                }
         return row
+
+    def batchings(self, one: Candidate) -> tuple[Batching, ...]:
+        """The ways to make micro-batches at one of the candidates: padded, padding-free and packed."""
+        return tuple(batchings(one, self.micro_batch))
 
 
 def share(part: float, whole: float) -> float:

@@ -9,6 +9,7 @@ import pytest
 
 from memplan.sequences import packing, padding
 from memplan.sequences.analysis import STRATEGIES, candidate, split, summary
+from memplan.sequences.batching import batchings
 from memplan.sequences.lengths import Lengths, Spans, at_the_end
 from memplan.sequences.truncation import SIDES, truncate
 
@@ -84,6 +85,7 @@ def test_padding_by_hand() -> None:
     assert padding.fixed(tokens, 10) == (40, 16)
     assert padding.fixed(tokens, 10).waste == pytest.approx(0.6)
     assert padding.longest(tokens, 1).waste == 0
+    assert all(0 <= padding.longest(array(*[7] * num), 1).waste < 1e-12 for num in range(1, 50))
     assert padding.longest(tokens, 4).slots == 40
 
 
@@ -207,7 +209,7 @@ def test_a_candidate_by_hand() -> None:
         "bfd": (3, 10),
         "bfd-split": (3, 11),
         "wrapped": (3, 11),
-        "first-fit": (3, 10),
+        "first-fit": (2, 10),  # of rows of 2 x 4: 4, 2 and 1; 3
         "ffd": (3, 10),
     }
 
@@ -218,3 +220,57 @@ def test_a_summary_by_hand() -> None:
     assert (found.quantiles[0.0], found.quantiles[0.5], found.quantiles[0.75], found.quantiles[1.0]) == (1, 2, 3, 4)
     with pytest.raises(ValueError, match="no lengths"):
         summary(Lengths(array()))
+
+
+# -- micro-batches and steps -------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_by_hand() -> None:
+    """Lengths 5, 2, 3, 1, 0 at a maximum of 4, two rows a micro-batch, steps of 4 rows."""
+    one = candidate(Lengths(array(5, 2, 3, 1, 0)), 4, micro_batch=2, strategies=tuple(STRATEGIES))
+    ways = {found.name: found for found in batchings(one, 2)}
+    assert list(ways) == ["fixed", "longest", "grouped", "padding-free", *STRATEGIES]
+    fixed, free, bfd, joined = (ways[name] for name in ("fixed", "padding-free", "bfd", "first-fit"))
+    assert (fixed.num_rows, fixed.num_tokens, fixed.num_slots, fixed.efficiency) == (4, 10, 16, 10 / 16)
+    assert (fixed.slots_per_micro_batch, fixed.tokens_per_micro_batch, fixed.tokens_per_step(4)) == (8, 5, 10)
+    assert (free.num_slots, free.efficiency, free.steps_per_epoch(4)) == (10, 1, 1)
+    assert (bfd.num_rows, bfd.num_slots, bfd.room) == (3, 10, 12)
+    assert bfd.samples_per_row == pytest.approx(4 / 3)
+    assert bfd.tokens_per_step(4) == pytest.approx(10 / 3 * 4)
+    assert [bfd.steps_per_epoch(target) for target in (2, 4)] == [2, 1]
+    assert (joined.num_rows, joined.num_slots, joined.efficiency) == (2, 16, 10 / 16)
+    assert (joined.tokens_per_micro_batch, joined.tokens_per_step(2), joined.steps_per_epoch(2)) == (5, 5, 2)
+
+
+def test_no_samples_make_no_batches() -> None:
+    one = candidate(Lengths(array(9)), 4, side="drop", strategies=("bfd", "first-fit", "ffd"))
+    for found in batchings(one, 1):
+        assert (found.num_rows, found.tokens_per_micro_batch, found.steps_per_epoch(8)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_positions_keep_samples_apart_where_no_cache_is_used(attention: str) -> None:
+    """What `memplan.report.contamination` says of transformers: a packed row gives what its samples give alone."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        attn_implementation=attention,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    first, second = torch.randint(0, 64, (1, 5)), torch.randint(0, 64, (1, 7))
+    row = torch.cat([first, second], 1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    alone = model(second, use_cache=False).logits
+    packed = model(row, position_ids=positions, use_cache=False).logits[:, 5:]
+    cached = model(row, position_ids=positions, use_cache=True).logits[:, 5:]
+    masked = model(row, torch.ones_like(row), position_ids=positions, use_cache=False).logits[:, 5:]
+    torch.testing.assert_close(packed, alone)
+    assert (cached - alone).abs().max() > 1e-3
+    assert (masked - alone).abs().max() > 1e-3
