@@ -9,7 +9,7 @@ from memplan.report.contamination import needs_of
 from memplan.report.document import envelope
 from memplan.report.layout import WIDTH, bar, plural, wrap
 from memplan.report.spread import cumulative, histogram
-from memplan.report.text import paragraph, table, title
+from memplan.report.text import paragraphs, table, title
 from memplan.sequences.analysis import STRATEGIES
 from memplan.sequences.batching import PADDING_FREE
 from memplan.units import format_count
@@ -110,7 +110,7 @@ def render_lengths(document: Document, *, quiet: bool = False) -> list[Line]:
     if quiet:
         return [*list(_candidates(document))[1:], *_batched(document)]
     return [
-        *_asked(document),
+        *paragraphs(facts_of(document)),
         *_histogram(document),
         *_candidates(document),
         *_batched(document),
@@ -118,20 +118,21 @@ def render_lengths(document: Document, *, quiet: bool = False) -> list[Line]:
     ]
 
 
-def _asked(document: Document) -> Iterator[Line]:
+def facts_of(document: Document) -> Iterator[tuple[str, str]]:
+    """What was counted, and how it is spread, as labels and texts."""
     files = "" if document["num_files"] == 1 else f", {plural(document['num_files'], 'file')}"
     fields = ", ".join(document["layout"]["fields"])
     some = ", drawn at random" if document["is_sample"] else ""
     records = plural(document["num_samples"], "record")
-    yield from paragraph("data", f"{document['data']}{files}: {records}{some}, {document['layout']['kind']} ({fields})")
-    yield from paragraph("tokens", _tokens(document))
+    yield "data", f"{document['data']}{files}: {records}{some}, {document['layout']['kind']} ({fields})"
+    yield "tokens", _tokens(document)
     by_share = {one["share"]: one["num_tokens"] for one in document["quantiles"]}
-    yield from paragraph(
+    yield (
         "lengths",
         f"{document['mean_length']:,.0f} on average, half up to {by_share[0.5]:,}, 90 % up to {by_share[0.9]:,}, "
         f"99 % up to {by_share[0.99]:,}, the longest {by_share[1.0]:,}",
     )
-    yield from paragraph("cut", SIDE_WORDS[document["truncation"]])
+    yield "cut", SIDE_WORDS[document["truncation"]]
 
 
 def _tokens(document: Document) -> str:
@@ -173,35 +174,47 @@ def _histogram(document: Document) -> Iterator[Line]:
     yield from table([names, *rows], left=(0, 2, 4), shrink=4)
 
 
-def _percent(part: float, whole: float) -> str:
+def percent(part: float, whole: float) -> str:
     """A share; something is never shown as nothing."""
     value = 100 * part / whole if whole else 0.0
     return "<0.1 %" if 0 < value < 0.05 else f"{value:.1f} %"
 
 
-def _candidates(document: Document) -> Iterator[Line]:
-    yield from title(f"Maximum length, and padding in batches of {document['micro_batch_size']:,}")
-    rows = [("max", "cut", "tokens", "labels", "no label", "fixed", "longest", "grouped")]
+CANDIDATES_LEGEND = (
+    "cut: records that lose something; tokens, labels: what is lost of them; no label: records that have none left. "
+    "Padding: every row to the maximum, to the longest of its batch in random order, grouped by length."
+)
+
+
+def candidates_heading(document: Document) -> str:
+    """What the table of candidates is about."""
+    return f"Maximum length, and padding in batches of {document['micro_batch_size']:,}"
+
+
+def candidate_rows(document: Document) -> list[tuple[str, ...]]:
+    """What each candidate loses and pads, the names of the columns first."""
+    rows: list[tuple[str, ...]] = [("max", "cut", "tokens", "labels", "no label", "fixed", "longest", "grouped")]
     for one in document["candidates"]:
         waste = {padding["how"]: f"{100 * padding['waste']:.1f} %" for padding in one["padding"]}
         rows.append(
             (
                 f"{one['max_len']:,}",
-                _percent(one["num_truncated"], document["num_samples"]),
-                _percent(one["num_tokens_lost"], document["num_tokens"]),
-                _percent(one["num_supervised_tokens_lost"], document["num_supervised_tokens"]),
+                percent(one["num_truncated"], document["num_samples"]),
+                percent(one["num_tokens_lost"], document["num_tokens"]),
+                percent(one["num_supervised_tokens_lost"], document["num_supervised_tokens"]),
                 f"{one['num_without_labels']:,}",
                 waste["fixed"],
                 waste["longest"],
                 waste["grouped"],
             )
         )
-    yield from table(rows, left=())
-    legend = (
-        "cut: records that lose something; tokens, labels: what is lost of them; no label: records that have none "
-        "left. Padding: every row to the maximum, to the longest of its batch in random order, grouped by length."
-    )
-    yield from (Line(line, "faint") for line in wrap(legend, first="  "))
+    return rows
+
+
+def _candidates(document: Document) -> Iterator[Line]:
+    yield from title(candidates_heading(document))
+    yield from table(candidate_rows(document), left=())
+    yield from (Line(line, "faint") for line in wrap(CANDIDATES_LEGEND, first="  "))
 
 
 def batching_rows(document: Document, one: Document) -> list[tuple[str, ...]]:
@@ -256,10 +269,13 @@ def _batched(document: Document) -> Iterator[Line]:
     yield from (Line(line, "faint") for line in wrap(batching_legend(document), first="  "))
 
 
+NEEDS_HEADING = "What keeps the samples of a packed row apart"
+
+
 def _needs(document: Document) -> Iterator[Line]:
     if not document["needs"]:
         return
-    yield from title("What keeps the samples of a packed row apart")
+    yield from title(NEEDS_HEADING)
     for need in document["needs"]:
         for line in wrap(need_words(need), first="  ", rest="    "):
             yield Line(line)

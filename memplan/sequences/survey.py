@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.sequences.batching import batchings
+from memplan.specs.pictured import PicturedLengths
 from memplan.specs.tabular import Tabular
 from memplan.specs.values import dataclass
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey(Tabular):
+class Survey(Tabular, PicturedLengths):
     """A data set, and candidates for its maximum length."""
 
     data: str

@@ -16,6 +16,7 @@ import memplan
 from memplan.report.layout import WIDTH
 from memplan.report.spread import cumulative, histogram
 from tests.cli.test_documents import read_schema, refuse, unlisted
+from tests.support.html import Page, faults_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -233,6 +234,43 @@ def test_the_largest_numbers_fit_80_columns(run, tmp_path: Path) -> None:
     assert ran.status == 0
     assert max(map(len, ran.out.splitlines())) <= WIDTH
     assert ".." not in ran.out
+
+
+def test_the_page_shows_the_document_with_its_numbers_in_tables(run, counts: str, tmp_path: Path) -> None:
+    command = f"lengths {counts} --max-len 1024,2048 --micro-batch 2 --target-batch 4 --packing bfd,first-fit"
+    ran = run(f"{command} --format html")
+    page = Page(ran.out)
+    assert faults_of(page) == []
+    assert page.document == document_of(run, command)
+    assert run(f"{command} --format html -o page.html").status == 0
+    assert (tmp_path / "page.html").read_text() == ran.out
+    assert "A maximum of 2,048 cuts no record." in page.text("p")
+    assert "1,024 cuts 50.0 % of the records, and 61.5 % of the tokens with a label are lost." in page.text("p")
+    assert "Share that a maximum leaves whole: 1,024: 50.0 %, 2,048: 100.0 %." in page.text("desc")
+    assert "1,024" in page.text("text")
+    for cell in ("padding-free", "first-fit", "50.0 %"):
+        assert cell in page.text("td")
+    run(f"{command} --json -o saved.json")
+    assert run("report saved.json -o again.html").status == 0
+    assert (tmp_path / "again.html").read_text() == ran.out
+
+
+def test_a_page_where_everything_is_cut_or_is_a_sample(run, counts: str) -> None:
+    page = Page(run(f"lengths {counts} --max-len 64,65,66,67 --sample 3 --format html").out)
+    assert faults_of(page) == []
+    assert "Every candidate cuts records." in page.text("p")
+    assert "That is of a sample." in page.text("p")
+
+
+def test_pictures_of_the_library(counts: str) -> None:
+    found = memplan.lengths(counts, max_len=(1024, 2048))
+    figure = found.plot()
+    assert "1,024" in [text.get_text() for text in figure.axes[0].texts]
+    bars = [patch.get_height() for patch in figure.axes[0].patches]
+    assert bars == [one["num"] for one in histogram(found.lengths.tokens, ())]
+    shown = found._repr_html_()
+    assert "counts.jsonl: 4 records, 4,300 tokens" in shown
+    assert "50.0 %" in shown
 
 
 # -- histogram and curve -----------------------------------------------------------------------------------------------
