@@ -55,8 +55,8 @@ def lengths(
         field: The field with the text, the chat or the completion; None: to be found.
         prompt_field: That of the prompt.
         truncation: Where longer sequences are cut: right, left, middle or drop.
-        micro_batch: Rows of a padded batch.
-        target_batch: Rows of an optimizer step.
+        micro_batch: Rows of a micro-batch.
+        target_batch: Rows of an optimizer step, some micro-batches; None: no steps are told.
         packing: Names of `memplan.sequences.analysis.STRATEGIES`.
         sample: Count so many records alone, drawn at random.
         notify: Is told what is being done.
@@ -66,13 +66,13 @@ def lengths(
         MemplanError: the data or the tokenizer cannot be read.
     """
     _check(truncation, packing)
+    rows, target = _batches(micro_batch, target_batch)
     sources = find_sources(os.fspath(data))
     found = _counted(sources, tokenizer, field, prompt_field, sample, notify or (lambda _: None))
     if not found.lengths.num_tokens:
         raise UsageError("The data holds no tokens.", "Name a file with text, or with num_tokens above 0.")
     whole = summary(found.lengths)
     candidates = [as_count("max_len", one) for one in (usual(whole) if max_len is None else max_len)]
-    rows = as_count("micro_batch", micro_batch)
     return Survey(
         data=os.fspath(data),
         num_files=len(sources),
@@ -85,7 +85,7 @@ def lengths(
         summary=whole,
         side=truncation,
         micro_batch=rows,
-        target_batch=None if target_batch is None else as_count("target_batch", target_batch),
+        target_batch=target,
         candidates=tuple(
             candidate(found.lengths, one, side=truncation, micro_batch=rows, strategies=tuple(packing))
             for one in sorted(set(candidates))
@@ -99,6 +99,20 @@ def _check(truncation: str, packing: Sequence[str]) -> None:
             raise UsageError(
                 f"{name!r} is not known.", did_you_mean(name, list(known), otherwise=f"Known: {', '.join(known)}.")
             )
+
+
+def _batches(micro_batch: int, target_batch: int | None) -> tuple[int, int | None]:
+    """Rows of a micro-batch and of a step, which is some micro-batches."""
+    rows = as_count("micro_batch", micro_batch)
+    if target_batch is None:
+        return rows, None
+    target = as_count("target_batch", target_batch)
+    if target % rows:
+        raise UsageError(
+            f"A batch of {target:,} is not made of micro-batches of {rows:,}.",
+            f"Give one that can be divided by {rows:,}: {max(target // rows, 1) * rows:,}, for example.",
+        )
+    return rows, target
 
 
 def usual(whole: Summary) -> list[int]:

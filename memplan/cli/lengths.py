@@ -37,7 +37,7 @@ ROWS = (
     Row(("--sample",), DATA, "Count so many records alone, drawn at random.", read_count, "N"),
     Row(("--max-len",), CHOSEN, "Candidates (powers of two from the median on).", read_axis, "RANGE"),
     Row(("--truncation",), CHOSEN, "Where longer ones are cut (right).", one_of(SIDES), "|".join(SIDES), SIDES),
-    Row(("--micro-batch",), CHOSEN, "Rows of a padded batch (1).", read_count, "N"),
+    Row(("--micro-batch",), CHOSEN, "Rows of a micro-batch (1).", read_count, "N"),
     Row(("--target-batch",), CHOSEN, "Rows of an optimizer step, to count the steps of an epoch.", read_count, "N"),
     Row(("--packing",), CHOSEN, f"Of {', '.join(STRATEGIES)} (bfd).", _read_strategies, "NAMES"),
     *OUTPUT_ROWS,

@@ -104,7 +104,7 @@ def _said(records: Iterable[Record], layout: Layout) -> Lengths:
     for record in records:
         num, labelled = record.get(whole), record.get(part)
         if type(num) is not int or type(labelled) is not int or not 0 <= labelled <= num:
-            num, labelled = counted(record, layout)
+            num, labelled = counted(record, layout, len(tokens) + 1)
         tokens.append(num)
         supervised.append(labelled)
     if len(layout.fields) == 1:
