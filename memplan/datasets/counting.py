@@ -77,7 +77,7 @@ def count(
     if known is not None:
         lengths = known
     elif layout.kind == "counts":
-        lengths = _said(chosen, layout)
+        lengths = _said(chosen, layout, numbered=sample is None)
     elif tokenizer is None:
         raise MemplanError("The records hold text, and no tokenizer is named.", "Say --tokenizer FOLDER.")
     else:
@@ -98,13 +98,14 @@ def _drawn(records: Iterable[Record], num: int, seed: int) -> list[Record]:
     return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
 
 
-def _said(records: Iterable[Record], layout: Layout) -> Lengths:
+def _said(records: Iterable[Record], layout: Layout, *, numbered: bool) -> Lengths:
+    """Counts as they are said; `numbered`: whether these are all records, so that a fault can say which one it is."""
     tokens, supervised = array("q"), array("q")
     whole, part = layout.fields[0], layout.fields[-1]
     for record in records:
         num, labelled = record.get(whole), record.get(part)
         if type(num) is not int or type(labelled) is not int or not 0 <= labelled <= num:
-            num, labelled = counted(record, layout, len(tokens) + 1)
+            num, labelled = counted(record, layout, f"Record {len(tokens) + 1:,}" if numbered else "A record")
         tokens.append(num)
         supervised.append(labelled)
     if len(layout.fields) == 1:

@@ -36,6 +36,9 @@ AXOLOTL_GROUP = 100_000
 AXOLOTL_MOST = 200
 """``sample_packing_bin_size``: samples in a row, at most."""
 
+MOST_WORK = 1000
+"""Rows that are looked at for each sequence, up to which packing runs of one length is faster."""
+
 
 class Packing(NamedTuple):
     """Rows, one an element."""
@@ -125,8 +128,35 @@ def first_fit(
 
 
 def first_fit_decreasing(lengths: Lengths, capacity: int) -> Packing:
-    """The same of all together, the longest first, with any number in a row."""
-    return first_fit(np.sort(lengths)[::-1], capacity, group=None, most=None)
+    """The same of all together, the longest first, with any number in a row.
+
+    Sequences of one length are packed at once where that is less work than one after the other: each row that has
+    room takes as many as fit, in the order of the rows, and the rest fills new ones.
+    """
+    there = _checked(lengths, capacity)
+    longest_first, num = (found[::-1] for found in np.unique(there, return_counts=True))
+    fewest = max(-(-int(there.sum()) // capacity), int((2 * there > capacity).sum()))
+    if longest_first.size * fewest > MOST_WORK * there.size:
+        return first_fit(np.sort(there)[::-1], capacity, group=None, most=None)
+    return Packing(capacity, capacity - _rooms_of_runs(longest_first, num, capacity), there.size)
+
+
+def _rooms_of_runs(longest_first: Lengths, num: Lengths, capacity: int) -> Lengths:
+    """The room that is left in each row, after `num` sequences of each length."""
+    rooms = np.zeros(int(num.sum()), np.int64)  # of the rows that are open, and of those that may follow
+    rows = 0
+    for length, all_of_it in zip(longest_first.tolist(), num.tolist(), strict=True):
+        with_room = np.flatnonzero(rooms[:rows] >= length)[:all_of_it]
+        fits = np.minimum(np.cumsum(rooms[with_room] // length), all_of_it)  # up to and with each row
+        rooms[with_room] -= length * np.diff(fits, prepend=0)
+        left = all_of_it - (int(fits[-1]) if fits.size else 0)
+        per_row = capacity // length
+        new = -(-left // per_row)
+        rooms[rows : rows + new] = capacity - per_row * length
+        if new:
+            rooms[rows + new - 1] = capacity - (left - (new - 1) * per_row) * length
+        rows += new
+    return rooms[:rows]
 
 
 def _first_fit(lengths: list[int], capacity: int, most: int) -> Lengths:

@@ -165,6 +165,23 @@ def test_packing_against_the_definitions(seed: int) -> None:
     assert rows(packing.first_fit_decreasing(lengths, capacity)) == decreasing
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_of_one_length_are_packed_as_one_after_the_other(seed: int) -> None:
+    """Few different lengths and many of each, up to rows that take dozens."""
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(5, 400))
+    lengths = rng.choice(rng.integers(1, capacity + 1, 6), 600)
+    alone = packing.first_fit(np.sort(lengths)[::-1], capacity, group=None, most=None)
+    assert packing.first_fit_decreasing(lengths, capacity).tokens.tolist() == alone.tokens.tolist()
+
+
+def test_many_different_lengths_are_packed_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(1, 10**6, 300)
+    as_runs = packing.first_fit_decreasing(lengths, 10**6)
+    monkeypatch.setattr(packing, "MOST_WORK", 0)
+    assert packing.first_fit_decreasing(lengths, 10**6).tokens.tolist() == as_runs.tokens.tolist()
+
+
 def test_the_example_of_trl() -> None:
     """pack_dataset's own: lengths 5, 2, 3, 1 in rows of 4; the one of 5 cut to 4, or split into 4 and 1."""
     assert rows(packing.best_fit_decreasing(array(4, 2, 3, 1), 4)) == [2, 4, 4]
