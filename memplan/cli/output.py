@@ -61,7 +61,9 @@ def write_answer(
         from memplan.report.pages.answers import page_of
 
         text = page_of(dict(document)) if page is None else page()
-        text = text if to_file is not None else declared(text, getattr(sys.stdout, "encoding", None) or "utf-8")
+        if to_file is None:
+            write_page(text)
+            return
     else:
         text = join(lines(), colour=to_file is None and wants_colour(sys.stdout, os.environ))
     if to_file is None:
@@ -119,6 +121,29 @@ def write_stderr(text: str) -> None:
         sys.stderr.flush()
     except OSError:
         _forget(sys.stderr)
+
+
+def write_page(page: str | bytes) -> None:
+    """A page or a picture on stdout.
+
+    Raises:
+        MemplanError: it cannot be written.
+    """
+    if sys.stdout is None:
+        raise MemplanError("There is no stdout to write the answer to.", "Write it to a file, with --output FILE.")
+    if isinstance(page, str):
+        write_stdout(declared(page, getattr(sys.stdout, "encoding", None) or "utf-8"))
+        return
+    try:
+        sys.stdout.buffer.write(page)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        _forget(sys.stdout)
+    except OSError as fault:
+        _forget(sys.stdout)
+        raise MemplanError(
+            f"The answer could not be written to stdout: {fault.strerror}.", "Write it elsewhere, with --output FILE."
+        ) from None
 
 
 def write_stdout(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import webbrowser
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from memplan import studies
 from memplan.cli.command_line import command_line
 from memplan.cli.options import SetupCommand, options_of
-from memplan.cli.output import DOES_NOT_FIT, say, write_file
+from memplan.cli.output import DOES_NOT_FIT, say, write_file, write_page
 from memplan.cli.progress import Progress
 from memplan.cli.suggest import check_plannable
 from memplan.cli.values import OUTPUT, SETUP_ROWS, Options, Row, one_of
@@ -23,13 +24,11 @@ if TYPE_CHECKING:
 
     Document = dict[str, Any]
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 DEFAULT_PAGE = "memplan-report.html"
 OF_ANSWERS = ("--json", "--format")
 """Options of commands that print; a report is a page."""
 MOST_SIDES = 8
+STDOUT = "-"
 
 REPORT_ROWS = (
     *(
@@ -86,11 +85,19 @@ def answer(options: Options, models: Sequence[str] = (), *, shown: bool, chart: 
             raise UsageError("--chart draws one plan, and several are named.", "Name one model and one GPU.")
         else:
             text, status = _of_several(options, models or [None], gpus, files, progress.say)
+    if path == STDOUT:
+        write_page(text)
+        return status
     write_file(path, text, flag="--output")
     say(f"{'page' if chart is None else 'chart'} written to {path}", quiet=options.quiet)
     if shown:
-        webbrowser.open(f"file://{os.path.abspath(path)}")
+        _show(path, quiet=options.quiet)
     return status
+
+
+def _show(path: str, *, quiet: bool) -> None:
+    if not webbrowser.open(Path(path).resolve().as_uri()):
+        say(f"no browser could be opened: look at {path}", quiet=quiet)
 
 
 def _check_files(options: Options, models: Sequence[str], files: Document) -> None:
@@ -199,11 +206,12 @@ def _drawing(name: str | None, path: str) -> Callable[[Document], bytes] | None:
     """
     if name is None:
         return None
-    from memplan.report.charts.drawing import check_kind, picture_of
+    from memplan.report.charts.drawing import SCREEN, check_kind, picture_of
+    from memplan.report.charts.legend import titled
     from memplan.report.charts.named import chart_of
 
     kind = check_kind(os.path.splitext(path)[1].lstrip(".").lower())
-    return lambda document: picture_of(chart_of(document, name), kind)
+    return lambda document: picture_of(titled(chart_of(document, name), _name(document), SCREEN), kind)
 
 
 def _name(document: Document) -> str:

@@ -260,7 +260,9 @@ class EvaluationProgram:
 
 def _row(result: Result, num: int, source: str) -> tuple[Row, Size, int]:
     size = Size(result.size.factor * num, result.size.dims)
-    return Row(EVALUATION, result.name, "temporary", (num, *result.size.dims), result.dtype, source), size, 1
+    each = result.size.factor // BYTES_PER_ELEMENT[result.dtype]
+    shape = (num, *result.size.dims, *((each,) if each > 1 else ()))
+    return Row(EVALUATION, result.name, "temporary", shape, result.dtype, source), size, 1
 
 
 def inputs_of(recording: Recording) -> Tensors:

@@ -69,8 +69,8 @@ class Profile(NamedTuple):
 
 def profile_of(estimator: Estimator, setup: Setup) -> Profile:
     """The first two steps of a setup."""
-    steps = min(setup.gradient_accumulation_steps, SHOWN_MICRO_STEPS)
-    return profile(timeline(estimator.program(setup), estimator.sizes(setup), steps))
+    program, sizes, steps = estimator.program(setup), estimator.sizes(setup), setup.gradient_accumulation_steps
+    return profile(timeline(program, sizes, steps, most_micro_steps=SHOWN_MICRO_STEPS))
 
 
 def profile(moments: Iterable[Moment]) -> Profile:

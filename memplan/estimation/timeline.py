@@ -33,16 +33,23 @@ class Moment(NamedTuple):
     row: Row
 
 
-def timeline(program: StepProgram, sizes: Sizes, accumulation: int, num_steps: int = 2) -> Iterator[Moment]:
-    """All moments of a run of `num_steps` optimizer steps, the loading of the model first."""
-    return _Run(program, sizes, accumulation).moments(num_steps)
+def timeline(
+    program: StepProgram, sizes: Sizes, accumulation: int, num_steps: int = 2, *, most_micro_steps: int | None = None
+) -> Iterator[Moment]:
+    """All moments of a run of `num_steps` optimizer steps, the loading of the model first.
+
+    `most_micro_steps`: where a step has more, the others, which are like the last one, are left out; their inputs wait.
+    """
+    drawn = accumulation if most_micro_steps is None else min(accumulation, most_micro_steps)
+    return _Run(program, sizes, accumulation, drawn).moments(num_steps)
 
 
 class _Run:
-    def __init__(self, program: StepProgram, sizes: Sizes, accumulation: int) -> None:
+    def __init__(self, program: StepProgram, sizes: Sizes, accumulation: int, drawn: int) -> None:
         self.program = program
         self.sizes = sizes
         self.accumulation = accumulation
+        self.drawn = drawn
         self.micro_step = 0
         self.gradient_keys: dict[tuple[Any, ...], Moment] = {}
         self.hidden_gradient: tuple[Any, ...] = ()
@@ -54,7 +61,7 @@ class _Run:
         for step in range(num_steps):
             inputs = program.inputs(self.accumulation)
             yield from self._take("forward", ("inputs", step), inputs)
-            for micro in range(self.accumulation):
+            for micro in range(self.drawn):
                 self.micro_step += 1
                 yield from self._parts(program.forward)
                 yield from self._parts(program.backward if micro == 0 else program.backward_again)

@@ -63,7 +63,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
-        *_alternatives(roomier(plan), plan["model"]["unit"]),
+        *_alternatives(plan),
         *_rejections(plan),
         *lint_lines(plan["lints"]),
         *assumption_lines(plan["assumptions"]),
@@ -156,12 +156,17 @@ def margin_words(plan: Document, best: Document) -> str:
     return " and ".join(parts)
 
 
+def is_timed(plan: Document, best: Document) -> bool:
+    """Whether times are at a speed that was measured, and no lower bounds."""
+    calibration = plan["calibration"]
+    return calibration is not None and bool(calibration["is_timed"]) and not best["setup"]["compile"]
+
+
 def time_words(plan: Document, best: Document) -> str:
     """How long a step takes, and where that is from."""
     gpu, source, unit = plan["gpu"], plan["speed_source"], plan["model"]["unit"]
     rates = source if source == gpu["label"] else f"{source}, as those of {gpu['name']} are not known"
-    calibration = plan["calibration"]
-    if calibration is not None and calibration["is_timed"] and not best["setup"]["compile"]:
+    if is_timed(plan, best):
         return (
             f"about {format_seconds(best['step_time_s'])} per step, {_rate(best, unit)}, at the speed that was measured"
         )
@@ -255,10 +260,12 @@ def _examples_per_s(candidate: Document) -> str:
     return f"{rate:,.0f}" if rate >= MANY_A_SECOND else f"{rate:.1f}"
 
 
-def _alternatives(alternatives: Sequence[Document], unit: str) -> Iterator[Line]:
+def _alternatives(plan: Document) -> Iterator[Line]:
+    alternatives, unit = roomier(plan), plan["model"]["unit"]
     if not alternatives:
         return
-    yield from title("Slower, with more room")
+    slower = all(one["step_time_s"] > plan["best"]["step_time_s"] for one in alternatives)
+    yield from title("Slower, with more room" if slower else "With more room")
     rows = [
         (
             "micro",

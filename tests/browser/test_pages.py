@@ -6,6 +6,7 @@ Nor does a page ask for anything but itself, and it says the same without JavaSc
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,9 @@ def traced(folder: Path) -> str:
     pytest.importorskip("torch")
     (folder / "modules.py").write_text(FACTORY, encoding="utf-8")
     words = "report modules:make --gpu 24GB --target-batch 8 --seq-len 64 --optimizer adamw --output page.html"
-    subprocess.run([sys.executable, "-m", "memplan", *words.split()], cwd=folder, check=True, capture_output=True)
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(folder)))}
+    command = [sys.executable, "-m", "memplan", *words.split()]
+    subprocess.run(command, cwd=folder, env=here, check=True, capture_output=True)
     return (folder / "page.html").read_text(encoding="utf-8")
 
 

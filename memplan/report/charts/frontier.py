@@ -1,6 +1,6 @@
 """What memory buys in time: everything that reaches the batch, and the line of what no other beats in both.
 
-Filled: on the line.  Hollow: dominated.  A cross: more than the card has.  The diamond is the plan.
+Filled: on the line.  Hollow: dominated.  A cross: it does not fit with the margin.  The diamond is the page's own.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def highest_drawn(points: Sequence[Mapping[str, Any]], usable_bytes: int) -> flo
     return float(max(FAR_BEYOND * usable_bytes, FAR_BEYOND * nearest, *own))
 
 
-PLAN, BEST, DOMINATED, TOO_LARGE = "the plan", "not dominated", "dominated", "more than the card has"
+PLAN, BEST, DOMINATED, TOO_LARGE = "here", "not dominated", "dominated", "does not fit with the margin"
 
 
 def looks(palette: Palette) -> dict[str, Document]:
@@ -96,14 +96,15 @@ def label_of(point: Mapping[str, Any]) -> str:
 
 def said_of(points: Sequence[Mapping[str, Any]], usable_bytes: int) -> str:
     """The ends of the line as far as the card goes, where the plan is, and how many are not drawn."""
-    text = f"{len(points)} configurations reach the batch"
+    text = f"{len(points)} configurations that reach the batch"
     fitting = [one for one in points if one["fits"]]
     if fitting:
         fast = min(fitting, key=lambda one: one["step_time_s"])
         small = min(fitting, key=lambda one: one["peak_process_bytes"])
-        text += f", {len(fitting)} within the card: the fastest takes {_both(fast)}, the smallest {_both(small)}"
+        text += f", {len(fitting)} of them fit at the least that the allocator holds"
+        text += f": the fastest takes {_both(fast)}, the smallest {_both(small)}"
     own = next((one for one in points if one["is_plan"]), None)
-    text += "." if own is None else f"; the plan {_both(own)}."
+    text += "." if own is None else f"; here {_both(own)}."
     far = sum(one["peak_process_bytes"] > highest_drawn(points, usable_bytes) for one in points)
     return f"{text} {far} that take far more than the card has are not drawn." if far else text
 

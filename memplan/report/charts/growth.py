@@ -64,7 +64,7 @@ def _growth(
     sizes = [point["size"] for point in points]
     stacked = [*kinds, REST] if any(row[-1] for row in rows) else kinds
     marker: Any = {"marker": "v", "color": palette.ink, "markersize": 8}
-    entries = [*areas(stacked, palette), Line2D([], [], linestyle="none", label="the plan", **marker)]
+    entries = [*areas(stacked, palette), Line2D([], [], linestyle="none", label="here", **marker)]
     entries += [] if usable_bytes is None else [usable(usable_bytes, palette)]
     height = AXES_HEIGHT + FOOT + legend_height(len(entries)) + 6
     with drawing():
@@ -94,7 +94,7 @@ def said_of(points: Sequence[Mapping[str, Any]], own: int, axis: str, usable_byt
     first, last = min(whole), max(whole)
     text = (
         f"From {format_bytes(whole[first])} at {axis} {first:,} to {format_bytes(whole[last])} at {last:,}; "
-        f"{format_bytes(whole[own])} at the plan's own {own:,}."
+        f"{format_bytes(whole[own])} at {own:,} here."
     )
     if usable_bytes is None:
         return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -53,6 +53,24 @@ def add_legend(figure: Figure, entries: Sequence[Artist], palette: Palette) -> N
         handlelength=1.6,
         handletextpad=0.5,
     )
+
+
+def titled(chart: Chart, subject: str, palette: Palette) -> Chart:
+    """The chart with its title and what it is about on top, for which the figure becomes higher."""
+    figure = chart.figure
+    width, height = figure.get_size_inches()
+    higher = height + 2 * LINE_HEIGHT / DOTS_PER_INCH
+    figure.set_size_inches(width, higher)
+    for axes in figure.axes:
+        left, bottom, across, up = axes.get_position().bounds
+        axes.set_position((left, bottom * height / higher, across, up * height / higher))
+    for legend in figure.legends:
+        legend.set_bbox_to_anchor((0, 0, 1, height / higher), transform=figure.transFigure)
+    with drawing():
+        style: Any = {"color": palette.ink, "va": "top", "parse_math": False}
+        figure.text(0.01, 1 - 3 / DOTS_PER_INCH / higher, chart.title, fontsize=11, weight="bold", **style)
+        figure.text(0.01, 1 - LINE_HEIGHT / DOTS_PER_INCH / higher, subject, fontsize=9, **style)
+    return chart
 
 
 def above(chart: Chart, entries: Sequence[Artist], palette: Palette) -> Chart:

@@ -95,7 +95,7 @@ def legend_of(maps: Sequence[Mapping[str, Any]], plan: Mapping[str, Any] | None)
     """What is in the cells."""
     verdicts = {point["verdict"] for one in maps for point in one["points"]}
     text = "GiB of the process" if verdicts == {None} else f"GiB of the process    {LEGEND}"
-    return text if plan is None else f"{text}    frame: the plan"
+    return text if plan is None else f"{text}    frame: here"
 
 
 def said_of(maps: Sequence[Mapping[str, Any]]) -> str:

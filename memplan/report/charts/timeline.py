@@ -65,16 +65,15 @@ def summit_said(summit: Document) -> str:
     """The highest point, in a sentence."""
     who = " of ".join(part for part in (summit["tensor"], summit["module"]) if part)
     when = "the first step" if summit["step"] == 0 else STEPS[1]
-    return (
-        f"Highest in the {summit['instant']} of {when}: {format_bytes(summit['num_bytes'])}, when {who} is allocated."
-    )
+    high = format_bytes(summit["num_bytes"])
+    return f"The highest point of these steps is in the {summit['instant']} of {when}: {high}, when {who} is allocated."
 
 
 def _areas(axes: Axes, profile: Document, palette: Palette) -> None:
     kinds, points = profile["kinds"], profile["points"]
     order = sorted(kinds, key=lambda kind: [*HATCHES, kind].index(kind))
     heights = [[point[1 + kinds.index(kind)] / GIB for point in points] for kind in order]
-    areas = axes.stackplot([point[0] for point in points], heights, linewidth=0.4, step="post")
+    areas = axes.stackplot([point[0] for point in points], heights, linewidth=0, step="post")
     for kind, area in zip(order, areas, strict=True):
         area.set(**look_of(kind, palette))
 

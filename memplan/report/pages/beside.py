@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.planner.frontier import MOST_SPLITS
 from memplan.report import growth as words
 from memplan.report.charts import growth as growing
 from memplan.report.charts.drawing import PAGE
@@ -11,6 +12,7 @@ from memplan.report.charts.frontier import label_of
 from memplan.report.charts.maps import cell_text, is_plan
 from memplan.report.charts.named import chart_of, has_chart
 from memplan.report.charts.schedule import equation_of, said_of, samples_text
+from memplan.specs.training import divisors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,7 +105,14 @@ def _growth_table(points: Sequence[Mapping[str, Any]]) -> Document:
 
 def _frontier(document: Mapping[str, Any]) -> Document:
     points = document["frontier"]
-    return {"chart": chart_of(document, "frontier", PAGE), "rows": [(one, label_of(one)) for one in points]}
+    setup = (document["plan"]["best"] or document["plan"]["nearest"])["setup"]
+    there = {one["micro_batch_size"] for one in points}
+    all_of_them = divisors(setup["global_batch_size"] // setup["data_parallel_size"])
+    return {
+        "chart": chart_of(document, "frontier", PAGE),
+        "rows": [(one, label_of(one)) for one in points],
+        "is_complete": len(there) < MOST_SPLITS or len(there) == len(all_of_them),
+    }
 
 
 def _schedule(document: Mapping[str, Any]) -> Document:

@@ -88,8 +88,8 @@ def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tupl
         ("checkpointing", *(one["setup"]["activation_checkpointing"] for one in shown)),
         ("peak of the process", *(_share(plan, one) for plan, one in pairs)),
         ("usable", *(format_bytes(plan["gpu"]["usable_bytes"]) for plan in plans)),
-        ("upper bound", *(format_bytes(one["upper_bound_bytes"]) for one in shown)),
-        ("left beyond the bound", *(_left(one["headroom_bytes"]) for one in shown)),
+        ("with the margin", *(format_bytes(one["upper_bound_bytes"]) for one in shown)),
+        ("left beyond it", *(_left(one["headroom_bytes"]) for one in shown)),
         ("time of a step", *(_time(plan, one) for plan, one in pairs)),
         ("tokens per second", *(_rate(plan, one) for plan, one in pairs)),
     ]

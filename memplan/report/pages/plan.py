@@ -15,17 +15,17 @@ from memplan.report.charts.named import parts_of, phases_of
 from memplan.report.charts.timeline import timeline
 from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
-from memplan.report.plan import kept_words, margin_words, roomier, time_words, trainer_line
+from memplan.report.plan import is_timed, kept_words, margin_words, roomier, time_words, trainer_line
 from memplan.report.text import calibration_words, choices, equation, exactly, signed, signed_seconds, split_of, vouched
 from memplan.report.trainer_code import trainer_code
 from memplan.report.what_if import controls
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Document = dict[str, Any]
 
-FILTERS = {
+FILTERS: dict[str, Callable[..., Any]] = {
     "signed": signed,
     "signed_seconds": signed_seconds,
     "exactly": exactly,
@@ -48,13 +48,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
     return render(
         "plan.html.jinja",
         document=document,
-        filters={
-            "signed": signed,
-            "signed_seconds": signed_seconds,
-            "exactly": exactly,
-            "split": split_of,
-            "percent": accuracy.percent,
-        },
+        filters=FILTERS,
         plan=plan,
         shown=shown,
         command=document["command"],
@@ -63,6 +57,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         kept=kept_words(shown["setup"]["activation_checkpointing"]),
         margins=margin_words(plan, shown),
         time=time_words(plan, shown),
+        is_timed=is_timed(plan, shown),
         trust=" ".join(_trust(plan)),
         trainer=trainer_code(plan) or trainer_line(plan),
         runners=roomier(plan),

@@ -52,8 +52,8 @@ const own = look(grid.own), usable = plan.gpu.usable_bytes;
 const verdict = ({refused, process}) => {
   if (refused) return "Not possible: " + refused;
   const free = grid.budget_bytes - process;
-  return (free < 0 ? "✗ Does not fit: at least " : "✓ Fits: at least ") + `${bytes(process)} of ${bytes(usable)}, ` +
-    (free < 0 ? bytes(-free) + " too much." : bytes(free) + " free beyond the margin.");
+  return (free < 0 ? "✗ Does not fit: at least " : "✓ Fits at the least: ") + `${bytes(process)} of ${bytes(usable)}, ` +
+    (free < 0 ? bytes(-free) + " too much." : "at most " + bytes(free) + " free beyond the margin.");
 };
 const draw = ({parts, process}) => {
   const share = x => x / Math.max(usable, process) * 100 + "%";
@@ -83,7 +83,7 @@ const show = () => {
     change.textContent = more(x - own.rows[i], text);
   });
   get("batch").textContent = "Effective batch: " + found.batch_is +
-    (found.batch === own.batch ? ", as the plan." : `; the plan: ${count(own.batch)}.`);
+    (found.batch === own.batch ? ", as at the start." : `; at the start: ${count(own.batch)}.`);
   get("command").textContent = [grid.commands[+(is.lora_rank !== null)], ...Object.entries(grid.flags)
     .filter(([axis]) => is[axis] !== null).map(([axis, flag]) => flag + " " + is[axis])].join(" ");
 };
