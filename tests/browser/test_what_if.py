@@ -118,9 +118,9 @@ def check(page: Any, study: Study, grid: WhatIf, positions: dict[str, int]) -> N
     assert float(rows["tokens"][0].replace(",", "")) == pytest.approx(setup.tokens_per_step / step.total_s, abs=0.51)
     margin, usable = study.plan.goal.margin, study.plan.gpu.usable_bytes
     free = usable - margin.upper_bound(process)
-    end = f"{format_bytes(free)} free beyond the margin." if free >= 0 else f"{format_bytes(-free)} too much."
-    begin = "✓ Fits" if free >= 0 else "✗ Does not fit"
-    said = f"{begin}: at least {format_bytes(process)} of {format_bytes(usable)}, {end}"
+    end = f"at most {format_bytes(free)} free beyond the margin." if free >= 0 else f"{format_bytes(-free)} too much."
+    begin = "✓ Fits at the least:" if free >= 0 else "✗ Does not fit: at least"
+    said = f"{begin} {format_bytes(process)} of {format_bytes(usable)}, {end}"
     assert text_of(page, "verdict") == said
     split = (setup.micro_batch_size, setup.gradient_accumulation_steps, setup.data_parallel_size)
     equation = f"{' x '.join(f'{one:,}' for one in split)} = {setup.global_batch_size:,}"
@@ -143,7 +143,7 @@ def either(seconds: float) -> set[str]:
 def test_it_starts_at_the_plan(page: Any, study: Study, grid: WhatIf) -> None:
     check(page, study, grid, {"precision": grid.axes.precision.index("bf16-mixed")})
     assert {more for _, more in rows_of(page).values()} == {"0"}
-    assert text_of(page, "batch").endswith(", as the plan.")
+    assert text_of(page, "batch").endswith(", as at the start.")
 
 
 AXES = (
@@ -202,8 +202,8 @@ def test_the_keyboard_moves_it_and_a_button_brings_it_back(page: Any, grid: What
     length = grid.axes.seq_len[grid.axes.seq_len.index(grid.setup.seq_len) + 1]
     assert text_of(page, "seq_len-said") == f"{length:,}"
     assert (text_of(page, "verdict"), rows_of(page)) != before
-    page.get_by_role("button", name="Back to the plan").click()
-    page.wait_for_function("document.getElementById('what-if-batch').textContent.endsWith(', as the plan.')")
+    page.get_by_role("button", name="Back to the start").click()
+    page.wait_for_function("document.getElementById('what-if-batch').textContent.endsWith(', as at the start.')")
     assert (text_of(page, "verdict"), rows_of(page)) == before
     assert text_of(page, "seq_len-said") == f"{grid.setup.seq_len:,}"
 

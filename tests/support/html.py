@@ -73,7 +73,9 @@ def faults_of(page: Page) -> list[str]:
                 found.append(f"<{tag}> loads {address}")
         for name in ("aria-labelledby", "aria-describedby"):
             found += [f"{name} names {one}" for one in (attrs.get(name) or "").split() if one not in ids]
-    found += [f"<{tag}>" for tag in ("iframe", "object", "embed", "base", "form") if page.all(tag)]
+    found += [f"<{tag}>" for tag in ("iframe", "object", "embed", "base") if page.all(tag)]
+    policy = next((attrs.get("content") or "" for attrs in page.all("meta") if "http-equiv" in attrs), "")
+    found += [] if "form-action 'none'" in policy else ["a form could be sent"]
     policies = [attrs.get("content") or "" for attrs in page.all("meta") if "http-equiv" in attrs]
     if len(policies) != 1 or not policies[0].startswith("default-src 'none'; style-src 'unsafe-inline'"):
         found.append(f"policy {policies}")

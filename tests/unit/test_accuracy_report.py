@@ -411,7 +411,7 @@ def test_page_is_well_formed_and_whole(document: dict) -> None:
 
 
 def test_page_forbids_everything_else() -> None:
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
     assert ("meta", "content", policy) in Page(render_accuracy_page(full())).attributes
 
 

@@ -53,7 +53,7 @@ const verdict = ({refused, process}) => {
   if (refused) return "Not possible: " + refused;
   const free = grid.budget_bytes - process;
   return (free < 0 ? "✗ Does not fit: at least " : "✓ Fits at the least: ") + `${bytes(process)} of ${bytes(usable)}, ` +
-    (free < 0 ? bytes(-free) + " too much." : "at most " + bytes(free) + " free beyond the margin.");
+    (free < 0 ? bytes(-free) + " too much." : `at most ${bytes(free)} free beyond the margin.`);
 };
 const draw = ({parts, process}) => {
   const share = x => x / Math.max(usable, process) * 100 + "%";
@@ -64,12 +64,12 @@ const draw = ({parts, process}) => {
 const show = () => {
   const place = {...grid.own};
   for (const axis in place) {
-    const input = get(axis);
-    if (!input) continue;
-    place[axis] = +input.value;
-    if (input.type !== "range") continue;
-    const value = get(axis + "-said").textContent = input.dataset.values.split(" ")[input.value];
-    input.setAttribute("aria-valuetext", value);
+    const asked = get(axis);
+    if (!asked) continue;
+    place[axis] = +asked.value;
+    if (asked.type !== "range") continue;
+    const text = get(axis + "-said").textContent = asked.dataset.values.split(" ")[asked.value];
+    asked.setAttribute("aria-valuetext", text);
   }
   const found = look(place), is = found.is;
   get("verdict").textContent = verdict(found);
