@@ -22,6 +22,7 @@ __all__ = [
     "calibrate",
     "estimate",
     "estimate_grid",
+    "lengths",
     "probe",
     "same_update",
     "suggest",
@@ -48,6 +49,10 @@ def __getattr__(name: str) -> Any:
         from memplan.accumulation.noise import GradientNoise
 
         return GradientNoise
+    if name == "lengths":
+        from memplan.surveying import lengths
+
+        return lengths
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 

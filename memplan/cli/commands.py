@@ -24,6 +24,7 @@ COMMANDS = {
     "validate": "predicted against measured",
     "same-update": "whether accumulating is the same update as the whole batch",
     "calibrate": "measurements to coefficients and error bounds for a GPU",
+    "lengths": "how long the data is, and what each maximum length would cost",
     "report": "a plan as one page, with charts",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
@@ -32,7 +33,6 @@ COMMANDS = {
 """
 
 PLANNED = (
-    "lengths",
     "check",
     "export",
     "doctor",

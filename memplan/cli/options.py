@@ -101,9 +101,14 @@ def options_of(rows: Sequence[Row], *, several: str = "") -> Callable[[Callable[
     return lambda command: _with([model, *map(_option, rows)], command)
 
 
+def rows_as_options(rows: Sequence[Row]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a table, without MODEL."""
+    return lambda command: _with([*map(_option, rows)], command)
+
+
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Those that say how an answer is written."""
-    return _with([_option(row) for row in OUTPUT_ROWS], command)
+    return rows_as_options(OUTPUT_ROWS)(command)
 
 
 def _with(options: Sequence[Callable[[Any], Any]], command: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from memplan.sequences.lengths import Lengths, Spans, at_the_end
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from memplan.datasets.layout import Record, Text
     from memplan.datasets.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ def count(
     field: str | None = None,
     prompt: str | None = None,
     sample: int | None = None,
+    known: Lengths | None = None,
     seed: int = 0,
     notify: Callable[[int], None] | None = None,
 ) -> Counted:
@@ -58,6 +59,7 @@ def count(
         field: The field with the text; None: to be found.
         prompt: That of the prompt, where there is one.
         sample: Count so many alone, drawn at random; None: all.
+        known: Their lengths, where they were counted before: then the first record alone is looked at.
         seed: Of the draw.
         notify: Is told how many were counted.
 
@@ -70,21 +72,18 @@ def count(
     if first is None:
         raise UsageError("The data holds no records.", "Name a file with records.")
     layout = find_layout(first, field, prompt)
-    everything = _and(first, stream)
+    everything = chain((first,), stream)
     chosen = everything if sample is None else _drawn(everything, sample, seed)
-    if layout.kind == "counts":
-        lengths = _said(chosen, layout)
+    if known is not None:
+        lengths = known
+    elif layout.kind == "counts":
+        lengths = _said(chosen, layout, numbered=sample is None)
     elif tokenizer is None:
         raise MemplanError("The records hold text, and no tokenizer is named.", "Say --tokenizer FOLDER.")
     else:
         lengths = _tokenised(chosen, layout, tokenizer, notify or (lambda _: None))
     used = layout.kind == "messages" and tokenizer is not None and tokenizer.template is not None
     return Counted(lengths, layout, used, sample is not None and lengths.num_samples == sample)
-
-
-def _and(first: Record, rest: Iterator[Record]) -> Iterator[Record]:
-    yield first
-    yield from rest
 
 
 def _drawn(records: Iterable[Record], num: int, seed: int) -> list[Record]:
@@ -99,10 +98,14 @@ def _drawn(records: Iterable[Record], num: int, seed: int) -> list[Record]:
     return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
 
 
-def _said(records: Iterable[Record], layout: Layout) -> Lengths:
+def _said(records: Iterable[Record], layout: Layout, *, numbered: bool) -> Lengths:
+    """Counts as they are said; `numbered`: whether these are all records, so that a fault can say which one it is."""
     tokens, supervised = array("q"), array("q")
+    whole, part = layout.fields[0], layout.fields[-1]
     for record in records:
-        num, labelled = counted(record, layout)
+        num, labelled = record.get(whole), record.get(part)
+        if type(num) is not int or type(labelled) is not int or not 0 <= labelled <= num:
+            num, labelled = counted(record, layout, f"Record {len(tokens) + 1:,}" if numbered else "A record")
         tokens.append(num)
         supervised.append(labelled)
     if len(layout.fields) == 1:

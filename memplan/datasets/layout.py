@@ -181,21 +181,23 @@ def _said(message: Mapping[str, Any]) -> str:
     return "" if content is None else str(content)
 
 
-def counted(record: Record, layout: Layout) -> tuple[int, int]:
-    """Tokens and tokens with a label of a record that says them itself.
+def counted(record: Record, layout: Layout, which: str) -> tuple[int, int]:
+    """Tokens and tokens with a label of a record that says them itself; `which`: how a fault calls it.
 
     Raises:
         MemplanError: they are no whole numbers, or more tokens have a label than there are.
     """
-    numbers = [_whole(record.get(name), name) for name in layout.fields]
+    numbers = [_whole(record.get(name), name, which) for name in layout.fields]
     num, supervised = numbers[0], numbers[-1]
     if supervised > num:
-        raise MemplanError(f"A record has {num} tokens and {supervised} with a label.", "Mend the record.")
+        raise MemplanError(f"{which} has {num} tokens and {supervised} with a label.", "Mend the record.")
     return num, supervised
 
 
-def _whole(value: Any, name: str) -> int:
+def _whole(value: Any, name: str, which: str) -> int:
+    if value is None:
+        raise MemplanError(f"{which} has no {name}.", f"Give every record {name}, or none.")
     text = str(value)
     if isinstance(value, bool) or not text.isascii() or not text.isdigit():
-        raise MemplanError(f"The field {name} of a record is {text[:40]!r}, not a whole number.", "Mend the record.")
+        raise MemplanError(f"{which}: {name} is {text[:40]!r}, not a whole number.", "Mend the record.")
     return int(text)

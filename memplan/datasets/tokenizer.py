@@ -30,6 +30,8 @@ class Tokenizer(NamedTuple):
     """A `tokenizers.Tokenizer`."""
     template: Template | None
     """None: there is none beside it."""
+    files: tuple[str, ...] = ()
+    """All that counts depend on."""
 
     @property
     def ends_by_itself(self) -> bool:
@@ -78,7 +80,9 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise MemplanError(f"{file} is no tokenizer: {fault}.", f"Name a {FILE} of Hugging Face.") from None
     model.no_truncation()
     model.no_padding()
-    return Tokenizer(file, model, _template(os.path.dirname(file)))
+    folder = os.path.dirname(file)
+    beside = (os.path.join(folder, name) for name in (CONFIG, TEMPLATE))
+    return Tokenizer(file, model, _template(folder), (file, *filter(os.path.isfile, beside)))
 
 
 def _template(folder: str) -> Template | None:

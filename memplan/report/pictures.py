@@ -20,12 +20,15 @@ from memplan.planner.plan import Plan
 from memplan.planner.schedule import schedule
 from memplan.report.beside import frontier_document, growth_document, maps_document, schedule_document
 from memplan.report.charts.drawing import DOTS_PER_INCH, Chart, svg_of
+from memplan.report.charts.lengths import spread as spread_of_lengths
 from memplan.report.charts.maps import map_of_sizes
 from memplan.report.charts.named import CHARTS, breakdown, chart_of, parts_of, timeline
 from memplan.report.document import plan_document, row_document, setup_document
 from memplan.report.layout import plural
+from memplan.report.lengths import lengths_document, percent
 from memplan.report.study import profile_document
 from memplan.report.text import equation
+from memplan.sequences.survey import Survey
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -43,13 +46,15 @@ PAPER = "background:#fff;color:#1a1d21;padding:.5em;max-width:44em;font-family:s
 
 
 def chart(answer: Any, name: str) -> Chart:
-    """The chart of this name of a plan, an estimate or a sweep.
+    """The chart of this name of a plan, an estimate, a sweep or lengths.
 
     Raises:
         MemplanError: there is none, and why.
     """
     if isinstance(answer, Sweep):
         return map_of_sizes([thinned(maps_document([answer])[0])], None)
+    if isinstance(answer, Survey):
+        return spread_of_lengths(lengths_document(answer))
     if isinstance(answer, Estimate):
         return _of_estimate(answer, name)
     assert isinstance(answer, Plan)
@@ -107,6 +112,8 @@ def fragment(answer: Any) -> str:
     """A short piece of HTML: the verdict, a picture, a table; every text in it is escaped."""
     if isinstance(answer, Sweep):
         return _html(_swept(answer), chart(answer, "map"), ("length", "largest that fits"), _largest(answer))
+    if isinstance(answer, Survey):
+        return _html(_surveyed(answer), chart(answer, "lengths"), ("maximum", "records that it cuts"), _cut(answer))
     estimate = answer.estimate if isinstance(answer, Plan) else answer
     said = _planned(answer) if isinstance(answer, Plan) else _estimated(answer)
     rows = [(kind.replace("_", " "), format_bytes(num)) for kind, num in parts_of(_ledger(estimate))]
@@ -141,6 +148,15 @@ def _swept(sweep: Sweep) -> str:
         return f"{sweep.model.name}: {sizes}"
     num = sweep.verdicts().count("fits")
     return f"{sweep.model.name} on {sweep.gpu.label}: {num:,} of {sizes} fit"
+
+
+def _surveyed(survey: Survey) -> str:
+    whole = survey.summary
+    return f"{survey.data}: {plural(whole.num_samples, 'record')}, {plural(whole.num_tokens, 'token')}"
+
+
+def _cut(survey: Survey) -> list[tuple[str, str]]:
+    return [(f"{one.most:,}", percent(one.truncation.num_cut, survey.summary.num_samples)) for one in survey.candidates]
 
 
 def _largest(sweep: Sweep) -> list[tuple[str, str]]:

@@ -42,6 +42,10 @@ class Strategy(NamedTuple):
     splits: bool
     """Whether what is longer than a row is split rather than cut off."""
     pack: Callable[[Integers, int], Packing]
+    joins: bool = False
+    """Whether a row has the room of a whole micro-batch, which then is this row alone."""
+    pads: bool = False
+    """Whether rows are padded until they are full; otherwise those of a micro-batch lie end to end, or are full."""
 
 
 STRATEGIES = {
@@ -50,7 +54,7 @@ STRATEGIES = {
         Strategy("bfd", "TRL 1.16, its default", False, best_fit_decreasing),
         Strategy("bfd-split", "TRL 1.16", True, best_fit_decreasing),
         Strategy("wrapped", "TRL 1.16", True, wrapped),
-        Strategy("first-fit", "axolotl 0.19", False, first_fit),
+        Strategy("first-fit", "axolotl 0.19", False, first_fit, joins=True, pads=True),
         Strategy("ffd", "all together, longest first", False, first_fit_decreasing),
     )
 }
@@ -106,7 +110,7 @@ def candidate(
         lengths: The data.
         most: The maximum length, of sequences and of packed rows.
         side: Where longer ones are cut: one of `truncation.SIDES`.
-        micro_batch: Rows of a padded batch.
+        micro_batch: Rows of a micro-batch.
         strategies: Names of `STRATEGIES`.
     """
     cut = truncate(lengths, most, side)
@@ -119,13 +123,13 @@ def candidate(
             "longest": padding.longest(left, micro_batch),
             "grouped": padding.grouped(left, micro_batch),
         },
-        packings={name: _packed(STRATEGIES[name], lengths.tokens, left, most) for name in strategies},
+        packings={name: _packed(STRATEGIES[name], lengths.tokens, left, most, micro_batch) for name in strategies},
     )
 
 
-def _packed(strategy: Strategy, tokens: Integers, cut: Integers, most: int) -> Packing:
+def _packed(strategy: Strategy, tokens: Integers, cut: Integers, most: int, micro_batch: int) -> Packing:
     if not strategy.splits:
-        return strategy.pack(cut, most)
+        return strategy.pack(cut, most * micro_batch if strategy.joins else most)
     return strategy.pack(tokens if strategy.pack is wrapped else split(tokens, most), most)
 
 

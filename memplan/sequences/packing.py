@@ -9,14 +9,13 @@
     first_fit_decreasing  the same of the longest first, as the literature has it (Johnson 1973)
     wrapped               TRL, ``"wrapped"``: laid end to end and cut, each thousand by themselves
 
-Rows are told by how many tokens and samples they hold; which sample went where is not kept.  A sequence that is longer
-than a row is the caller's to truncate or to split (`memplan.sequences.truncation`).
+Rows are told by how many tokens they hold; which sequence went where is not kept.  One that is longer than a row is the
+caller's to truncate or to split (`memplan.sequences.truncation`, `memplan.sequences.analysis.split`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +23,7 @@ import numpy as np
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -37,6 +36,9 @@ AXOLOTL_GROUP = 100_000
 AXOLOTL_MOST = 200
 """``sample_packing_bin_size``: samples in a row, at most."""
 
+MOST_WORK = 1000
+"""Rows that are looked at for each sequence, up to which packing runs of one length is faster."""
+
 
 class Packing(NamedTuple):
     """Rows, one an element."""
@@ -44,9 +46,9 @@ class Packing(NamedTuple):
     capacity: int
     """Tokens that a row has room for."""
     tokens: Lengths
-    """That it holds."""
-    samples: Lengths
-    """Sequences, or parts of them, that it holds."""
+    """Tokens of each row."""
+    num_samples: int
+    """Sequences, or parts of them, in all rows together."""
 
     @property
     def num_rows(self) -> int:
@@ -70,39 +72,40 @@ def best_fit_decreasing(lengths: Lengths, capacity: int, *, group: int | None = 
     Raises:
         ValueError: a sequence is longer than a row.
     """
-    tokens: list[int] = []
-    samples: list[int] = []
-    for some in _groups(_checked(lengths, capacity), group):
-        _best_fit(np.sort(some)[::-1].tolist(), capacity, tokens, samples)
-    return _packing(capacity, tokens, samples)
+    there = _checked(lengths, capacity)
+    parts = [_best_fit(np.sort(some)[::-1], capacity) for some in _groups(there, group)]
+    return Packing(capacity, _joined(parts), there.size)
 
 
-def _best_fit(longest_first: Iterable[int], capacity: int, tokens: list[int], samples: list[int]) -> None:
-    """Append the rows of one group; of rows with the same room the one that has had it longest is filled first."""
-    rooms: list[int] = []  # the different rooms there are, ascending
-    waiting: dict[int, deque[int]] = {}  # samples of the rows with that room
-    for length in longest_first:
+def _best_fit(longest_first: Lengths, capacity: int) -> Lengths:
+    """The rows of one group.
+
+    Those of more than half a row have one each: none fits beside another, so none finds room.
+    """
+    alone = int(np.count_nonzero(2 * longest_first > capacity))
+    left, num = np.unique(capacity - longest_first[:alone], return_counts=True)
+    rows: dict[int, int] = dict(zip(left.tolist(), num.tolist(), strict=True))  # how many rows have that room
+    full = rows.pop(0, 0)
+    rooms = list(rows)  # the different rooms there are, ascending
+    for length in longest_first[alone:].tolist():
         at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, count = capacity, 0
-        else:
+        room = capacity
+        if at < len(rooms):
             room = rooms[at]
-            rows = waiting[room]
-            count = rows.popleft()
-            if not rows:
-                del waiting[room], rooms[at]
+            if rows[room] == 1:
+                del rows[room], rooms[at]
+            else:
+                rows[room] -= 1
         room -= length
-        if room in waiting:
-            waiting[room].append(count + 1)
+        if room in rows:
+            rows[room] += 1
         elif room:
             insort(rooms, room)
-            waiting[room] = deque((count + 1,))
+            rows[room] = 1
         else:
-            tokens.append(capacity)
-            samples.append(count + 1)
-    for room, rows in waiting.items():
-        tokens.extend([capacity - room] * len(rows))
-        samples.extend(rows)
+            full += 1
+    held = np.repeat(capacity - np.fromiter(rows, np.int64, len(rows)), np.fromiter(rows.values(), np.int64, len(rows)))
+    return np.concatenate([np.full(full, capacity, np.int64), held])
 
 
 def first_fit(
@@ -119,20 +122,45 @@ def first_fit(
     Raises:
         ValueError: a sequence is longer than a row.
     """
-    tokens: list[int] = []
-    samples: list[int] = []
-    for some in _groups(_checked(lengths, capacity), group):
-        _first_fit(some.tolist(), capacity, most or some.size, tokens, samples)
-    return _packing(capacity, tokens, samples)
+    there = _checked(lengths, capacity)
+    parts = [_first_fit(some.tolist(), capacity, most or some.size) for some in _groups(there, group)]
+    return Packing(capacity, _joined(parts), there.size)
 
 
 def first_fit_decreasing(lengths: Lengths, capacity: int) -> Packing:
-    """The same of all together, the longest first, with any number in a row."""
-    return first_fit(np.sort(lengths)[::-1], capacity, group=None, most=None)
+    """The same of all together, the longest first, with any number in a row.
+
+    Sequences of one length are packed at once where that is less work than one after the other: each row that has
+    room takes as many as fit, in the order of the rows, and the rest fills new ones.
+    """
+    there = _checked(lengths, capacity)
+    longest_first, num = (found[::-1] for found in np.unique(there, return_counts=True))
+    fewest = max(-(-int(there.sum()) // capacity), int((2 * there > capacity).sum()))
+    if longest_first.size * fewest > MOST_WORK * there.size:
+        return first_fit(np.sort(there)[::-1], capacity, group=None, most=None)
+    return Packing(capacity, capacity - _rooms_of_runs(longest_first, num, capacity), there.size)
 
 
-def _first_fit(lengths: list[int], capacity: int, most: int, tokens: list[int], samples: list[int]) -> None:
-    """Append the rows of one group.  A tree over the rows knows in each node the largest room below it."""
+def _rooms_of_runs(longest_first: Lengths, num: Lengths, capacity: int) -> Lengths:
+    """The room that is left in each row, after `num` sequences of each length."""
+    rooms = np.zeros(int(num.sum()), np.int64)  # of the rows that are open, and of those that may follow
+    rows = 0
+    for length, all_of_it in zip(longest_first.tolist(), num.tolist(), strict=True):
+        with_room = np.flatnonzero(rooms[:rows] >= length)[:all_of_it]
+        fits = np.minimum(np.cumsum(rooms[with_room] // length), all_of_it)  # up to and with each row
+        rooms[with_room] -= length * np.diff(fits, prepend=0)
+        left = all_of_it - (int(fits[-1]) if fits.size else 0)
+        per_row = capacity // length
+        new = -(-left // per_row)
+        rooms[rows : rows + new] = capacity - per_row * length
+        if new:
+            rooms[rows + new - 1] = capacity - (left - (new - 1) * per_row) * length
+        rows += new
+    return rooms[:rows]
+
+
+def _first_fit(lengths: list[int], capacity: int, most: int) -> Lengths:
+    """The rows of one group.  A tree over the rows knows in each node the largest room below it."""
     width = 1
     while width < len(lengths):
         width *= 2
@@ -159,9 +187,8 @@ def _first_fit(lengths: list[int], capacity: int, most: int, tokens: list[int], 
                 break
             room[node] = largest
             node //= 2
-    rows = room[width : width + opened]
-    tokens.extend(capacity - (left if left >= 0 else -1 - left) for left in rows)
-    samples.extend(count[:opened])
+    rows = np.array(room[width : width + opened], np.int64)
+    return capacity - np.where(rows < 0, -1 - rows, rows)
 
 
 def wrapped(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -> Packing:
@@ -172,19 +199,16 @@ def wrapped(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -
         capacity: Tokens of a row.
         group: Sequences that are laid end to end; None: all.
     """
-    tokens: list[NDArray[np.int64]] = []
-    samples: list[NDArray[np.int64]] = []
+    tokens: list[Lengths] = []
+    num_parts = 0
     for some in _groups(lengths[lengths > 0], group):
         ends = np.cumsum(some)
         rows = -(-int(ends[-1]) // capacity)
         filled = np.full(rows, capacity, np.int64)
         filled[-1] = int(ends[-1]) - (rows - 1) * capacity
-        first, last = (ends - some) // capacity, (ends - 1) // capacity
-        begun = np.bincount(first, minlength=rows + 1)
-        ended = np.bincount(last + 1, minlength=rows + 1)
+        num_parts += int(((ends - 1) // capacity - (ends - some) // capacity + 1).sum())
         tokens.append(filled)
-        samples.append(np.cumsum(begun[:rows] - ended[:rows]))
-    return Packing(capacity, _joined(tokens), _joined(samples))
+    return Packing(capacity, _joined(tokens), num_parts)
 
 
 def _joined(parts: list[Lengths]) -> Lengths:
@@ -201,7 +225,3 @@ def _groups(lengths: Lengths, group: int | None) -> Iterator[Lengths]:
     size = group or max(lengths.size, 1)
     for start in range(0, lengths.size, size):
         yield lengths[start : start + size]
-
-
-def _packing(capacity: int, tokens: list[int], samples: list[int]) -> Packing:
-    return Packing(capacity, np.array(tokens, np.int64), np.array(samples, np.int64))

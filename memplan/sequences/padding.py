@@ -55,7 +55,8 @@ def longest(tokens: Integers, micro_batch: int) -> Padding:
     whole, rest = divmod(int(ordered.size), micro_batch)
     slots = whole * micro_batch * expected_longest(ordered, micro_batch) if whole else 0.0
     slots += rest * expected_longest(ordered, rest) if rest else 0.0
-    return Padding(float(slots), int(tokens.sum()))
+    held = int(tokens.sum())
+    return Padding(max(float(slots), float(held)), held)  # rounding takes nothing away from what is there
 
 
 def expected_longest(ordered: Integers, num: int) -> float:
@@ -99,9 +100,9 @@ def length_grouped(tokens: Integers, micro_batch: int, *, seed: int = 0) -> Inte
     size = int(tokens.size)
     group = max(min(size // (4 * micro_batch), MOST_MEGABATCHES), 1) * micro_batch
     order = np.random.default_rng(seed).permutation(size)
-    for start in range(0, size, group):
-        some = order[start : start + group]
-        order[start : start + group] = some[np.argsort(-tokens[some], kind="stable")]
+    whole = size // group * group
+    for some in (order[:whole].reshape(-1, group), order[whole:].reshape(1, -1)):
+        some[:] = np.take_along_axis(some, np.argsort(-tokens[some], axis=1, kind="stable"), axis=1)
     if size:
         firsts = order[::group]
         at = int(np.argmax(tokens[firsts])) * group

@@ -128,3 +128,11 @@ class PicturedMap(Pictured):
     def plot(self) -> Figure:
         """GiB and verdict of each micro-batch and length; of many, some."""
         return self._plot("map")
+
+
+class PicturedLengths(Pictured):
+    """Lengths of a data set."""
+
+    def plot(self) -> Figure:
+        """The histogram and the cumulative curve, with the candidates marked."""
+        return self._plot("lengths")

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import memplan
 from memplan import studies
 from memplan.report.document import plan_document
+from memplan.report.lengths import lengths_document
+from memplan.report.pages.answers import page_of
 from memplan.report.pages.plan import render_plan_page
 from memplan.report.study import study_document
+from memplan.sequences.analysis import STRATEGIES
 from tests.support.pages import opened
 
 if TYPE_CHECKING:
@@ -76,8 +80,18 @@ def accuracy(_: Path) -> str:
     return (ROOT / "reports" / "accuracy.html").read_text(encoding="utf-8")
 
 
+def lengths(folder: Path) -> str:
+    """Of a data set with a hostile name, with candidates that lie close together and one beyond the longest."""
+    data = folder / "a$_{1}$<b>.jsonl"
+    data.write_text("".join(json.dumps({"num_tokens": 1 + n * n % 30011}) + "\n" for n in range(3000)))
+    found = memplan.lengths(
+        data, max_len=(900, 1024, 1100, 1200, 8192, 65536), micro_batch=4, target_batch=32, packing=tuple(STRATEGIES)
+    )
+    return page_of(lengths_document(found))
+
+
 PAGES: dict[str, Callable[[Path], str]] = {
-    one.__name__: one for one in (fits, does_not_fit, of_a_hostile_name, traced, accuracy)
+    one.__name__: one for one in (fits, does_not_fit, of_a_hostile_name, traced, accuracy, lengths)
 }
 
 

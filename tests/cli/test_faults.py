@@ -98,7 +98,7 @@ FAULTS = [
     ("estimate someone/some-model", "MEMPLAN_OFFLINE", "."),
     ("estimate rwkv-4-3b", "token by token", "memplan trace"),
     ("suggest gpt2 --gpu 24GB --target-batch 32 --output no/such/folder/plan", "could not be written", "--output"),
-    ("lengths gpt2", "memplan lengths is not there yet", "estimate"),
+    ("doctor", "memplan doctor is not there yet", "estimate"),
     ("estimate gpt2 --offload optimizer", "--offload optimizer is not modelled yet", "activations"),
     *[
         (f"{command} gpt2 --gpu 24GB --target-batch 32 {flag} 8", f"{flag} is not modelled yet", "Leave it out")

@@ -30,6 +30,8 @@ COMMANDS = {
     "sweep without a GPU": "sweep gpt2 --micro-batch 1..100",
     "models": "models",
     "gpus": "gpus",
+    "lengths": "lengths counts.jsonl --max-len 512,1024,65536 --micro-batch 4 --target-batch 32 "
+    "--packing bfd,bfd-split,wrapped,first-fit,ffd",
     "accuracy": "validate --records /dev/null",
 }
 OF_MODULES = {
@@ -46,6 +48,13 @@ PLANS = {
     "--dropout 0",
     "plan that does not fit": "suggest qwen2.5-1.5b --gpu 24GB --target-batch 32 --precision bf16-mixed",
 }
+
+
+@pytest.fixture(autouse=True)
+def counts(tmp_path):
+    """Records that say how many tokens they have, for `memplan lengths`."""
+    lines = (json.dumps({"num_tokens": n * n % 1999, "num_supervised_tokens": n % 7}) for n in range(50, 950))
+    (tmp_path / "counts.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture

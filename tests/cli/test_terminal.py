@@ -26,6 +26,7 @@ TABLES = (
     "sweep qwen2.5-0.5b --gpu 24GB --micro-batch 1..64 --seq-len 128..8192+128",
     "gpus",
     "models",
+    "lengths counts.jsonl --max-len 1024,2048 --micro-batch 4 --target-batch 64 --packing bfd,wrapped,first-fit",
 )
 LONG = (
     "sweep qwen2.5-0.5b --gpu 24GB --micro-batch 1..64 --seq-len 128..8192+128",
@@ -35,6 +36,7 @@ LONG = (
     "estimate modules:make --seq-len 16",
     "suggest modules:make --gpu 24GB --target-batch 8 --seq-len 16",
     "probe config.json --device cpu --seq-len 16 --records -",
+    "lengths words.jsonl --tokenizer tokenizer.json",
 )
 """Commands that may take more than a second."""
 FACTORY = """
@@ -53,6 +55,8 @@ def at_terminal(tmp_path):
     """Run a command line of memplan where stderr is a terminal."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     (tmp_path / "modules.py").write_text(FACTORY, encoding="utf-8")
+    lines = [json.dumps({"num_tokens": 7 * n, "num_supervised_tokens": n}) for n in range(1, 500)]
+    (tmp_path / "counts.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
     def run(words: str, **how):
         environment = {"PYTHONPATH": str(ROOT), **how.pop("environment", {})}
@@ -103,12 +107,23 @@ def test_a_terminal_that_has_ascii_alone(at_terminal, words: str) -> None:
     assert ascii_alone == at_terminal(words).piped.translate(str.maketrans("█░", "#."))
 
 
+def words_and_tokenizer(folder: Path) -> None:
+    """Records of text, and what counts their tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "words.jsonl").write_text('{"text": "one two three"}\n' * 5000, encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", LONG)
-def test_whoever_waits_sees_what_is_done(at_terminal, words: str) -> None:
+def test_whoever_waits_sees_what_is_done(at_terminal, tmp_path, words: str) -> None:
     """A line with the time; it goes away, and only words that stay are left."""
     if "modules" in words or "trace" in words or "probe" in words:
         pytest.importorskip("torch")
+    if "tokenizer" in words:
+        words_and_tokenizer(tmp_path)
     ran = at_terminal(words)
     assert ran.status == 0
     assert re.search(r"\d:\d\d:\d\d", ran.shown)

@@ -9,6 +9,7 @@ import pytest
 
 from memplan.sequences import packing, padding
 from memplan.sequences.analysis import STRATEGIES, candidate, split, summary
+from memplan.sequences.batching import batchings
 from memplan.sequences.lengths import Lengths, Spans, at_the_end
 from memplan.sequences.truncation import SIDES, truncate
 
@@ -84,6 +85,7 @@ def test_padding_by_hand() -> None:
     assert padding.fixed(tokens, 10) == (40, 16)
     assert padding.fixed(tokens, 10).waste == pytest.approx(0.6)
     assert padding.longest(tokens, 1).waste == 0
+    assert all(0 <= padding.longest(array(*[7] * num), 1).waste < 1e-12 for num in range(1, 50))
     assert padding.longest(tokens, 4).slots == 40
 
 
@@ -121,11 +123,11 @@ def test_nothing_has_no_padding() -> None:
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
-def rows(found: packing.Packing) -> list[tuple[int, int]]:
-    return sorted(zip(found.tokens.tolist(), found.samples.tolist(), strict=True))
+def rows(found: packing.Packing) -> list[int]:
+    return sorted(found.tokens.tolist())
 
 
-def best_fit(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+def best_fit(lengths: list[int], capacity: int) -> list[int]:
     """TRL's definition, word by word: the row with the least room that is enough, of equal ones the first in line."""
     line: list[list[int]] = []
     full: list[list[int]] = []
@@ -138,17 +140,17 @@ def best_fit(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
             line.remove(row)
         row.append(length)
         (line if sum(row) < capacity else full).append(row)
-    return sorted((sum(row), len(row)) for row in line + full)
+    return sorted(map(sum, line + full))
 
 
-def first_fit(lengths: list[int], capacity: int, most: int) -> list[tuple[int, int]]:
+def first_fit(lengths: list[int], capacity: int, most: int) -> list[int]:
     found: list[list[int]] = []
     for length in lengths:
         row = next((row for row in found if sum(row) + length <= capacity and len(row) < most), None)
         if row is None:
             found.append(row := [])
         row.append(length)
-    return sorted((sum(row), len(row)) for row in found)
+    return sorted(map(sum, found))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -163,24 +165,41 @@ def test_packing_against_the_definitions(seed: int) -> None:
     assert rows(packing.first_fit_decreasing(lengths, capacity)) == decreasing
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_of_one_length_are_packed_as_one_after_the_other(seed: int) -> None:
+    """Few different lengths and many of each, up to rows that take dozens."""
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(5, 400))
+    lengths = rng.choice(rng.integers(1, capacity + 1, 6), 600)
+    alone = packing.first_fit(np.sort(lengths)[::-1], capacity, group=None, most=None)
+    assert packing.first_fit_decreasing(lengths, capacity).tokens.tolist() == alone.tokens.tolist()
+
+
+def test_many_different_lengths_are_packed_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(1, 10**6, 300)
+    as_runs = packing.first_fit_decreasing(lengths, 10**6)
+    monkeypatch.setattr(packing, "MOST_WORK", 0)
+    assert packing.first_fit_decreasing(lengths, 10**6).tokens.tolist() == as_runs.tokens.tolist()
+
+
 def test_the_example_of_trl() -> None:
     """pack_dataset's own: lengths 5, 2, 3, 1 in rows of 4; the one of 5 cut to 4, or split into 4 and 1."""
-    assert rows(packing.best_fit_decreasing(array(4, 2, 3, 1), 4)) == [(2, 1), (4, 1), (4, 2)]
-    assert rows(packing.best_fit_decreasing(array(4, 1, 2, 3, 1), 4)) == [(3, 2), (4, 1), (4, 2)]
+    assert rows(packing.best_fit_decreasing(array(4, 2, 3, 1), 4)) == [2, 4, 4]
+    assert rows(packing.best_fit_decreasing(array(4, 1, 2, 3, 1), 4)) == [3, 4, 4]
 
 
 def test_groups_are_packed_by_themselves() -> None:
     lengths = array(*[3] * 1000, *[1] * 1000)
     assert packing.best_fit_decreasing(lengths, 4).num_rows == 1250
     assert packing.best_fit_decreasing(lengths, 4, group=None).num_rows == 1000
-    assert packing.first_fit(array(*[1] * 401), 1000).samples.tolist() == [200, 200, 1]
+    assert packing.first_fit(array(*[1] * 401), 1000).tokens.tolist() == [200, 200, 1]
 
 
 def test_wrapped_by_hand() -> None:
     found = packing.wrapped(array(5, 0, 2, 3, 1), 4)
     assert found.tokens.tolist() == [4, 4, 3]
-    assert found.samples.tolist() == [1, 3, 2]
-    assert packing.wrapped(array(4, 4), 4).samples.tolist() == [1, 1]
+    assert found.num_samples == 6
+    assert packing.wrapped(array(4, 4), 4).num_samples == 2
     assert packing.wrapped(array(), 4).num_rows == 0
 
 
@@ -207,7 +226,7 @@ def test_a_candidate_by_hand() -> None:
         "bfd": (3, 10),
         "bfd-split": (3, 11),
         "wrapped": (3, 11),
-        "first-fit": (3, 10),
+        "first-fit": (2, 10),  # of rows of 2 x 4: 4, 2 and 1; 3
         "ffd": (3, 10),
     }
 
@@ -218,3 +237,57 @@ def test_a_summary_by_hand() -> None:
     assert (found.quantiles[0.0], found.quantiles[0.5], found.quantiles[0.75], found.quantiles[1.0]) == (1, 2, 3, 4)
     with pytest.raises(ValueError, match="no lengths"):
         summary(Lengths(array()))
+
+
+# -- micro-batches and steps -------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_by_hand() -> None:
+    """Lengths 5, 2, 3, 1, 0 at a maximum of 4, two rows a micro-batch, steps of 4 rows."""
+    one = candidate(Lengths(array(5, 2, 3, 1, 0)), 4, micro_batch=2, strategies=tuple(STRATEGIES))
+    ways = {found.name: found for found in batchings(one, 2)}
+    assert list(ways) == ["fixed", "longest", "grouped", "padding-free", *STRATEGIES]
+    fixed, free, bfd, joined = (ways[name] for name in ("fixed", "padding-free", "bfd", "first-fit"))
+    assert (fixed.num_rows, fixed.num_tokens, fixed.num_slots, fixed.efficiency) == (4, 10, 16, 10 / 16)
+    assert (fixed.slots_per_micro_batch, fixed.tokens_per_micro_batch, fixed.tokens_per_step(4)) == (8, 5, 10)
+    assert (free.num_slots, free.efficiency, free.steps_per_epoch(4)) == (10, 1, 1)
+    assert (bfd.num_rows, bfd.num_slots, bfd.room) == (3, 10, 12)
+    assert bfd.samples_per_row == pytest.approx(4 / 3)
+    assert bfd.tokens_per_step(4) == pytest.approx(10 / 3 * 4)
+    assert [bfd.steps_per_epoch(target) for target in (2, 4)] == [2, 1]
+    assert (joined.num_rows, joined.num_slots, joined.efficiency) == (2, 16, 10 / 16)
+    assert (joined.tokens_per_micro_batch, joined.tokens_per_step(2), joined.steps_per_epoch(2)) == (5, 5, 2)
+
+
+def test_no_samples_make_no_batches() -> None:
+    one = candidate(Lengths(array(9)), 4, side="drop", strategies=("bfd", "first-fit", "ffd"))
+    for found in batchings(one, 1):
+        assert (found.num_rows, found.tokens_per_micro_batch, found.steps_per_epoch(8)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_positions_keep_samples_apart_where_no_cache_is_used(attention: str) -> None:
+    """What `memplan.report.contamination` says of transformers: a packed row gives what its samples give alone."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        attn_implementation=attention,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    first, second = torch.randint(0, 64, (1, 5)), torch.randint(0, 64, (1, 7))
+    row = torch.cat([first, second], 1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    alone = model(second, use_cache=False).logits
+    packed = model(row, position_ids=positions, use_cache=False).logits[:, 5:]
+    cached = model(row, position_ids=positions, use_cache=True).logits[:, 5:]
+    masked = model(row, torch.ones_like(row), position_ids=positions, use_cache=False).logits[:, 5:]
+    torch.testing.assert_close(packed, alone)
+    assert (cached - alone).abs().max() > 1e-3
+    assert (masked - alone).abs().max() > 1e-3

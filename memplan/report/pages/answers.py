@@ -14,6 +14,7 @@ from memplan.report.pages import tables
 from memplan.report.pages.accuracy import render_accuracy_page
 from memplan.report.pages.comparison import render_comparison_page
 from memplan.report.pages.estimate import render_estimate_page
+from memplan.report.pages.lengths import lengths_page
 from memplan.report.pages.plan import render_plan_page
 from memplan.report.pages.sweep import render_sweep_page
 
@@ -32,6 +33,7 @@ PAGE_BY_KIND: dict[str, Callable[[Document], str]] = {
     "trace": render_estimate_page,
     "trace-diff": _of_tables(tables.difference_page),
     "sweep": render_sweep_page,
+    "lengths": _of_tables(lengths_page),
     "probe": _of_tables(tables.probe_page),
     "probes": _of_tables(tables.probes_page),
     "accuracy": render_accuracy_page,

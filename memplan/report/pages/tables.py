@@ -18,6 +18,8 @@ from memplan.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from memplan.report.charts.drawing import Chart
+
     Document = dict[str, Any]
 
 NO_NAME = "\N{NO-BREAK SPACE}"
@@ -44,6 +46,8 @@ class Section(NamedTuple):
     heading: str
     sentences: Sequence[str] = ()
     tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+    """Drawn above the tables, which have their numbers."""
 
 
 class Page(NamedTuple):
