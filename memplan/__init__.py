@@ -23,6 +23,7 @@ __all__ = [
     "lengths",
     "probe",
     "suggest",
+    "suggest_for_data",
     "trace",
     "validate",
 ]
@@ -42,6 +43,10 @@ def __getattr__(name: str) -> Any:
         from memplan.surveying import lengths
 
         return lengths
+    if name == "suggest_for_data":
+        from memplan.feeding import suggest_for_data
+
+        return suggest_for_data
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 

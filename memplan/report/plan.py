@@ -63,6 +63,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
+        *_data(plan),
         *_alternatives(roomier(plan), plan["model"]["unit"]),
         *_rejections(plan),
         *lint_lines(plan["lints"]),
@@ -81,12 +82,27 @@ def _asked(plan: Document) -> Iterator[Line]:
     unit = unit_of(setup, plan["model"]["unit"])
     length = f" of {_length_of(target, setup, unit)} = {plural(target['tokens_per_step'], 'token')}"
     batch = plural(target["global_batch_size"], unit)
+    if plan["data"]:
+        length = f" of at most {plural(target['seq_len'], 'token')}"
     yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
     if target["coarseness"]:
         yield from paragraph("", f"{target['coarseness']}.")
+    if plan["data"]:
+        from memplan.report.feed_words import data_lines
+
+        yield from data_lines(plan["data"])
     yield from paragraph("setup", choices(setup))
+
+
+def _data(plan: Document) -> Iterator[Line]:
+    """What else could be made of the data."""
+    if plan["data"]:
+        from memplan.report.feed_words import risk_lines, way_lines
+
+        yield from way_lines(plan["data"])
+        yield from risk_lines(plan["data"], plan["best"])
 
 
 def _length_of(target: Document, setup: Document, unit: str) -> str:
@@ -101,7 +117,7 @@ def _best(plan: Document) -> Iterator[Line]:
     best = plan["best"]
     setup = best["setup"]
     yield from title("The plan", "good")
-    yield from (Line(line, "title") for line in wrap(equation(setup, plan["model"]["unit"]), first="  "))
+    yield from (Line(line, "title") for line in wrap(equation_of(plan, setup), first="  "))
     yield from paragraph("keeps", kept_words(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
     yield from compiled_lines(plan["compiled"])
@@ -111,6 +127,12 @@ def _best(plan: Document) -> Iterator[Line]:
         yield from paragraph("needs", text)
     yield from paragraph("time", time_words(plan, best))
     yield from paragraph("Trainer", trainer_line(plan))
+
+
+def equation_of(plan: Document, setup: Document) -> str:
+    """How the batch comes about; of data the tokens are the most that it can have."""
+    text = equation(setup, plan["model"]["unit"])
+    return "{} <= {}".format(*text.rsplit(" = ", 1)) if plan.get("data") else text
 
 
 def kept_words(mode: str) -> str:
