@@ -56,6 +56,13 @@ def data_lines(data: Document) -> Iterator[Line]:
         yield from paragraph(label, text)
 
 
+def length_lines(data: Document) -> Iterator[Line]:
+    """The maximum length alone."""
+    for label, text in data_facts(data):
+        if label == "length":
+            yield from paragraph(label, text)
+
+
 def data_facts(data: Document) -> Iterator[tuple[str, str]]:
     """The same as labels and texts."""
     records = plural(data["num_samples"], "record")

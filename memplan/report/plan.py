@@ -59,7 +59,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     """The text of a plan document; `quiet`: the verdict alone."""
     verdict = _best if plan["best"] else _nothing_fits
     if quiet:
-        return list(verdict(plan))[1:]
+        return [*_length(plan), *list(verdict(plan))[1:]]
     return [
         *_asked(plan),
         *verdict(plan),
@@ -71,6 +71,14 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
         *_levers(plan),
         *unmodelled_lines(plan["unmodelled"], briefly=True),
     ]
+
+
+def _length(plan: Document) -> Iterator[Line]:
+    """Where the data is cut, where there is some: it is part of the plan."""
+    if plan["data"]:
+        from memplan.report.feed_words import length_lines
+
+        yield from length_lines(plan["data"])
 
 
 def _asked(plan: Document) -> Iterator[Line]:

@@ -86,6 +86,13 @@ def test_the_options_of_a_way_make_its_plan(run, how: str) -> None:
     assert again["best"]["peak_process_bytes"] == way["plan"]["peak_process_bytes"]
 
 
+def test_quiet_says_the_length(run) -> None:
+    """It is part of the plan."""
+    lines = run(f"{SHORT} --seq-len 2048 --quiet").out.splitlines()
+    assert lines[0].startswith("  length   2,048, as was asked for")
+    assert "The plan" in lines
+
+
 def test_equal_records_have_no_padding(run) -> None:
     found = document(run, f"{BASE} --data even.jsonl")
     assert found["data"]["why"] == "longest"
