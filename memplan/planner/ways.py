@@ -163,6 +163,8 @@ class Ways:
     def _slots(self, name: str, micro_batch: int) -> float:
         """Tokens of a padded row on average; 0 where nothing is padded."""
         tokens = self.cut.tokens
+        if micro_batch == 1:
+            return 0.0
         if name in {PADDED, SMALLER}:
             return padding.longest(tokens, micro_batch).slots / tokens.size
         return padding.grouped(tokens, micro_batch).slots / tokens.size if name == GROUPED else 0.0
