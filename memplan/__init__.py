@@ -26,6 +26,7 @@ __all__ = [
     "probe",
     "same_update",
     "suggest",
+    "suggest_for_data",
     "trace",
     "validate",
 ]
@@ -53,6 +54,10 @@ def __getattr__(name: str) -> Any:
         from memplan.surveying import lengths
 
         return lengths
+    if name == "suggest_for_data":
+        from memplan.feeding import suggest_for_data
+
+        return suggest_for_data
     if name in {"MemplanError", "UsageError"}:
         from memplan import errors
 

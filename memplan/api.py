@@ -493,14 +493,44 @@ def suggest(
         UsageError: a value or a combination has no meaning, or the target cannot be divided exactly.
         MemplanError: the model cannot be read or modelled.
     """
+    found = find_trained(model, choices)
+    goal, spec = goal_of(
+        found,
+        gpu=gpu,
+        target_batch=target_batch,
+        target_tokens=target_tokens,
+        gpus=gpus,
+        reserve=reserve,
+        headroom=headroom,
+        confidence=confidence,
+        **choices,
+    )
+    return plan_of(found, goal, spec, choices)
+
+
+def goal_of(
+    found: Model | UserModule,
+    *,
+    gpu: str,
+    target_batch: int | None = None,
+    target_tokens: int | str | None = None,
+    gpus: int | None = None,
+    reserve: str | int | None = None,
+    headroom: float | None = None,
+    confidence: float | None = None,
+    **choices: Any,
+) -> tuple[Goal, GpuSpec]:
+    """What is wanted, and of which card; arguments as for `suggest`.
+
+    Raises:
+        UsageError: a value or a combination has no meaning, or the target cannot be divided exactly.
+    """
     from memplan.planner.goal import Goal
-    from memplan.planner.search import search
 
     if target_batch is None and target_tokens is None:
         raise UsageError(
             "A plan needs one target: --target-batch or --target-tokens.", "Say for example --target-batch 32."
         )
-    found = find_trained(model, choices)
     spec, num = find_gpu(gpu, gpus)
     micro_batch, accumulation = choices.pop("micro_batch", None), choices.pop("accumulation", None)
     checkpointing = choices.get("checkpointing")
@@ -520,11 +550,21 @@ def suggest(
         gradient_accumulation_steps=None if accumulation is None else as_count("accumulation", accumulation),
         activation_checkpointing=checkpointing,
     )
+    return goal, spec
+
+
+def plan_of(found: Model | UserModule, goal: Goal, spec: GpuSpec, choices: Mapping[str, object]) -> Plan:
+    """The plan for a goal; `choices`: what the user said about the setup.
+
+    Raises:
+        MemplanError: the model cannot be modelled like this.
+    """
+    from memplan.planner.search import search
+
     speed = find_speed(spec)
     if isinstance(found, UserModule):
         return _plan_of_module(found, goal, choices, spec, speed)
-    estimator = estimator_of(found, spec, speed)
-    plan = search(estimator, goal, spec, speed.label)
+    plan = search(estimator_of(found, spec, speed), goal, spec, speed.label)
     return replace(plan, estimate=vouched(plan.estimate, goal.reserve_bytes))
 
 

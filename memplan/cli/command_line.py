@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from memplan.cli.values import OUTPUT, SETUP_ROWS
+from memplan.cli.data_rows import SUGGEST_ROWS
+from memplan.cli.values import OUTPUT
 
 if TYPE_CHECKING:
     from memplan.cli.values import Options
@@ -16,7 +17,7 @@ def command_line(command: str, options: Options) -> str:
     words = ["memplan", command]
     if options.model is not None:
         words.append(options.model)
-    for row in SETUP_ROWS:
+    for row in SUGGEST_ROWS:
         value = None if row.hidden or row.section == OUTPUT else getattr(options, row.field)
         if value is True:
             words.append(row.flag)

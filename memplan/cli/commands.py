@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from memplan.cli.options import SetupCommand, setup_options
+from memplan.cli.data_rows import SUGGEST_ROWS, check_data
+from memplan.cli.options import SetupCommand, options_of, setup_options
 from memplan.cli.values import Options
 from memplan.errors import MemplanError, UsageError, did_you_mean
 
@@ -120,17 +121,22 @@ def estimate(**given: Any) -> int:
 
 
 @memplan.command(cls=SetupCommand, short_help=COMMANDS["suggest"])
-@setup_options
+@options_of(SUGGEST_ROWS)
 def suggest(**given: Any) -> int:
     """Plan: micro-batch, accumulation steps and checkpointing that reach the batch on this GPU, the fastest first.
 
     MODEL is a name that `memplan models` lists, a config.json, a folder holding one, a hub id, or
     package.module:factory, a function that makes a module (see `memplan trace`). Micro-batch, accumulation and
     checkpointing are kept where they are given, and else free.
+
+    With --data the maximum length is chosen, where --seq-len does not say it, the plan is made for the worst
+    micro-batch that the data can give, and ways to make batches are compared.
     """
     from memplan.cli.suggest import answer
 
-    return answer(Options(**given))
+    options = Options(**given)
+    check_data(options)
+    return answer(options)
 
 
 def run(given: Sequence[str]) -> int:

@@ -22,14 +22,12 @@ def answer(options: Options) -> int:
     say_bound(options)
     dropout, objective = dropout_of(options.choices()), options.objective or "lm"
     model = api.find_model(options.model, dropout=dropout, objective=objective)
-    if isinstance(model, api.UserModule):
-        from memplan.cli.progress import Progress
-
-        with Progress(shown=not options.quiet) as progress:
-            plan = api.suggest(model._replace(notify=progress.say), gpu=gpu, **options.choices())
-    else:
+    if isinstance(model, api.Model):
         say_every(options.checkpointing, len(model.architecture.layers), quiet=options.quiet)
+    if isinstance(model, api.Model) and options.data is None:
         plan = api.suggest(model, gpu=gpu, **options.choices())
+    else:
+        plan = _waited_for(model, gpu, options)
     document = plan_document(plan, origin=model.origin, cards=cards_of(plan))
     write_answer(
         document,
@@ -43,6 +41,22 @@ def answer(options: Options) -> int:
     if plan.best is None and options.format in {"csv", "markdown"}:
         say("nothing fits, so the table is empty; see --format text or --json", quiet=options.quiet)
     return DOES_NOT_FIT if plan.best is None else 0
+
+
+def _waited_for(model: api.Model | api.UserModule, gpu: str, options: Options) -> Plan:
+    """A plan that takes long: traces are made, or data is read."""
+    from memplan.cli.progress import Progress
+
+    with Progress(shown=not options.quiet) as progress:
+        if isinstance(model, api.UserModule):
+            model = model._replace(notify=progress.say)
+        if options.data is None:
+            return api.suggest(model, gpu=gpu, **options.choices())
+        from memplan.feeding import suggest_for_data
+
+        told = {name: getattr(options, name) for name in ("tokenizer", "field", "prompt_field", "max_loss")}
+        told["truncation"] = options.truncation or "right"
+        return suggest_for_data(options.data, model, gpu=gpu, notify=progress.say, **told, **options.choices())
 
 
 def _page(plan: Plan, model: api.Model | api.UserModule, options: Options) -> str:

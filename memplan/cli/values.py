@@ -94,6 +94,12 @@ class Options(NamedTuple):
     reserve: str | None = None
     headroom: float | None = None
     confidence: float | None = None
+    data: str | None = None
+    tokenizer: str | None = None
+    field: str | None = None
+    prompt_field: str | None = None
+    truncation: str | None = None
+    max_loss: float | None = None
     format: str = "text"
     output: str | None = None
     quiet: bool = False

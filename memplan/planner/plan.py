@@ -10,6 +10,7 @@ from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimate, Memory, ModelSummary
+    from memplan.planner.feed import Feed
     from memplan.planner.goal import Goal, Target
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.training import Setup
@@ -111,6 +112,8 @@ class Plan(Tabular, PicturedPlan):
     """Where nothing fits: the one that lacks least."""
     speed_source: str
     """Whose FLOP/s and bandwidth the times are of."""
+    feed: Feed | None = None
+    """The data it was made for, where there is some."""
 
     def coarseness(self) -> str | None:
         """A sentence about a target that its neighbours divide better; None where they do not."""

@@ -77,6 +77,28 @@ class Search:
                 return position, tried
         return len(ranked), tried
 
+    def choose(self) -> tuple[Candidate | None, list[Candidate], list[Candidate], list[Candidate]]:
+        """The fastest that fits as replayed, None where none does; what was replayed; what may fit; what does not.
+
+        What may fit is in the order in which it is replayed.
+        """
+        splits = list(self.goal.splits())
+        fitting: list[Candidate] = []
+        refused: list[Candidate] = []
+        for mode in self.goal.modes():
+            candidates = [self.candidate(self.goal.at(*split, mode)) for split in self.worth_looking_at(splits, mode)]
+            fitting += [c for c in candidates if c.fits]
+            refused += [c for c in candidates if not c.fits]
+        ranked = undominated(fitting)
+        ranked += [c for c in sorted(fitting, key=_by_time) if c not in ranked]
+        position, tried = self.first_that_fits(ranked)
+        best = tried[-1] if position < len(ranked) else None
+        return best, tried, ranked, refused + tried[:position]
+
+    def nearest(self, refused: Sequence[Candidate]) -> Candidate:
+        """Of what does not fit the one that lacks least, as replayed."""
+        return self.replayed(min(refused, key=lambda c: (c.short_by_bytes, c.setup.micro_batch_size)))
+
     def worth_looking_at(self, splits: Sequence[tuple[int, int]], mode: str) -> list[tuple[int, int]]:
         """The largest micro-batches that fit, the one above them, and the one without accumulation.
 
@@ -104,19 +126,8 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
     """The plan for `goal`."""
     estimator.check(goal.setup)
     look = Search(estimator, goal)
-    splits = list(goal.splits())
-    fitting: list[Candidate] = []
-    refused: list[Candidate] = []
-    for mode in goal.modes():
-        candidates = [look.candidate(goal.at(*split, mode)) for split in look.worth_looking_at(splits, mode)]
-        fitting += [c for c in candidates if c.fits]
-        refused += [c for c in candidates if not c.fits]
-    ranked = undominated(fitting)
-    ranked += [c for c in sorted(fitting, key=_by_time) if c not in ranked]
-    position, tried = look.first_that_fits(ranked)
-    best = tried[-1] if position < len(ranked) else None
-    refused += tried[:position]
-    nearest = None if best else look.replayed(min(refused, key=lambda c: (c.short_by_bytes, c.setup.micro_batch_size)))
+    best, tried, ranked, refused = look.choose()
+    nearest = None if best else look.nearest(refused)
     start = best or nearest
     assert start is not None
     levers = levers_of(look.candidate, look.candidate(start.setup)) if estimator.prices_levers else ()
@@ -127,7 +138,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
         target=goal.target,
         best=best,
         estimate=estimator.estimate(start.setup, margin=goal.margin),
-        alternatives=tuple(undominated(ranked[position + 1 :])[:MOST_ALTERNATIVES]),
+        alternatives=tuple(undominated(ranked[len(tried) :])[:MOST_ALTERNATIVES]),
         rejections=_rejections(refused, best),
         levers=levers,
         ways_out=() if best else _ways_out(look, start, levers),

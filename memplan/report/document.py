@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memplan.estimation.difference import Difference
     from memplan.estimation.estimate import Estimate, ModelSummary
     from memplan.estimation.ledger import LedgerRow
+    from memplan.planner.feed import Feed
     from memplan.planner.goal import Target
     from memplan.planner.plan import Candidate, Lever, Plan, WayOut
     from memplan.specs.gpu import GpuSpec
@@ -154,7 +155,8 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         "speed_source": plan.speed_source,
         "fits": best is not None,
         "best": None if best is None else candidate_document(best),
-        "trainer": None if best is None else trainer_arguments(best.setup),
+        "trainer": None if best is None else _trainer(best.setup, plan.feed),
+        "data": data_document(plan.feed),
         "alternatives": [candidate_document(candidate) for candidate in plan.alternatives],
         "rejections": [
             {
@@ -175,6 +177,23 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         "assumptions": assumptions_document(plan.estimate),
         "unmodelled": unmodelled_document(plan.estimate),
     }
+
+
+def _trainer(setup: Setup, feed: Feed | None) -> Document | None:
+    """What a trainer is told; of data the length at which it is cut, which is not that of the worst micro-batch."""
+    found = trainer_arguments(setup)
+    if found is not None and feed is not None and "max_length" in found["arguments"]:
+        found["arguments"]["max_length"] = feed.cut.most
+    return found
+
+
+def data_document(feed: Feed | None) -> Document | None:
+    """The data of a plan, null without; what shows it is imported where there is some."""
+    if feed is None:
+        return None
+    from memplan.report.feed import feed_document
+
+    return feed_document(feed)
 
 
 def model_document(model: ModelSummary, origin: str) -> Document:

@@ -59,10 +59,11 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     """The text of a plan document; `quiet`: the verdict alone."""
     verdict = _best if plan["best"] else _nothing_fits
     if quiet:
-        return list(verdict(plan))[1:]
+        return [*_length(plan), *list(verdict(plan))[1:]]
     return [
         *_asked(plan),
         *verdict(plan),
+        *_data(plan),
         *_alternatives(plan),
         *_rejections(plan),
         *lint_lines(plan["lints"]),
@@ -70,6 +71,14 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
         *_levers(plan),
         *unmodelled_lines(plan["unmodelled"], briefly=True),
     ]
+
+
+def _length(plan: Document) -> Iterator[Line]:
+    """Where the data is cut, where there is some: it is part of the plan."""
+    if plan["data"]:
+        from memplan.report.feed_words import length_lines
+
+        yield from length_lines(plan["data"])
 
 
 def _asked(plan: Document) -> Iterator[Line]:
@@ -81,12 +90,27 @@ def _asked(plan: Document) -> Iterator[Line]:
     unit = unit_of(setup, plan["model"]["unit"])
     length = f" of {_length_of(target, setup, unit)} = {plural(target['tokens_per_step'], 'token')}"
     batch = plural(target["global_batch_size"], unit)
+    if plan["data"]:
+        length = f" of at most {plural(target['seq_len'], 'token')}"
     yield from paragraph("target", f"{batch}{'' if plan['model']['unit'] != SEQUENCE else length} per step")
     if target["rounding"]:
         yield from paragraph("", f"{target['rounding']}.")
     if target["coarseness"]:
         yield from paragraph("", f"{target['coarseness']}.")
+    if plan["data"]:
+        from memplan.report.feed_words import data_lines
+
+        yield from data_lines(plan["data"])
     yield from paragraph("setup", choices(setup))
+
+
+def _data(plan: Document) -> Iterator[Line]:
+    """What else could be made of the data."""
+    if plan["data"]:
+        from memplan.report.feed_words import risk_lines, way_lines
+
+        yield from way_lines(plan["data"])
+        yield from risk_lines(plan["data"], plan["best"])
 
 
 def _length_of(target: Document, setup: Document, unit: str) -> str:
@@ -101,7 +125,7 @@ def _best(plan: Document) -> Iterator[Line]:
     best = plan["best"]
     setup = best["setup"]
     yield from title("The plan", "good")
-    yield from (Line(line, "title") for line in wrap(equation(setup, plan["model"]["unit"]), first="  "))
+    yield from (Line(line, "title") for line in wrap(equation_of(plan, setup), first="  "))
     yield from paragraph("keeps", kept_words(setup["activation_checkpointing"]))
     yield from paragraph("memory", _memory(plan, best))
     yield from compiled_lines(plan["compiled"])
@@ -111,6 +135,12 @@ def _best(plan: Document) -> Iterator[Line]:
         yield from paragraph("needs", text)
     yield from paragraph("time", time_words(plan, best))
     yield from paragraph("Trainer", trainer_line(plan))
+
+
+def equation_of(plan: Document, setup: Document) -> str:
+    """How the batch comes about; of data the tokens are the most that it can have."""
+    text = equation(setup, plan["model"]["unit"])
+    return "{} <= {}".format(*text.rsplit(" = ", 1)) if plan.get("data") else text
 
 
 def kept_words(mode: str) -> str:

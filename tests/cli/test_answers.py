@@ -10,7 +10,8 @@ from typing import get_type_hints
 import pytest
 
 from memplan.cli.commands import suggest
-from memplan.cli.values import MODEL, SETUP_ROWS, Options
+from memplan.cli.data_rows import SUGGEST_ROWS
+from memplan.cli.values import MODEL, Options
 from memplan.report.layout import WIDTH
 
 FITS = "suggest gpt2 --gpu 24GB --target-batch 32 --seq-len 512"
@@ -226,14 +227,14 @@ def test_the_default_model_is_named(run, tmp_path) -> None:
 
 def test_options_and_their_types_agree() -> None:
     """Every row of the table fills the field of `Options` that has its name, with values of the field's type."""
-    rows = {row.field: row for row in (MODEL, *SETUP_ROWS) if not row.hidden and row.field != "json"}
+    rows = {row.field: row for row in (MODEL, *SUGGEST_ROWS) if not row.hidden and row.field != "json"}
     fields = get_type_hints(Options)
     assert rows.keys() == fields.keys()
     for name, row in rows.items():
         of_type = bool if row.read is None else get_type_hints(row.read)["return"]
         assert fields[name] in {of_type, of_type | None}, name
     params = {param.name: param for param in suggest.params}
-    assert len(params) == len(suggest.params) == 1 + len(SETUP_ROWS)
+    assert len(params) == len(suggest.params) == 1 + len(SUGGEST_ROWS)
     assert {name for name, param in params.items() if param.expose_value} == {*fields, "json"}
 
 

@@ -13,10 +13,11 @@ from memplan.report.charts.accuracy import errors_of
 from memplan.report.charts.drawing import PAGE, Chart
 from memplan.report.charts.named import parts_of, phases_of
 from memplan.report.charts.timeline import timeline
+from memplan.report.feed_words import data_facts, risk_facts, way_facts, way_rows
 from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
-from memplan.report.plan import is_timed, kept_words, margin_words, roomier, time_words, trainer_line
-from memplan.report.text import calibration_words, choices, equation, exactly, signed, signed_seconds, split_of, vouched
+from memplan.report.plan import equation_of, is_timed, kept_words, margin_words, roomier, time_words, trainer_line
+from memplan.report.text import calibration_words, choices, exactly, signed, signed_seconds, split_of, vouched
 from memplan.report.trainer_code import trainer_code
 from memplan.report.what_if import controls
 
@@ -52,7 +53,8 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         plan=plan,
         shown=shown,
         command=document["command"],
-        equation=equation(shown["setup"], plan["model"]["unit"]),
+        equation=equation_of(plan, shown["setup"]),
+        data=data_values(plan.get("data"), plan["best"]),
         choices=choices(shown["setup"]),
         kept=kept_words(shown["setup"]["activation_checkpointing"]),
         margins=margin_words(plan, shown),
@@ -76,6 +78,18 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         script="plan/what_if.js" if document["what_if"] else "",
         what_if=None if document["what_if"] is None else controls(document["what_if"]),
     )
+
+
+def data_values(data: Document | None, best: Document | None) -> Document | None:
+    """What the page says about the data of a plan; None without any."""
+    if data is None:
+        return None
+    return {
+        "facts": [text for _, text in data_facts(data)],
+        "rows": way_rows(data),
+        "ways": list(way_facts(data)) if any(way["fits"] for way in data["ways"]) else [],
+        "risks": [text for _, text in risk_facts(data, best)],
+    }
 
 
 def timeline_of(

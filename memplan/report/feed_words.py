@@ -1,0 +1,236 @@
+"""The data of a plan as text: what it loses, what each way to make batches takes, what to do about the longest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memplan.planner.feed import GROUPED, PACKED, PADDED, PADDING_FREE, SMALLER
+from memplan.report.ansi import Line
+from memplan.report.layout import plural, wrap
+from memplan.report.text import gib, paragraph, table, title
+from memplan.sequences.maximum import GIVEN, LONGEST, LOSS, POSITIONS
+from memplan.units import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    Document = dict[str, Any]
+
+CUT_WORDS = {
+    "right": "the first tokens stay",
+    "left": "the last tokens stay",
+    "middle": "the first and the last half stay",
+    "drop": "longer ones are left out",
+}
+"""What is left of a sequence that is too long."""
+
+WAY_WORDS = {
+    PADDED: "each row to the longest of its micro-batch, in random order",
+    SMALLER: "the same in smaller micro-batches: fewer rows, less padding",
+    GROUPED: "rows of about the same length together (train_sampling_strategy='group_by_length' of transformers 5.23, "
+    "which puts the longest first); batches are no longer drawn at random alone",
+    PADDING_FREE: "the same records end to end in one row (padding_free=True of TRL 1.16)",
+    PACKED: "rows that are filled first (packing=True of TRL 1.16, bfd), so that the records of a step vary in number",
+}
+
+COLUMNS = "* the plan. Padding: of a batch, on average. Tokens: of the data, in a step. Steps: in an epoch."
+FIRST = (
+    "Put the longest batch first: what does not fit then fails at the start, not hours later. Optimizer states are "
+    "there from the second step on, so give it to the first two"
+)
+FIRST_GROUPED = "group_by_length begins with the longest"
+ALWAYS_FULL = "Packed rows are as good as full in every step: no batch is much larger than another"
+
+
+def percent(share: float) -> str:
+    """A share; something is never shown as nothing, nor less than all as all."""
+    value = 100 * share
+    if 0 < value < 0.05:
+        return "<0.1 %"
+    return ">99.9 %" if 99.95 <= value < 100 else f"{value:.1f} %"
+
+
+def data_lines(data: Document) -> Iterator[Line]:
+    """What the data is, and where it is cut."""
+    for label, text in data_facts(data):
+        yield from paragraph(label, text)
+
+
+def length_lines(data: Document) -> Iterator[Line]:
+    """The maximum length alone."""
+    for label, text in data_facts(data):
+        if label == "length":
+            yield from paragraph(label, text)
+
+
+def data_facts(data: Document) -> Iterator[tuple[str, str]]:
+    """The same as labels and texts."""
+    records = plural(data["num_samples"], "record")
+    yield (
+        "data",
+        f"{data['name']}: {records}, {format_count(data['num_tokens'])} tokens, half up to "
+        f"{data['median_length']:,}, the longest {data['longest']:,}",
+    )
+    yield "length", f"{data['length']['max_len']:,}{_why(data)}: {loss_words(data)}"
+    yield "", step_words(data)
+
+
+def _why(data: Document) -> str:
+    return {
+        GIVEN: ", as was asked for",
+        LONGEST: ", the longest record",
+        POSITIONS: ", as many as the model has positions for",
+        LOSS: "",
+    }[data["why"]]
+
+
+def loss_words(data: Document) -> str:
+    """What the maximum length costs, and what the next shorter would."""
+    loss, shorter = data["length"], data["shorter"]
+    if not loss["num_truncated"]:
+        text = "nothing is cut"
+    else:
+        of_labels = "" if data["num_supervised_tokens"] == data["num_tokens"] else _of_labels(loss)
+        text = (
+            f"{percent(loss['share_truncated'])} of the records are cut ({CUT_WORDS[data['truncation']]}), "
+            f"{percent(loss['share_tokens_lost'])} of the tokens are lost{of_labels}"
+        )
+        if loss["num_without_labels"]:
+            text += f"; {plural(loss['num_without_labels'], 'record')} without a label left"
+    if shorter is not None:
+        text += (
+            f". {shorter['max_len']:,} would lose {percent(shorter['share_supervised_lost'])} of the labels, above "
+            f"--max-loss {100 * data['max_loss']:g}"
+        )
+    return f"{text}."
+
+
+def _of_labels(loss: Document) -> str:
+    return f", {percent(loss['share_supervised_lost'])} of those with a label"
+
+
+def step_words(data: Document) -> str:
+    """How large an optimizer step is."""
+    samples = data["samples_per_step"]
+    number = f"{samples:,.0f}" if abs(samples - round(samples)) < 0.05 else f"{samples:,.1f}"
+    asked = "" if data["target_tokens"] is None else f" ({data['target_tokens']:,} were asked for)"
+    return f"A step takes {number} records, {data['tokens_per_step']:,.0f} tokens on average{asked}."
+
+
+def way_lines(data: Document) -> Iterator[Line]:
+    """The ways to make batches beside each other, and what each is; nothing where none of them fits."""
+    if not any(way["fits"] for way in data["ways"]):
+        return
+    yield from title("Batches of this data, each on its worst micro-batch")
+    yield from table(way_rows(data))
+    yield from (Line(line, "faint") for line in wrap(COLUMNS, first="  "))
+    for label, text in way_facts(data):
+        yield from (Line(line) for line in wrap(f"{label}: {text}", first="  ", rest="    "))
+
+
+def way_rows(data: Document) -> list[tuple[str, ...]]:
+    """A table: its head, and a row a way."""
+    rows: list[tuple[str, ...]] = [("batches", "micro", "accum.", "peak GiB", "padding", "tokens", "steps", "epoch >=")]
+    for way in data["ways"]:
+        if way["plan"] is None:
+            continue
+        plan, setup = way["plan"], way["plan"]["setup"]
+        rows.append(
+            (
+                f"{way['how']}{' *' if way['is_plan'] else ''}",
+                f"{setup['micro_batch_size']:,}",
+                f"{setup['gradient_accumulation_steps']:,}",
+                gib(plan["peak_process_bytes"]),
+                percent(way["padding"]),
+                f"{way['tokens_per_step']:,.0f}",
+                f"{way['steps_per_epoch']:,}",
+                format_seconds(way["epoch_time_s"]) if way["fits"] else "too large",
+            )
+        )
+    return rows
+
+
+def way_facts(data: Document) -> Iterator[tuple[str, str]]:
+    """What each way is, what asks for it and what it brings; those that cannot be had with the reason."""
+    plan = next((way for way in data["ways"] if way["is_plan"]), None)
+    for way in data["ways"]:
+        if way["refused"]:
+            yield way["how"], f"not here: {way['refused'].rstrip('.')}"
+            continue
+        text = WAY_WORDS[way["how"]]
+        if way["options"]:
+            text += f"; {way['options']}"
+        yield f"{way['how']}{' *' if way['is_plan'] else ''}", f"{text}{_gain(way, plan)}{_needs(way)}"
+
+
+def _gain(way: Document, plan: Document | None) -> str:
+    if way["is_plan"]:
+        return ""
+    if plan is None or not (way["fits"] and plan["fits"]):
+        return ""
+    less = 1 - way["epoch_time_s"] / plan["epoch_time_s"]
+    return f"; an epoch takes {percent(abs(less))} {'less' if less > 0 else 'more'} than the plan's"
+
+
+def _needs(way: Document) -> str:
+    """What keeps the sequences of a row apart."""
+    setup = way["plan"]["setup"]
+    if setup["batching"] == "rows":
+        return ""
+    if setup["attention"] == "flash":
+        return "; flash attention of variable length keeps them apart"
+    return f"; with {setup['attention']} a mask of the whole row does (TRL, made for flash attention, warns)"
+
+
+def risk_facts(data: Document, best: Document | None) -> Iterator[tuple[str, str]]:
+    """What to do about the longest batch, and what comes of it if nothing is cut."""
+    if best is None:
+        return
+    plan = next((way for way in data["ways"] if way["is_plan"]), None)
+    if plan is not None:
+        yield (
+            "epoch",
+            f"{plural(plan['steps_per_epoch'], 'step')}, at least {format_seconds(plan['epoch_time_s'])}: the time of "
+            "a step above is that of the longest records.",
+        )
+    if data["length"]["num_truncated"] and best["setup"]["batching"] == "rows":
+        most = data["length"]["max_len"]
+        yield "cut", f"By SFTConfig(max_length={most}), or where text becomes tokens: TrainingArguments cut nothing."
+    found = data["uncut"]
+    if found is not None:
+        yield "uncut", f"{uncut_words(found, best['setup'])}."
+    if best["setup"]["batching"] == "packed":
+        yield "order", f"{ALWAYS_FULL}."
+    else:
+        yield "order", f"{FIRST}; {FIRST_GROUPED}."
+    if not data["knows_padding"] and best["setup"]["batching"] == "rows":
+        yield "mask", "What the mask of padded batches adds is not known for this model: it is left out."
+
+
+def uncut_words(found: Document, setup: Document) -> str:
+    """How likely an epoch is that runs out of memory where nothing cuts the sequences."""
+    if setup["batching"] == "rows":
+        what = f"rows of up to {plural(found['fits'], 'token')} fit, and {plural(found['num_longer'], 'record')} "
+        what += "is longer" if found["num_longer"] == 1 else "are longer"
+    else:
+        what = f"{plural(found['fits'], 'token')} fit in a micro-batch"
+    return f"If nothing cuts the records: {what}; the chance to exceed the budget in an epoch is {chance_words(found)}"
+
+
+def chance_words(found: Document) -> str:
+    """A probability with how it is known."""
+    chance, drawn = found["chance"], found["num_epochs_drawn"]
+    if drawn:
+        num = round(chance * drawn)
+        if not num:
+            return f"small: none of {drawn:,} epochs that were drawn did (seed 0), so below {percent(3 / drawn)} (95 %)"
+        return f"about {percent(chance)}: {num:,} of {drawn:,} epochs that were drawn did (seed 0)"
+    if chance in (0.0, 1.0):
+        return "1: every record comes once" if chance else "0"
+    return f"at least {percent(chance)} (the rest: they all come in the last, smaller micro-batch)"
+
+
+def risk_lines(data: Document, best: Document | None) -> Iterator[Line]:
+    """The same as lines."""
+    for label, text in risk_facts(data, best):
+        yield from paragraph(label, text)
