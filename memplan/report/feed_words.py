@@ -99,7 +99,7 @@ def loss_words(data: Document) -> str:
             text += f"; {plural(loss['num_without_labels'], 'record')} without a label left"
     if shorter is not None:
         text += (
-            f". {shorter['max_len']:,} would lose {percent(shorter['share_supervised_lost'])} of the labels, above "
+            f". {shorter['max_len']:,} would lose {100 * shorter['share_supervised_lost']:.3g} % of the labels, above "
             f"--max-loss {100 * data['max_loss']:g}"
         )
     return f"{text}."

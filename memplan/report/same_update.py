@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.ansi import Line
 from memplan.report.layout import plural, wrap
-from memplan.report.text import paragraph, table, title
+from memplan.report.text import paragraphs, table, title
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WINDOWS = {"own": "right", "full": "too small"}
 """By whose number of micro-batches a short last step is divided -> what that makes of it."""
 
+ADVICE = "Learning rate (advice; nothing is applied)"
 EQUATION = (
     "whole batch    gradient of  (sum of all losses) / N,   N tokens with a loss",
     "accumulated    gradient of  sum over micro-batches of  L_i / N       the same",
@@ -40,17 +41,20 @@ def render_update(document: Document, *, quiet: bool = False) -> list[Line]:
 
 
 def _about(document: Document) -> Iterator[Line]:
+    return paragraphs(about(document))
+
+
+def about(document: Document) -> Iterator[tuple[str, str]]:
+    """What was measured, as labels and texts."""
     model, setup, measured = document["model"], document["setup"], document["measured"]
     what = "a small one of its family" if model["is_small"] else "as the factory makes it"
     text = f"{model['name']}: {what}, {plural(model['num_parameters'], 'parameter')}, its loss a mean over "
-    yield from paragraph("model", f"{text}{model['mean_over']}")
+    yield "model", f"{text}{model['mean_over']}"
     if model["origin"] not in {"", "as asked for"}:
-        yield from paragraph("", f"None was named: this is {model['origin']}.")
-    yield from paragraph("setup", f"{_split(setup)} = {plural(setup['global_batch_size'], 'sequence')} per step")
+        yield "", f"None was named: this is {model['origin']}."
+    yield "setup", f"{_split(setup)} = {plural(setup['global_batch_size'], 'sequence')} per step"
     smaller = "" if _split(setup) == _split(measured) else f"{_split(measured)}, "
-    yield from paragraph(
-        "measured", f"{smaller}{measured['seq_len']} tokens a sequence, fp32 on the CPU, without dropout"
-    )
+    yield "measured", f"{smaller}{measured['seq_len']} tokens a sequence, fp32 on the CPU, without dropout"
 
 
 def _split(setup: Document) -> str:
@@ -61,15 +65,20 @@ def _split(setup: Document) -> str:
 
 
 def _verdict(document: Document) -> Iterator[Line]:
+    headline, *causes = verdict(document)
+    yield from title(headline, "good" if document["is_same"] else "bad")
+    for cause in causes:
+        yield from _item(cause)
+
+
+def verdict(document: Document) -> list[str]:
+    """Whether it is the same update, and each cause where it is not."""
     judged = document["steps"][-1]
     if document["is_same"]:
         error = max(one["error"] for one in judged["windows"])
-        yield from title(f"The same update: {judged['title']} is off by {error:.0e}, which is rounding", "good")
-        return
+        return [f"The same update: {judged['title']} is off by {error:.0e}, which is rounding"]
     causes = [*document["subject"]["causes"], *judged["causes"]]
-    yield from title(f"Not the same update: {', '.join(one['kind'] for one in causes)}", "bad")
-    for cause in causes:
-        yield from _item(cause["says"])
+    return [f"Not the same update: {', '.join(one['kind'] for one in causes)}", *(cause["says"] for cause in causes)]
 
 
 def _item(text: str) -> Iterator[Line]:
@@ -85,7 +94,14 @@ def _equation() -> Iterator[Line]:
 
 def _steps(document: Document) -> Iterator[Line]:
     yield from title("Relative error of the gradient")
-    rows = [("step", "full steps", "short one", "scale", "what it is")]
+    yield from table(step_rows(document), left=(0, 4), shrink=4, keep_end=False)
+    for note in step_notes(document):
+        yield from _item(note)
+
+
+def step_rows(document: Document) -> list[tuple[str, ...]]:
+    """How far each way to step is from the whole batch, the names of the columns first."""
+    rows: list[tuple[str, ...]] = [("step", "full steps", "short one", "scale", "what it is")]
     subject = document["subject"]
     rows.append(("(the model, cut)", _error(subject["error"]), "", "", _what(subject)))
     for step in document["steps"]:
@@ -101,13 +117,15 @@ def _steps(document: Document) -> Iterator[Line]:
                 _what(step),
             )
         )
-    yield from table(rows, left=(0, 4), shrink=4, keep_end=False)
+    return rows
+
+
+def step_notes(document: Document) -> Iterator[str]:
+    """Why the steps differ that are not judged, and what else there is to say of each."""
     for step in document["steps"][:-1]:
-        for cause in step["causes"]:
-            yield from _item(f"{step['title']}: {cause['says']}")
+        yield from (f"{step['title']}: {cause['says']}" for cause in step["causes"])
     for step in document["steps"]:
-        for note in step["notes"]:
-            yield from _item(f"{step['title']}: {note}")
+        yield from (f"{step['title']}: {note}" for note in step["notes"])
 
 
 def _error(error: float | None) -> str:
@@ -123,60 +141,72 @@ def _what(of: Document) -> str:
 
 
 def _weights(document: Document) -> Iterator[Line]:
-    weights, setup = document["token_weights"], document["setup"]
     yield from title("What naive averaging would do to your data")
+    if document["token_weights"] is not None:
+        yield from table(weight_rows(document))
+    first, *more = weight_words(document)
+    yield from (Line(line) for line in wrap(first, first="  "))
+    for sentence in more:
+        yield from _item(sentence)
+
+
+def weight_rows(document: Document) -> list[tuple[str, ...]]:
+    """How much a token weighs, the names of the columns first."""
+    weights = document["token_weights"]
+    numbers = (f"{weights[name]:.2f}" for name in ("smallest", "p5", "p50", "p95", "largest"))
+    return [("weight of a token", "least", "5 %", "median", "95 %", "most"), (_split(document["setup"]), *numbers)]
+
+
+def weight_words(document: Document) -> Iterator[str]:
+    """The same in sentences."""
+    weights = document["token_weights"]
     if weights is None:
-        text = (
+        yield (
             "No data was given. Where all sequences have as many tokens with a loss, as packed rows nearly have, every "
             "token weighs 1; --data FILE says what yours do."
         )
-        for line in wrap(text, first="  "):
-            yield Line(line)
         return
-    rows = [("weight of a token", "least", "5 %", "median", "95 %", "most")]
-    least, low, middle, high, most = (f"{weights[name]:.2f}" for name in ("smallest", "p5", "p50", "p95", "largest"))
-    rows.append((_split(setup), least, low, middle, high, most))
-    yield from table(rows)
-    text = (
+    yield (
         f"{weights['mean_tokens']:,.0f} tokens with a loss in a micro-batch, n_i varying by "
         f"{100 * weights['variation']:.0f} % within a step: the 95th percentile weighs {weights['spread']:.2g} times "
         f"as much as the 5th, and a step has the noise of one on {100 * weights['effective_share']:.0f} % of its "
         f"tokens ({plural(weights['num_steps'], 'step')} drawn)."
     )
-    for line in wrap(text, first="  "):
-        yield Line(line)
     if weights["empty_share"]:
         share = f"{100 * weights['empty_share']:.2g} % of the micro-batches have no token with a loss"
-        yield from _item(f"{share}: their mean is 0 / 0, and with it the step")
+        yield f"{share}: their mean is 0 / 0, and with it the step"
 
 
 def _advice(advice: Document | None) -> Iterator[Line]:
-    if advice is None:
-        return
-    yield from title("Learning rate (advice; nothing is applied)")
+    if advice is not None:
+        yield from title(ADVICE)
+        for sentence in advice_words(advice):
+            yield from _item(sentence)
+
+
+def advice_words(advice: Document) -> Iterator[str]:
+    """What becomes of the learning rate where the batch changes, sentence by sentence."""
     if advice["ratio"] == 1:
-        yield from _item("The batch is as large as before: no change.")
+        yield "The batch is as large as before: no change."
         return
     factor, ratio = advice["factor"], advice["ratio"]
     linear = f"linear x {advice['linear_factor']:.3g} (SGD; {advice['sources']['linear']})"
     root = f"square root x {advice['square_root_factor']:.3g} (Adam; {advice['sources']['square root']})"
-    yield from _item(f"The batch is {ratio:.3g} times as large: {linear}, {root}.")
+    yield f"The batch is {ratio:.3g} times as large: {linear}, {root}."
     if factor is None:
-        yield from _item(f"For {advice['optimizer']} {advice['source']}: try both, and what lies between.")
+        yield f"For {advice['optimizer']} {advice['source']}: try both, and what lies between."
     else:
         rate = advice["learning_rate"]
         new = "" if rate is None else f": {advice['previous_learning_rate']:.3g} becomes {rate:.3g}"
-        yield from _item(f"For {advice['optimizer']} the {advice['rule']} rule, x {factor:.3g}{new}.")
+        yield f"For {advice['optimizer']} the {advice['rule']} rule, x {factor:.3g}{new}."
     if advice["betas"] is not None:
         betas = ", ".join(f"{beta:.4g}" for beta in advice["betas"])
         root_of = f"eps x {advice['square_root_factor'] ** -1:.3g}"
-        yield from _item(f"The whole of that rule also has betas {betas} (of 0.9, 0.999) and {root_of}.")
+        yield f"The whole of that rule also has betas {betas} (of 0.9, 0.999) and {root_of}."
     steps = [f"{name.replace('_', ' ')} {advice[name]:,}" for name in ("warmup_steps", "total_steps") if advice[name]]
     if steps:
-        yield from _item(f"For the same data: {', '.join(steps)}.")
-    yield from _item(
-        f"Rules hold below the critical batch ({advice['limit']}); memplan.GradientNoise measures it while you train."
-    )
+        yield f"For the same data: {', '.join(steps)}."
+    yield f"Rules hold below the critical batch ({advice['limit']}); memplan.GradientNoise measures it while you train."
 
 
 def _worth_knowing(document: Document) -> Iterator[Line]:
@@ -202,9 +232,14 @@ def render_trainers(document: Document) -> list[Line]:
 
 
 def _trainer_table(trainers: list[Document]) -> Iterator[Line]:
-    rows = [("trainer", "installed", "a token weighs", "over ranks", "last step")]
+    yield from table(trainer_rows(trainers), left=(0, 1, 2, 3, 4))
+
+
+def trainer_rows(trainers: list[Document]) -> list[tuple[str, ...]]:
+    """What trainers do by default, the names of the columns first."""
+    rows: list[tuple[str, ...]] = [("trainer", "installed", "a token weighs", "over ranks", "last step")]
     rows += [
         (one["trainer"], one["installed"] or "-", one["tokens"], one["ranks"], WINDOWS[one["window"]])
         for one in trainers
     ]
-    yield from table(rows, left=(0, 1, 2, 3, 4))
+    return rows

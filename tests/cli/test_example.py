@@ -61,6 +61,7 @@ MATPLOTLIBRC = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_a_page_does_not_depend_on_the_machine(written: str, tmp_path, seed: str) -> None:
     """Sets in another order, another backend, locale and time zone, none of the system's fonts, a user's settings."""

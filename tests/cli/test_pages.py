@@ -97,6 +97,7 @@ def without_commands(document: dict) -> dict:
     return {**left, "what_if": {key: value for key, value in document["what_if"].items() if key != "commands"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_the_page_of_suggest_is_that_of_report(run, name: str, tmp_path) -> None:
     """By whichever command, and from the plan in a file: the same page, but for how the command is spelt."""

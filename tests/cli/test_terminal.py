@@ -99,6 +99,7 @@ def test_who_decides_about_colour(at_terminal, environment: dict[str, str], stdo
     assert bool(COLOUR.search(ran.shown if stdout else ran.piped)) == is_coloured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", TABLES[1:4])
 def test_a_terminal_that_has_ascii_alone(at_terminal, words: str) -> None:
     """Every table as it is elsewhere, bars of other characters."""
@@ -132,6 +133,7 @@ def test_whoever_waits_sees_what_is_done(at_terminal, tmp_path, words: str) -> N
     assert ran.shown.rfind("\x1b[?25h") > ran.shown.rfind("\x1b[?25l")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "environment"), [(" --quiet", {}), ("", {"TERM": "dumb"}), ("", {"TERM": "unknown"})]
 )
@@ -174,6 +176,7 @@ def test_a_bar_in_colour_and_in_ascii(tmp_path) -> None:
     assert not any(coloured.screen() + plain.screen())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [30, 60, 120])
 def test_the_line_has_room_on_any_terminal(at_terminal, columns: int) -> None:
     ran = at_terminal("sweep qwen2.5-0.5b --gpu 24GB --micro-batch 1..64 --seq-len 128..8192+512", columns=columns)

@@ -16,6 +16,7 @@ from memplan.report.pages.comparison import render_comparison_page
 from memplan.report.pages.estimate import render_estimate_page
 from memplan.report.pages.lengths import lengths_page
 from memplan.report.pages.plan import render_plan_page
+from memplan.report.pages.same_update import same_update_page
 from memplan.report.pages.sweep import render_sweep_page
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ PAGE_BY_KIND: dict[str, Callable[[Document], str]] = {
     "calibrations": _of_tables(tables.calibrations_page),
     "models": _of_tables(tables.models_page),
     "gpus": _of_tables(tables.gpus_page),
+    "same-update": _of_tables(same_update_page),
     "report": render_plan_page,
     "comparison": render_comparison_page,
 }
