@@ -19,13 +19,13 @@ settings.load_profile("memplan")
 
 
 LARGE_TABLE = 60
-ONE_IN = 6
-"""All of them take half an hour on two cores; a sixth leaves room in the 25 minutes of CI."""
+ONE_IN = 12
+"""All of them take half an hour on two cores; a twelfth leaves room in the 25 minutes of CI."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of each large table of slow tests one in six, always the same, is for CI; the others are `exhaustive`."""
+    """Of each large table of slow tests one in twelve, always the same, is for CI; the others are `exhaustive`."""
 
     def table(item: pytest.Item) -> str:
         return item.nodeid.partition("[")[0]
