@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawing, plain_axes
-from memplan.report.charts.plans import HATCHES, WIDTH, look_of
+from memplan.report.charts.plans import WIDTH, in_order, look_of
 from memplan.report.layout import clip
 from memplan.units import GIB, format_bytes
 
@@ -76,7 +76,7 @@ def _without_small(parts: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
 def _kinds(parts: Sequence[Mapping[str, int]]) -> list[str]:
     """Those that any plan has, in the order of the hatches."""
     found = dict.fromkeys(kind for part in parts for kind in part)
-    return sorted(found, key=lambda kind: [*HATCHES, kind].index(kind))
+    return in_order(found)
 
 
 def _draw(axes: Axes, kind: str, parts: Sequence[Mapping[str, int]], palette: Palette) -> None:

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawing, plain_axes
 from memplan.report.charts.legend import add_legend, areas, legend_height, usable
-from memplan.report.charts.plans import HATCHES, WIDTH, look_of
+from memplan.report.charts.plans import WIDTH, in_order, look_of
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def kinds_of(points: Sequence[Mapping[str, Any]]) -> list[str]:
     for point in points:
         whole = sum(point["bytes_by_kind"].values())
         found |= dict.fromkeys(kind for kind, num in point["bytes_by_kind"].items() if num >= SMALL * whole)
-    return sorted(found, key=lambda kind: [*HATCHES, kind].index(kind))
+    return in_order(found)
 
 
 def bytes_of(point: Mapping[str, Any], kinds: Sequence[str]) -> list[int]:

@@ -66,7 +66,7 @@ def timeline(
 
 def _legended(bare: Chart, kinds: Sequence[str], usable_bytes: int | None, palette: Palette) -> Chart:
     line = [] if usable_bytes is None else [legend.usable(usable_bytes, palette)]
-    ordered = sorted(kinds, key=lambda kind: [*plans.HATCHES, kind].index(kind))
+    ordered = plans.in_order(kinds)
     return legend.above(bare, [*legend.areas(ordered, palette), *line], palette)
 
 

@@ -56,6 +56,11 @@ def swatch_of(kind: str) -> tuple[str, str]:
     return f"var(--shade-{shade + 1})", "".join(STROKES_BY_HATCH[one] for one in dict.fromkeys(hatch))
 
 
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds in the order of the hatches, in which they are stacked; others come last, as they came."""
+    return sorted(kinds, key=lambda kind: [*HATCHES, kind].index(kind))
+
+
 def legend_of(kinds: Iterable[str]) -> list[str]:
     """The kinds that look different, in the order in which they are drawn; others look as temporary ones do."""
     there = set(kinds)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawing, plain_axes
-from memplan.report.charts.plans import HATCHES, WIDTH, look_of
+from memplan.report.charts.plans import WIDTH, in_order, look_of
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def summit_said(summit: Document) -> str:
 
 def _areas(axes: Axes, profile: Document, palette: Palette) -> None:
     kinds, points = profile["kinds"], profile["points"]
-    order = sorted(kinds, key=lambda kind: [*HATCHES, kind].index(kind))
+    order = in_order(kinds)
     heights = [[point[1 + kinds.index(kind)] / GIB for point in points] for kind in order]
     areas = axes.stackplot([point[0] for point in points], heights, linewidth=0, step="post")
     for kind, area in zip(order, areas, strict=True):

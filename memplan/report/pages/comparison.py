@@ -11,6 +11,7 @@ from memplan.report.charts.compare import WHOLE, comparison
 from memplan.report.charts.drawing import PAGE
 from memplan.report.pages.page import render
 from memplan.report.pages.tables import Table
+from memplan.report.plan import is_timed
 from memplan.report.text import choices, equation, signed, split_of
 from memplan.units import format_bytes, format_count, format_seconds
 
@@ -62,18 +63,12 @@ def _verdict(sides: Sequence[Document], names: Sequence[str]) -> list[str]:
     return [said, f"Most tokens per second: {name}, {_rate(plan, plan['best'])}."]
 
 
-def _is_timed(plan: Document, shown: Document) -> bool:
-    """Whether its times are at a speed that was measured, and no bounds."""
-    calibration = plan["calibration"]
-    return calibration is not None and calibration["is_timed"] and not shown["setup"]["compile"]
-
-
 def _rate(plan: Document, shown: Document) -> str:
-    return f"{'about' if _is_timed(plan, shown) else 'at most'} {shown['tokens_per_s']:,.0f}"
+    return f"{'about' if is_timed(plan, shown) else 'at most'} {shown['tokens_per_s']:,.0f}"
 
 
 def _time(plan: Document, shown: Document) -> str:
-    return f"{'about' if _is_timed(plan, shown) else 'at least'} {format_seconds(shown['step_time_s'])}"
+    return f"{'about' if is_timed(plan, shown) else 'at least'} {format_seconds(shown['step_time_s'])}"
 
 
 def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tuple[str, ...]]:
