@@ -41,7 +41,7 @@ class Axes(NamedTuple):
 
 def axes_of(estimator: Estimator, setup: Setup) -> Axes:
     """The choices around `setup`."""
-    micro = _doublings(1, MICRO_BATCHES, setup.micro_batch_size)[-NUM_MICRO_BATCHES:]
+    micro = _with_doublings(MICRO_BATCHES, setup.micro_batch_size)[-NUM_MICRO_BATCHES:]
     micro = tuple(sorted({*micro, setup.micro_batch_size}))
     rank = None if setup.lora is None else setup.lora.rank
     return Axes(
@@ -51,17 +51,17 @@ def axes_of(estimator: Estimator, setup: Setup) -> Axes:
         optimizer=tuple(dict.fromkeys((*OPTIMIZERS, setup.optimizer))),
         micro_batch_size=micro,
         seq_len=_lengths(estimator, replace(setup, micro_batch_size=micro[-1])),
-        gradient_accumulation_steps=_doublings(1, ACCUMULATIONS, setup.gradient_accumulation_steps),
-        data_parallel_size=_doublings(1, GPUS, setup.data_parallel_size),
+        gradient_accumulation_steps=_with_doublings(ACCUMULATIONS, setup.gradient_accumulation_steps),
+        data_parallel_size=_with_doublings(GPUS, setup.data_parallel_size),
     )
 
 
-def _doublings(first: int, last: int, own: int) -> tuple[int, ...]:
-    """Doublings up to `last`, or up to twice `own`, which is among them."""
-    found = {own}
-    while first <= max(last, 2 * own):
-        found.add(first)
-        first *= 2
+def _with_doublings(last: int, own: int) -> tuple[int, ...]:
+    """Doublings of one up to `last`, or up to twice `own`, which is among them."""
+    found, size = {own}, 1
+    while size <= max(last, 2 * own):
+        found.add(size)
+        size *= 2
     return tuple(sorted(found))
 
 

@@ -25,22 +25,13 @@ from memplan.report.study import study_document
 from memplan.report.what_if import OVER_BY_TABLE, controls, estimate_command, what_if_document
 from memplan.specs.adapter import Lora
 from memplan.specs.values import replace
+from tests.laws.models import LLAMA
 
 if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimator
     from memplan.planner.what_if import WhatIf
     from memplan.specs.training import Setup
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 200,
-    "vocab_size": 1000,
-    "max_position_embeddings": 4096,
-}
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 512}
 GPT2 = {"model_type": "gpt2", "n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 1024, "vocab_size": 1000}
 MOST_BYTES_OF_A_PAGE = 130_000
