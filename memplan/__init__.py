@@ -20,9 +20,13 @@ __all__ = [
     "__version__",
     "accumulate",
     "calibrate",
+    "causal_lm_loss",
+    "count_labels",
+    "count_next_tokens",
     "estimate",
     "estimate_grid",
     "lengths",
+    "mean_loss",
     "probe",
     "same_update",
     "suggest",
@@ -46,6 +50,10 @@ def __getattr__(name: str) -> Any:
         from memplan.accumulation.step import accumulate
 
         return accumulate
+    if name in {"causal_lm_loss", "mean_loss", "count_labels", "count_next_tokens"}:
+        from memplan.accumulation import losses
+
+        return getattr(losses, name)
     if name == "GradientNoise":
         from memplan.accumulation.noise import GradientNoise
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "calibrate": "measurements to coefficients and error bounds for a GPU",
     "lengths": "how long the data is, and what each maximum length would cost",
     "report": "a plan as one page, with charts",
+    "export": "a plan as what carries it out",
     "models": "the models that are known",
     "gpus": "the GPUs that are known",
 }
@@ -35,7 +36,6 @@ COMMANDS = {
 
 PLANNED = (
     "check",
-    "export",
     "doctor",
 )
 """Commands to come; asking for one is a fault that says so."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from memplan.report.trainer import trainer_arguments
+from memplan.export.trainer import trainer_arguments
 from memplan.specs.adapter import lora_record
 from memplan.specs.evaluation import evaluation_record
 from memplan.specs.training import PAIRED

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.export.trainer import (
+    CONFIG_BY_OBJECTIVE,
+    CONFIG_OF_TRAINER,
+    OF_TRANSFORMERS,
+    OPTIM_BY_OPTIMIZER,
+    has_loss,
+    saves_attention,
+)
 from memplan.report.ansi import Line
 from memplan.report.layout import bar, plural, wrap
 from memplan.report.text import (
@@ -30,14 +38,6 @@ from memplan.report.text import (
     unmodelled_lines,
     usable,
     vouched,
-)
-from memplan.report.trainer import (
-    CONFIG_BY_OBJECTIVE,
-    CONFIG_OF_TRAINER,
-    OF_TRANSFORMERS,
-    OPTIM_BY_OPTIMIZER,
-    has_loss,
-    saves_attention,
 )
 from memplan.specs.training import SAVE_ATTENTION
 from memplan.units import format_bytes, format_seconds

@@ -11,8 +11,8 @@ from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
 from memplan.estimation.grid import estimate_grid
 from memplan.estimation.step import TEACHER
+from memplan.export.trainer import trainer_arguments
 from memplan.operators.sizes import allocated
-from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import dropout_of, setup_fields
 from memplan.specs.records import parse_setup, setup_record

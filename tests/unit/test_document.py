@@ -8,10 +8,10 @@ import pytest
 
 import memplan
 from memplan.catalog.gpus import parse_gpu, read_gpus
+from memplan.export.trainer import trainer_arguments
 from memplan.planner.goal import Target
 from memplan.report.cards import cards_that_hold
 from memplan.report.document import estimate_document, options_of, plan_document
-from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
 from memplan.specs.training import Setup

@@ -9,11 +9,11 @@ import pytest
 from memplan.architectures.registry import read_architecture
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
+from memplan.export.trainer import trainer_arguments
 from memplan.memory.events import Sizes
 from memplan.operators.sizes import allocated, bind
 from memplan.planner.goal import target_from_tokens
 from memplan.planner.levers import _changes
-from memplan.report.trainer import trainer_arguments
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import setup_fields
 from memplan.specs.evaluation import Evaluation

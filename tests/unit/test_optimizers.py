@@ -9,6 +9,7 @@ import pytest
 
 import memplan
 from memplan.errors import MemplanError, UsageError
+from memplan.export.trainer import OPTIM_BY_OPTIMIZER, trainer_arguments
 from memplan.memory.events import Sizes
 from memplan.memory.frames import Frame, Trained
 from memplan.memory.in_backward import updating
@@ -17,7 +18,6 @@ from memplan.memory.optimizers import OPTIMIZER_BY_NAME
 from memplan.operators.tape import Parameter
 from memplan.planner.levers import EIGHT_BITS_BY_OPTIMIZER, PAGED_BY_OPTIMIZER
 from memplan.report.document import estimate_document
-from memplan.report.trainer import OPTIM_BY_OPTIMIZER, trainer_arguments
 from memplan.specs.training import OFFLOADED, OPTIMIZERS, Setup, library_of
 from memplan.steptime.step import bytes_of_update
 

@@ -9,7 +9,7 @@ import pytest
 from memplan.architectures.registry import read_architecture
 from memplan.errors import UsageError
 from memplan.estimation.estimate import Estimator
-from memplan.report.trainer import trainer_arguments
+from memplan.export.trainer import trainer_arguments
 from memplan.specs.adapter import Lora, lora_record
 from memplan.specs.choices import setup_fields
 from memplan.specs.conversions import converted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.export.trainer_code import trainer_code
 from memplan.report import accuracy
 from memplan.report.charts import plans as charts
 from memplan.report.charts.accuracy import errors_of
@@ -18,7 +19,6 @@ from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
 from memplan.report.plan import equation_of, is_timed, kept_words, margin_words, roomier, time_words, trainer_line
 from memplan.report.text import calibration_words, choices, exactly, signed, signed_seconds, split_of, vouched
-from memplan.report.trainer_code import trainer_code
 from memplan.report.what_if import controls
 
 if TYPE_CHECKING:
