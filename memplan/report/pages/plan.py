@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan.errors import MemplanError
+from memplan.export.torch_loop import torch_loop
 from memplan.export.trainer_code import trainer_code
 from memplan.report import accuracy
 from memplan.report.charts import plans as charts
@@ -62,6 +64,7 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         is_timed=is_timed(plan, shown),
         trust=" ".join(_trust(plan)),
         trainer=trainer_code(plan) or trainer_line(plan),
+        program=_program(plan),
         runners=roomier(plan),
         parts=parts,
         breakdown=charts.breakdown(parts, usable, shown["upper_bound_bytes"], PAGE) if parts else None,
@@ -78,6 +81,14 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         script="plan/what_if.js" if document["what_if"] else "",
         what_if=None if document["what_if"] is None else controls(document["what_if"]),
     )
+
+
+def _program(plan: Mapping[str, Any]) -> tuple[str, str]:
+    """The plan as a loop of plain PyTorch, or why there is none."""
+    try:
+        return torch_loop(plan), ""
+    except MemplanError as fault:
+        return "", fault.cause
 
 
 def data_values(data: Document | None, best: Document | None) -> Document | None:
