@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimate, Memory, ModelSummary
     from memplan.planner.feed import Feed
     from memplan.planner.goal import Goal, Target
+    from memplan.planner.long_accumulation import LongAccumulation
     from memplan.specs.gpu import GpuSpec
     from memplan.specs.training import Setup
     from memplan.steptime.step import StepTime
@@ -112,6 +113,8 @@ class Plan(Tabular, PicturedPlan):
     """Where nothing fits: the one that lacks least."""
     speed_source: str
     """Whose FLOP/s and bandwidth the times are of."""
+    long_accumulation: LongAccumulation | None = None
+    """What there is to say about accumulation beyond the usual; None: nothing."""
     feed: Feed | None = None
     """The data it was made for, where there is some."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import UsageError
 from memplan.planner.levers import levers_of
+from memplan.planner.long_accumulation import long_accumulation
 from memplan.planner.plan import Candidate, Lever, Plan, Rejection, WayOut
 from memplan.specs.adapter import Lora
 from memplan.specs.evaluation import Evaluation
@@ -144,6 +145,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
         ways_out=() if best else _ways_out(look, start, levers),
         nearest=nearest,
         speed_source=speed_source,
+        long_accumulation=None if best is None else long_accumulation(look, best, levers),
     )
 
 

@@ -157,6 +157,7 @@ def plan_document(plan: Plan, *, origin: str = "", cards: Sequence[Document] = (
         "best": None if best is None else candidate_document(best),
         "trainer": None if best is None else _trainer(best.setup, plan.feed),
         "data": data_document(plan.feed),
+        "long_accumulation": _long_accumulation(plan),
         "alternatives": [candidate_document(candidate) for candidate in plan.alternatives],
         "rejections": [
             {
@@ -185,6 +186,15 @@ def _trainer(setup: Setup, feed: Feed | None) -> Document | None:
     if found is not None and feed is not None and "max_length" in found["arguments"]:
         found["arguments"]["max_length"] = feed.cut.most
     return found
+
+
+def _long_accumulation(plan: Plan) -> Document | None:
+    """What there is to say about accumulation beyond the usual; its module is imported where there is."""
+    if plan.long_accumulation is None:
+        return None
+    from memplan.report.long_accumulation import long_accumulation_document
+
+    return long_accumulation_document(plan.long_accumulation)
 
 
 def data_document(feed: Feed | None) -> Document | None:

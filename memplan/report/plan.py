@@ -63,6 +63,7 @@ def render_plan(plan: Document, *, quiet: bool = False) -> list[Line]:
     return [
         *_asked(plan),
         *verdict(plan),
+        *_warning(plan),
         *_data(plan),
         *_alternatives(plan),
         *_rejections(plan),
@@ -334,6 +335,14 @@ def _rejections(plan: Document) -> Iterator[Line]:
             f"{format_bytes(one['peak_process_bytes'])}, short by {exactly(one['short_by_bytes'])}"
         )
         yield from (Line(line) for line in wrap(text, first="  ", rest="    "))
+
+
+def _warning(plan: Document) -> Iterator[Line]:
+    """Where accumulation is longer than usual."""
+    if plan.get("long_accumulation"):
+        from memplan.report.long_accumulation import warning_words
+
+        yield from paragraph("warning", " ".join(warning_words(plan)))
 
 
 # -- it does not -------------------------------------------------------------------------------------------------------
