@@ -18,6 +18,11 @@ from memplan.accumulation.losses import causal_lm_loss, count_labels, count_next
 from memplan.accumulation.noise import GradientNoise
 from memplan.accumulation.splitting import split
 from memplan.errors import MemplanError, UsageError
+from memplan.probes.devices import CpuDevice, watching
+from memplan.probes.models import transformers_model
+from memplan.probes.steps import run_trial
+from memplan.specs.measurement import Trial
+from memplan.specs.training import Setup
 from tests.support.language_models import Tiny, gradient, ragged, relative, whole_gradient
 from tests.support.ranks import on_ranks
 
@@ -444,3 +449,70 @@ def test_what_is_not_known_is_said() -> None:
         noise.update(1.0, 8, 1.0, 8)
     with pytest.raises(UsageError):
         GradientNoise(decay=1)
+
+
+# -- what it takes -----------------------------------------------------------------------------------------------------
+
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+    "tie_word_embeddings": False,
+}
+
+
+def peak_of_a_loop(setup: Setup) -> int:
+    """Allocated bytes at the highest point of the third step of a loop around `memplan.accumulate`, on the CPU."""
+    device = CpuDevice(has_padding=False)
+    device.open(None)
+
+    def loss(model: nn.Module, one: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16-mixed"):
+            return causal_lm_loss(model, one)
+
+    with watching(device):
+        model = transformers_model(SMALL_LLAMA).build(setup).module.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+        device.settle()
+        for _ in range(3):
+            ids = torch.randint(2000, (setup.global_batch_size, setup.seq_len))
+            memplan.accumulate(
+                model,
+                {"input_ids": ids, "labels": ids},
+                micro_batch_size=setup.micro_batch_size,
+                loss=loss,
+                max_grad_norm=1.0,
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            del ids
+            peak = device.read().peak_allocated
+    counters = 512 * sum(1 for _ in model.parameters())  # of AdamW's steps: on the host where the model is on a GPU
+    return int(peak) - counters
+
+
+def peak_of_the_trainer(setup: Setup) -> int:
+    found: list[dict[str, Any]] = []
+    run_trial(Trial(model="small", config=SMALL_LLAMA, setup=setup), CpuDevice(has_padding=False), found.append)
+    steps = [one["step"] for one in found if "step" in one]
+    return max(phase["peak_allocated_bytes"] for phase in steps[-1]["phases"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize(("micro_batch_size", "steps"), [(1, 1), (2, 3)])
+def test_a_step_takes_what_was_planned_for_the_trainer(precision: str, micro_batch_size: int, steps: int) -> None:
+    """Never more, and less by no more than what a step has besides: the ids of all micro-batches, shifted labels."""
+    setup = Setup(
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=steps,
+        seq_len=128,
+        precision=precision,
+        attention="eager",
+    )
+    loop, trainer = peak_of_a_loop(setup), peak_of_the_trainer(setup)
+    assert 0.995 * trainer < loop <= trainer
