@@ -162,6 +162,7 @@ def _values(plan: Document, setup: Setup) -> dict[str, Any]:
         "most": _most(plan, setup),
         "flattened": setup.is_flattened,
         "padded": setup.padding,
+        "varies": setup.padding or setup.is_flattened or setup.micro_batch_size == 1,  # samples may differ in length
         "imports": sorted(filter(None, _imports(plan, setup, maker)), key=_module_of),
         "model": [*_dropout(plan, setup), *loading(plan, **_config(setup))],
         "adapters": list(adapting(plan)),

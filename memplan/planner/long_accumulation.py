@@ -56,13 +56,16 @@ class LongAccumulation(NamedTuple):
     ways: tuple[Shorter, ...]
 
 
-def long_accumulation(look: Search, best: Candidate, levers: Sequence[Lever]) -> LongAccumulation | None:
+def long_accumulation(
+    look: Search, best: Candidate, levers: Sequence[Lever], refused: Sequence[Candidate]
+) -> LongAccumulation | None:
     """What there is to say about the accumulation of a plan; None where it is not unusual.
 
     Args:
         look: The search that found it.
         best: The plan.
         levers: What else could be chosen.
+        refused: What does not fit, some of it only as replayed.
     """
     setup = best.setup
     steps = setup.gradient_accumulation_steps
@@ -70,7 +73,7 @@ def long_accumulation(look: Search, best: Candidate, levers: Sequence[Lever]) ->
         return None
     dtype = _dtype_of_gradients(setup)
     is_cheap = look.estimator.prices_levers  # traces of other micro-batches would take longer than the plan itself
-    ways = (*_larger_batches(look, best, levers), *_more_gpus(look, best)) if is_cheap else ()
+    ways = (*_larger_batches(look, best, levers, refused), *_more_gpus(look, best)) if is_cheap else ()
     return LongAccumulation(steps, dtype, largest_error(steps, dtype), ways)
 
 
@@ -87,7 +90,9 @@ def _dtype_of_gradients(setup: Setup) -> str:
     return PRECISIONS[setup.precision][0] if narrow else "fp32"
 
 
-def _larger_batches(look: Search, best: Candidate, levers: Sequence[Lever]) -> Iterator[Shorter]:
+def _larger_batches(
+    look: Search, best: Candidate, levers: Sequence[Lever], refused: Sequence[Candidate]
+) -> Iterator[Shorter]:
     """The smallest micro-batch that needs no more than the usual steps: as it is, and with levers that are faster."""
     free = replace(look.goal, micro_batch_size=None, gradient_accumulation_steps=None)
     splits = [(micro, steps) for micro, steps in free.splits() if steps <= USUAL_STEPS]
@@ -95,7 +100,7 @@ def _larger_batches(look: Search, best: Candidate, levers: Sequence[Lever]) -> I
         return
     split = min(splits)
     mode: dict[str, Any] = {"activation_checkpointing": best.setup.activation_checkpointing}
-    plain = _fastest(look, free, split)
+    plain = _fastest(look, free, split, without=[one.setup for one in refused])
     if plain is not None:
         yield Shorter(f"--micro-batch {split[0]}", plain)
     for flag, changes in _that_free(best.setup, levers):
@@ -128,11 +133,12 @@ def _more_gpus(look: Search, best: Candidate) -> Iterator[Shorter]:
         yield Shorter(f"--gpus {ranks}", found)
 
 
-def _fastest(look: Search, goal: Goal, split: tuple[int, int]) -> Candidate | None:
+def _fastest(look: Search, goal: Goal, split: tuple[int, int], without: Sequence[Setup] = ()) -> Candidate | None:
     """With this micro-batch and accumulation; None where none fits, or can be had."""
     try:
         look.estimator.check(goal.setup)
         found = [look.candidate(goal.at(*split, mode)) for mode in goal.modes()]
     except MemplanError:
         return None
-    return min((one for one in found if one.fits), key=lambda one: one.step_time.total_s, default=None)
+    fitting = [one for one in found if one.fits and one.setup not in without]
+    return min(fitting, key=lambda one: one.step_time.total_s, default=None)

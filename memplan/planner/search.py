@@ -145,7 +145,7 @@ def search(estimator: Estimator, goal: Goal, gpu: GpuSpec, speed_source: str) ->
         ways_out=() if best else _ways_out(look, start, levers),
         nearest=nearest,
         speed_source=speed_source,
-        long_accumulation=None if best is None else long_accumulation(look, best, levers),
+        long_accumulation=None if best is None else long_accumulation(look, best, levers, refused),
     )
 
 

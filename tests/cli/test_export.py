@@ -182,6 +182,22 @@ def test_a_file_of_another_answer_is_refused(planned, run) -> None:
     assert "kind estimate" in ran.err
 
 
+def test_single_rows_may_differ_in_length(planned) -> None:
+    """There is nothing to pad; several rows of the plan have no mask, and so one length."""
+    assert "lengths[-1] > MOST_TOKENS" in torch_loop(planned("--micro-batch 1"))
+    assert "lengths[0] == lengths[-1] == TOKENS" in torch_loop(planned("--micro-batch 2"))
+
+
+def test_data_is_cut_where_the_plan_cuts_it(run, planned, tmp_path: Path) -> None:
+    """Not at the length of the worst micro-batch."""
+    lengths = [{"num_tokens": n} for n in (3, 5, 9, 30)]
+    (tmp_path / "counts.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lengths))
+    rows = torch_loop(planned("--target-batch 4 --micro-batch 2 --data counts.jsonl"))
+    assert constants_of(rows)["MOST_TOKENS"] == 16 and "attention_mask" in rows
+    flat = planned("--target-batch 4 --micro-batch 2 --data counts.jsonl --batching padding-free")
+    assert constants_of(torch_loop(flat))["MOST_TOKENS"] == 2 * 13  # 16 + 9, evenly
+
+
 def test_json_and_a_file_hold_the_program(planned, run, tmp_path: Path) -> None:
     text = torch_loop(planned(""))
     document = json.loads(run("export plan.json --to torch --json").out)
@@ -255,10 +271,9 @@ def test_the_program_trains_as_the_whole_batch_would(run, tmp_path: Path, option
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert [line.split(":")[0] for line in ran.stdout.splitlines()] == ["step 1", "step 2", "step 3"]
     order = torch.randperm(14, generator=torch.Generator().manual_seed(0)).tolist()
-    if "--padding" in options:
-        order.sort(key=lambda at: -len(samples[at]["input_ids"]))
-        rest = [order.pop() for _ in order[6:]]
-        order += [rest[at] for at in torch.randperm(8, generator=torch.Generator().manual_seed(0))]
+    order.sort(key=lambda at: -len(samples[at]["input_ids"]))  # the longest first
+    rest = [order.pop() for _ in order[6:]]
+    order += [rest[at] for at in torch.randperm(8, generator=torch.Generator().manual_seed(0))]
     batches = [[samples[at] for at in order[start : start + 6]] for start in (0, 6, 12)]
     whole_batches(model, batches, 0.5)
     trained = weights(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "trained"))
