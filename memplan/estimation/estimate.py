@@ -235,6 +235,14 @@ class Estimator:
             return False
         return True
 
+    def other(self, setup: Setup, **changes: object) -> Setup | None:
+        """`setup` with some fields changed; None where the model cannot be trained like that."""
+        try:
+            changed = replace(setup, **changes)  # type: ignore[arg-type]
+        except MemplanError:
+            return None
+        return changed if self.accepts(changed) else None
+
     def _check_flash(self, setup: Setup) -> None:
         """Raise `UsageError` where the flash kernel does not run (check_flash_attention_* in sdp_utils.cpp)."""
         cure = "Use --attention sdpa."

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.errors import MemplanError
 from memplan.estimation.dimensions import dimensions
 from memplan.estimation.estimate import process_rows
 from memplan.estimation.kept import kept_formula
-from memplan.specs.values import NamedTuple, replace
+from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,12 +73,12 @@ def growth(estimator: Estimator, setup: Setup) -> Growth:
     states = program.parameter_bytes(sizes) + program.gradients.total(sizes) + program.optimizer_states.total(sizes)
 
     def axis(name: str) -> tuple[GrowthPoint, ...]:
-        found = [(size, _at(estimator, setup, name, size)) for size in around(getattr(setup, name))]
+        found = [(size, estimator.other(setup, **{name: size})) for size in around(getattr(setup, name))]
         return tuple(_point(estimator, one, size) for size, one in found if one is not None)
 
     def takes_over(name: str) -> int | None:
         def does(size: int) -> bool | None:
-            one = _at(estimator, setup, name, size)
+            one = estimator.other(setup, **{name: size})
             return None if one is None else int(estimator.peaks(one).kept_activation_bytes) > states
 
         return first_that_does(does)
@@ -101,16 +100,6 @@ def around(size: int) -> list[int]:
     if size < STEPS_TO_IT:
         return list(range(1, NUM_POINTS + 1))
     return [size * n // STEPS_TO_IT for n in range(1, NUM_POINTS + 1)]
-
-
-def _at(estimator: Estimator, setup: Setup, name: str, size: int) -> Setup | None:
-    """The setup with another micro-batch or length; None where the model cannot be trained like that."""
-    try:
-        one = replace(setup, micro_batch_size=size) if name == MICRO_BATCH else replace(setup, seq_len=size)
-        estimator.check(one)
-    except MemplanError:
-        return None
-    return one
 
 
 def _point(estimator: Estimator, setup: Setup, size: int) -> GrowthPoint:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.errors import MemplanError
+from memplan.planner.levers import SHORTEST
 from memplan.specs.values import NamedTuple, replace
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ RANKS = (8, 16, 64)
 MICRO_BATCHES, ACCUMULATIONS, GPUS = 32, 64, 8
 """Up to here in doublings, and up to twice the plan's own."""
 NUM_MICRO_BATCHES, NUM_LENGTHS = 7, 7
-SHORTEST = 128
 MOST_BYTES = 2**50
 """No length is offered at which 64 bits might not count what there is."""
 
@@ -75,8 +74,5 @@ def _lengths(estimator: Estimator, setup: Setup) -> tuple[int, ...]:
 
 
 def _can_be(estimator: Estimator, setup: Setup, length: int) -> bool:
-    try:
-        longer = replace(setup, seq_len=length)
-    except MemplanError:
-        return False
-    return estimator.accepts(longer) and int(estimator.peaks(longer).peak) < MOST_BYTES
+    longer = estimator.other(setup, seq_len=length)
+    return longer is not None and int(estimator.peaks(longer).peak) < MOST_BYTES

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memplan.specs.training import Setup
 
 SHORTEST = 128
-"""No lever makes sequences shorter than this."""
+"""Tokens: neither a lever nor a chart makes sequences shorter than this; the plan's own may be."""
 
 
 SAME, ROUNDING, WEIGHTS, LESS, LESS_AND_ROUNDED, OTHER = range(6)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.errors import MemplanError
 from memplan.estimation.sweep import Sweep, sweep
+from memplan.planner.levers import SHORTEST
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ SHOWN_MODES = ("none", "every-2", "full")
 NUM_SIZES = 5
 """Micro-batches, and lengths."""
 
-SHORTEST = 128
-"""Tokens; the plan's own length may be shorter."""
-
 
 def maps(estimator: Estimator, goal: Goal, setup: Setup) -> tuple[Sweep, ...]:
     """Around `setup`, its own way of checkpointing first.
@@ -37,7 +34,7 @@ def maps(estimator: Estimator, goal: Goal, setup: Setup) -> tuple[Sweep, ...]:
     own = setup.activation_checkpointing
     bare = replace(setup, evaluation=None)
     batches = doublings(setup.micro_batch_size, 1)
-    lengths = [n for n in doublings(setup.seq_len, SHORTEST) if n == setup.seq_len or _is_open(estimator, bare, n)]
+    lengths = [n for n in doublings(setup.seq_len, SHORTEST) if n == setup.seq_len or estimator.other(bare, seq_len=n)]
     modes = (own, *(mode for mode in SHOWN_MODES if mode in goal.modes() and mode != own))
     return tuple(
         sweep(estimator, replace(bare, activation_checkpointing=mode), batches, lengths, margin=goal.margin)
@@ -52,12 +49,3 @@ def doublings(size: int, least: int) -> list[int]:
         if start % 2 == 0 and start // 2 >= least:
             start //= 2
     return [start << n for n in range(NUM_SIZES)]
-
-
-def _is_open(estimator: Estimator, setup: Setup, seq_len: int) -> bool:
-    """Whether the model can be trained with this length."""
-    try:
-        estimator.check(replace(setup, seq_len=seq_len))
-    except MemplanError:
-        return False
-    return True

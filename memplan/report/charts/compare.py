@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawing, plain_axes
-from memplan.report.charts.plans import WIDTH, in_order, look_of
+from memplan.report.charts.plans import REST, SMALL, WIDTH, in_order, look_of
 from memplan.report.layout import clip
 from memplan.units import GIB, format_bytes
 
@@ -21,10 +21,6 @@ BAR_PIXELS, LEGEND_PIXELS, AXIS_PIXELS = 34, 44, 40
 LONGEST_NAME = 34
 WHOLE = "not split"
 """The kind of a peak that nobody can split: that of a plan from a file without its model."""
-REST = "the rest"
-"""Kinds that are small in every plan."""
-SMALL = 0.01
-"""Share of the peak below which a kind is small."""
 
 
 def comparison(

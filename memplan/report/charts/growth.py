@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from memplan.report.charts.drawing import SCREEN, Chart, Palette, canvas, drawing, plain_axes
 from memplan.report.charts.legend import add_legend, areas, legend_height, usable
-from memplan.report.charts.plans import WIDTH, in_order, look_of
+from memplan.report.charts.plans import REST, SMALL, WIDTH, in_order, look_of
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 AXES_HEIGHT, FOOT = 190, 42
 """Pixels: of the areas, and of what stands below them."""
-SMALL = 0.01
-"""Kinds below this share everywhere are drawn together."""
-REST = "the rest"
 
 
 def by_length(growth: Mapping[str, Any], usable_bytes: int | None, palette: Palette = SCREEN) -> Chart:

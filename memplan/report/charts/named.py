@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     Document = Mapping[str, Any]
     Drawing = Callable[[Document, Palette], Chart]
 
-SMALL = 0.01
-"""Kinds below this share of the peak are told together."""
-
 
 def parts_of(ledger: Sequence[Document]) -> list[tuple[str, int]]:
     """(kind, bytes at the peak), the small ones together."""
@@ -26,9 +23,9 @@ def parts_of(ledger: Sequence[Document]) -> list[tuple[str, int]]:
     for row in ledger:
         by_kind[row["kind"]] = by_kind.get(row["kind"], 0) + row["bytes_at_peak"]
     whole = sum(by_kind.values())
-    found = [(kind, num) for kind, num in by_kind.items() if num >= SMALL * whole]
+    found = [(kind, num) for kind, num in by_kind.items() if num >= plans.SMALL * whole]
     rest = whole - sum(num for _, num in found)
-    return [*found, ("the rest", rest)] if rest else found
+    return [*found, (plans.REST, rest)] if rest else found
 
 
 def phases_of(measured: Sequence[Document]) -> list[Document]:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
     Document = dict[str, Any]
 
+REST = "the rest"
+"""Kinds that are small, together."""
+SMALL = 0.01
+"""Share of a peak below which a kind is small."""
+
 HATCHES = {
     "parameter": (0, ""),
     "gradient": (1, "///"),
@@ -26,7 +31,7 @@ HATCHES = {
     "allocator": (5, "||"),
     "context": (6, "-\\"),
     "workspace": (6, "///"),
-    "the rest": (5, ""),
+    REST: (5, ""),
 }
 """Kind of memory -> which of the shades its area has, and which hatch; others look as temporary ones do."""
 

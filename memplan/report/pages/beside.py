@@ -11,6 +11,7 @@ from memplan.report.charts.drawing import PAGE
 from memplan.report.charts.frontier import label_of
 from memplan.report.charts.maps import cell_text, is_plan
 from memplan.report.charts.named import chart_of, has_chart
+from memplan.report.charts.plans import REST
 from memplan.report.charts.schedule import equation_of, said_of, samples_text
 from memplan.specs.training import divisors
 
@@ -100,7 +101,7 @@ def _growth(document: Mapping[str, Any]) -> Document:
 def _growth_table(points: Sequence[Mapping[str, Any]]) -> Document:
     kinds = growing.kinds_of(points)
     rows = [(point["size"], growing.bytes_of(point, kinds)) for point in points]
-    return {"kinds": [*kinds, growing.REST], "rows": [(size, numbers, sum(numbers)) for size, numbers in rows]}
+    return {"kinds": [*kinds, REST], "rows": [(size, numbers, sum(numbers)) for size, numbers in rows]}
 
 
 def _frontier(document: Mapping[str, Any]) -> Document:
