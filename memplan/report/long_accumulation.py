@@ -29,33 +29,31 @@ def long_accumulation_document(found: LongAccumulation) -> Document:
     }
 
 
-def warning_words(plan: Mapping[str, Any]) -> list[str]:
-    """Sentences; none where the accumulation is not unusual."""
+def why_words(plan: Mapping[str, Any]) -> str:
+    """Why there is a word on it; empty where the accumulation is not unusual."""
     found = plan.get("long_accumulation")
-    return [] if not found else [_why(found), _ways(found["ways"], plan["best"]["setup"]["data_parallel_size"])]
-
-
-def _why(found: Document) -> str:
-    steps, dtype = found["gradient_accumulation_steps"], found["gradient_dtype"]
+    if not found:
+        return ""
+    steps, dtype, share = found["gradient_accumulation_steps"], found["gradient_dtype"], found["largest_rounding"]
     said = (
         f"{steps:,} accumulation steps are beyond the usual 1 to {found['usual_steps']}: each launches its kernels and "
         "fetches its data anew, which the time leaves out"
     )
     if dtype == "fp32":
         return f"{said}."
-    share = found["largest_rounding"]
     most = "by any amount" if share is None else f"by up to {100 * share:.2g} % of their sizes"
     return f"{said}, and sums of so many gradients in {dtype} can be off {most}."
 
 
-def _ways(ways: list[Document], num_gpus: int) -> str:
-    said = "; ".join(_way(way, num_gpus) for way in ways)
-    smaller = "a smaller --target-batch, which is another update"
-    return f"Fewer would be had by {said}; or {smaller}." if ways else f"Fewer would be had by {smaller}."
+def shorter_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What makes fewer steps of it, and how many with what price; the last one is another update."""
+    num_gpus = plan["best"]["setup"]["data_parallel_size"]
+    found = [_way(way, num_gpus) for way in plan["long_accumulation"]["ways"]]
+    return [*found, ("a smaller --target-batch", "another update")]
 
 
-def _way(way: Document, num_gpus: int) -> str:
+def _way(way: Document, num_gpus: int) -> tuple[str, str]:
     setup = way["setup"]
     steps, gpus = setup["gradient_accumulation_steps"], setup["data_parallel_size"]
-    change = way["options"] if gpus == num_gpus else f"{gpus:,} GPUs"
-    return f"{change} ({steps}, from {format_seconds(way['step_time_s'])} a step)"
+    change = way["options"] if gpus == num_gpus else f"{gpus:,} GPUs"  # however the card was named
+    return change, f"{steps:,}, at least {format_seconds(way['step_time_s'])} a step"

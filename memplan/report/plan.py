@@ -15,6 +15,7 @@ from memplan.export.trainer import (
 from memplan.report.ansi import Line
 from memplan.report.layout import bar, plural, wrap
 from memplan.report.text import (
+    LABEL_WIDTH,
     SEQUENCE,
     STAR,
     assumption_lines,
@@ -340,9 +341,13 @@ def _rejections(plan: Document) -> Iterator[Line]:
 def _warning(plan: Document) -> Iterator[Line]:
     """Where accumulation is longer than usual."""
     if plan.get("long_accumulation"):
-        from memplan.report.long_accumulation import warning_words
+        from memplan.report.long_accumulation import shorter_rows, why_words
 
-        yield from paragraph("warning", " ".join(warning_words(plan)))
+        yield from paragraph("warning", f"{why_words(plan)} Fewer with")
+        rows = shorter_rows(plan)
+        width = max(len(change) for change, _ in rows)
+        for change, price in rows:
+            yield Line(f"  {'':<{LABEL_WIDTH}}  {change:<{width}}  {price}")
 
 
 # -- it does not -------------------------------------------------------------------------------------------------------

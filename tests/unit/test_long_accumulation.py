@@ -8,7 +8,7 @@ import torch
 import memplan
 from memplan.planner.long_accumulation import USUAL_STEPS, largest_error
 from memplan.report.document import plan_document
-from memplan.report.long_accumulation import warning_words
+from memplan.report.long_accumulation import shorter_rows, why_words
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +73,7 @@ def test_nothing_is_said_up_to_the_usual() -> None:
     plan = memplan.suggest("qwen2.5-1.5b", gpu="24GB", target_batch=USUAL_STEPS)
     assert plan.best is not None and plan.best.setup.gradient_accumulation_steps == USUAL_STEPS
     assert plan.long_accumulation is None
-    assert warning_words(plan_document(plan)) == []
+    assert why_words(plan_document(plan)) == ""
 
 
 def test_a_split_that_was_fixed_is_freed() -> None:
@@ -86,24 +86,25 @@ def test_adapters_in_fp32_add_up_exactly_enough() -> None:
     plan = memplan.suggest("gpt2", gpu="24GB", target_batch=64, micro_batch=1, seq_len=256, lora_rank=8)
     found = plan.long_accumulation
     assert found is not None and found.dtype == "fp32" and found.rounding is None
-    why, fewer = warning_words(plan_document(plan))
-    assert "sums" not in why
-    assert "--micro-batch 4 (16, from" in fewer
+    document = plan_document(plan)
+    assert "sums" not in why_words(document)
+    change, price = shorter_rows(document)[0]
+    assert change == "--micro-batch 4" and price.startswith("16, at least")
 
 
 def test_more_gpus_are_named_as_such() -> None:
     """A card that was asked for with its number takes no --gpus beside it."""
     plan = memplan.suggest("gpt2", gpu="2xrtx4090", target_batch=128, accumulation=64, seq_len=256)
-    assert "8 GPUs (16, from" in warning_words(plan_document(plan))[1]
+    assert [change for change, _ in shorter_rows(plan_document(plan))][-2:] == ["8 GPUs", "a smaller --target-batch"]
 
 
 def test_nothing_bounds_a_very_long_sum() -> None:
     plan = memplan.suggest("gpt2", gpu="24GB", target_batch=512, micro_batch=1, seq_len=256)
-    why = warning_words(plan_document(plan))[0]
+    why = why_words(plan_document(plan))
     assert "512 accumulation steps" in why and "in bf16 can be off by any amount" in why
 
 
 def test_so_many_gpus_that_nobody_has_them_are_not_named() -> None:
     """977 is prime: 977 times as many GPUs are no answer."""
     plan = memplan.suggest("gpt2", gpu="24GB", target_batch=977, accumulation=977, seq_len=256)
-    assert "GPUs" not in warning_words(plan_document(plan))[1]
+    assert not any("GPUs" in change for change, _ in shorter_rows(plan_document(plan)))

@@ -17,7 +17,7 @@ from memplan.report.charts.drawing import PAGE, Chart
 from memplan.report.charts.named import parts_of, phases_of
 from memplan.report.charts.timeline import timeline
 from memplan.report.feed_words import data_facts, risk_facts, way_facts, way_rows
-from memplan.report.long_accumulation import warning_words
+from memplan.report.long_accumulation import shorter_rows, why_words
 from memplan.report.pages.beside import beside_values
 from memplan.report.pages.page import render
 from memplan.report.plan import equation_of, is_timed, kept_words, margin_words, roomier, time_words, trainer_line
@@ -59,7 +59,8 @@ def render_plan_page(document: Mapping[str, Any]) -> str:
         equation=equation_of(plan, shown["setup"]),
         data=data_values(plan.get("data"), plan["best"]),
         choices=choices(shown["setup"]),
-        warning=warning_words(plan),
+        warning=why_words(plan),
+        shorter=shorter_rows(plan) if why_words(plan) else [],
         kept=kept_words(shown["setup"]["activation_checkpointing"]),
         margins=margin_words(plan, shown),
         time=time_words(plan, shown),
