@@ -5,9 +5,9 @@ FSDP take the mean of the ranks' gradients (torch.nn.parallel.DistributedDataPar
 that the R cancels.
 
 Tried with gloo on the CPU, torch 2.13, against the gradient of the whole batch: DistributedDataParallel;
-FullyShardedDataParallel with FULL_SHARD, SHARD_GRAD_OP, NO_SHARD and HYBRID_SHARD, with ``use_orig_params``; fully_shard,
-over all ranks, over some, and hybrid.  Not tried: NCCL, mixed precision and CPU offload of FSDP, hooks that reduce
-otherwise than to the mean, tensor and pipeline parallelism.
+FullyShardedDataParallel with FULL_SHARD, SHARD_GRAD_OP, NO_SHARD and HYBRID_SHARD, with ``use_orig_params``;
+fully_shard over all ranks, over some, and hybrid.  Not tried: NCCL, mixed precision and CPU offload of FSDP,
+hooks that reduce otherwise than to the mean, tensor and pipeline parallelism.
 """
 
 from __future__ import annotations

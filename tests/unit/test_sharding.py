@@ -1,4 +1,4 @@
-"""`memplan.accumulate` on parameters that are sharded, on four ranks: FSDP1 and FSDP2, nested, hybrid, and with twins."""
+"""`memplan.accumulate` on sharded parameters, on four ranks: FSDP1 and FSDP2, nested, hybrid, and with twins."""
 
 from __future__ import annotations
 
