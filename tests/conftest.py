@@ -13,6 +13,9 @@ from hypothesis import settings
 # What memplan remembers goes to a folder of the test run's own, also in its child processes.
 os.environ["MEMPLAN_CACHE_DIR"] = tempfile.mkdtemp(prefix="memplan-tests-")
 
+# Tests run on all cores already: the threads of two workers' tiny matrices would spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples on every run, and no deadline: a slow machine is not a broken law.
 settings.register_profile("memplan", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("memplan")

@@ -3,6 +3,11 @@
 Each rank backpropagates its sum of losses times R / N, N being the tokens of all R ranks: DistributedDataParallel and
 FSDP take the mean of the ranks' gradients (torch.nn.parallel.DistributedDataParallel, "the gradients are averaged"), so
 that the R cancels.
+
+Tried with gloo on the CPU, torch 2.13, against the gradient of the whole batch: DistributedDataParallel;
+FullyShardedDataParallel with FULL_SHARD, SHARD_GRAD_OP, NO_SHARD and HYBRID_SHARD, with ``use_orig_params``;
+fully_shard over all ranks, over some, and hybrid.  Not tried: NCCL, mixed precision and CPU offload of FSDP,
+hooks that reduce otherwise than to the mean, tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -83,7 +88,7 @@ def ranks_of(model: nn.Module, group: Any = None) -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         return Ranks(1, None, None, False)
     wrapper: Any = getattr(model, "_orig_mod", model)  # torch.compile's wrapper around the wrapper
-    found = group if group is not None else getattr(wrapper, "process_group", None)
+    found = group if group is not None else _group_of(wrapper)
     num = dist.get_world_size(found)
     if num == 1:
         return Ranks(1, None, None, False)
@@ -93,6 +98,17 @@ def ranks_of(model: nn.Module, group: Any = None) -> Ranks:
             "Wrap it in torch.nn.parallel.DistributedDataParallel, or shard it with fully_shard.",
         )
     return Ranks(num, found, wrapper, not isinstance(wrapper, _replicated()))
+
+
+def _group_of(wrapper: Any) -> Any:
+    """The ranks of a wrapper that have different data; None: all.
+
+    FSDP1 that shards within a node and replicates over nodes names the ranks of the node alone
+    (``ShardingStrategy.HYBRID_SHARD``), and averages over all.  A module of fully_shard names none.  Where several
+    ranks have the same data all of them are as good: the tokens and the ranks are then counted as often.
+    """
+    strategy = getattr(getattr(wrapper, "sharding_strategy", None), "name", "")
+    return None if "HYBRID" in strategy else getattr(wrapper, "process_group", None)
 
 
 def _replicated() -> type:

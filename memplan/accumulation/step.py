@@ -75,7 +75,7 @@ def accumulate(
     which scale and step themselves.
 
     Args:
-        model: A module; across ranks in DistributedDataParallel or FSDP.
+        model: A module; across ranks in DistributedDataParallel or FSDP (`memplan.accumulation.ranks` says which).
         batch: This rank's part of the step: a dict of tensors, a tuple of them or one tensor, a list of samples, or,
             without `micro_batch_size`, a list of micro-batches.
         micro_batch_size: Samples of one forward pass; None: the batch is a list of micro-batches, or is one.

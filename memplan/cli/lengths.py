@@ -10,24 +10,11 @@ from memplan.cli.axes import read_axis
 from memplan.cli.options import SetupCommand, rows_as_options
 from memplan.cli.output import say, write_answer
 from memplan.cli.progress import Progress
+from memplan.cli.strategies import packing_row
 from memplan.cli.values import OUTPUT_ROWS, Row, one_of, read_count, read_text
-from memplan.errors import UsageError, did_you_mean
-from memplan.sequences.analysis import STRATEGIES
 from memplan.sequences.truncation import SIDES
 
 DATA, CHOSEN = "The data", "What is worked out"
-
-
-def _read_strategies(text: str, flag: str) -> tuple[str, ...]:
-    """Names with commas."""
-    names = tuple(one.strip().lower() for one in text.split(",") if one.strip())
-    for name in names:
-        if name not in STRATEGIES:
-            otherwise = f"Known: {', '.join(STRATEGIES)}."
-            raise UsageError(
-                f"{flag} {name!r} is not known.", did_you_mean(name, list(STRATEGIES), otherwise=otherwise)
-            )
-    return names
 
 
 ROWS = (
@@ -39,7 +26,7 @@ ROWS = (
     Row(("--truncation",), CHOSEN, "Where longer ones are cut (right).", one_of(SIDES), "|".join(SIDES), SIDES),
     Row(("--micro-batch",), CHOSEN, "Rows of a micro-batch (1).", read_count, "N"),
     Row(("--target-batch",), CHOSEN, "Rows of an optimizer step, to count the steps of an epoch.", read_count, "N"),
-    Row(("--packing",), CHOSEN, f"Of {', '.join(STRATEGIES)} (bfd).", _read_strategies, "NAMES"),
+    packing_row(CHOSEN),
     *OUTPUT_ROWS,
 )
 

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from memplan.cli.data_rows import SIDES
 from memplan.cli.options import SetupCommand, options_of
 from memplan.cli.output import write_answer
 from memplan.cli.progress import Progress
-from memplan.cli.values import BATCH, OUTPUT_ROWS, SETUP_ROWS, Row, quoted, read_count, read_text
+from memplan.cli.strategies import packing_row
+from memplan.cli.values import BATCH, OUTPUT_ROWS, SETUP_ROWS, Row, one_of, quoted, read_count, read_text
 from memplan.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memplan.measuring.same_update import SameUpdate
     from memplan.sequences.lengths import Lengths
 
@@ -56,6 +60,9 @@ ROWS = (
     Row(("--data",), DATA, "A file, folder or pattern of records, or - for stdin.", read_text, "DATA"),
     Row(("--tokenizer",), DATA, "A tokenizer.json, or a folder with one, for records of text.", read_text, "PATH"),
     Row(("--field",), DATA, "The field with the text.", read_text, "NAME"),
+    Row(("--prompt-field",), DATA, "The field with the prompt, which has no label.", read_text, "NAME"),
+    Row(("--truncation",), DATA, "Where longer ones are cut (right).", one_of(SIDES), "|".join(SIDES), SIDES),
+    packing_row(DATA),
     Row(("--previous-batch",), CHANGE, "Sequences per step before.", read_count, "N"),
     _ROW_BY_FLAG["--optimizer"]._replace(section=CHANGE),
     Row(("--lr",), CHANGE, "Learning rate before.", read_rate, "RATE"),
@@ -106,11 +113,16 @@ def _compared(given: dict[str, Any]) -> SameUpdate:
 
     if given["previous_batch"] is None and any(given[name] for name in ("lr", "warmup_steps", "total_steps")):
         raise UsageError("--lr, --warmup-steps and --total-steps are those of a batch.", "Say --previous-batch N, too.")
+    for row in ROWS:
+        if row.section == DATA and given["data"] is None and given[row.field] is not None:
+            raise UsageError(f"{row.flag} is about data, and none is named.", "Say --data PATH, or leave it out.")
     plain = ("model", "target_batch", "micro_batch", "accumulation", "gpus", "seq_len", "step")
+    chosen = {name: given[name] for name in ("packing", "truncation") if given[name] is not None}
     with Progress(shown=not given["quiet"]) as progress:
         return same_update(
             **{name: given[name] for name in plain},
-            lengths=None if given["data"] is None else _lengths(given),
+            lengths=None if given["data"] is None else _lengths(given, progress.say),
+            **chosen,
             optimizer=given["optimizer"] or OPTIMIZER,
             previous_batch=given["previous_batch"],
             learning_rate=given["lr"],
@@ -120,13 +132,11 @@ def _compared(given: dict[str, Any]) -> SameUpdate:
         )
 
 
-def _lengths(given: dict[str, Any]) -> Lengths:
-    from memplan.datasets.counting import count
-    from memplan.datasets.records import find_sources, read_records
-    from memplan.datasets.tokenizer import read_tokenizer
+def _lengths(given: dict[str, Any], notify: Callable[[str], None] | None) -> Lengths:
+    from memplan.surveying import lengths
 
-    tokenizer = None if given["tokenizer"] is None else read_tokenizer(given["tokenizer"])
-    return count(read_records(find_sources(given["data"])), tokenizer, field=given["field"]).lengths
+    named = {name: given[name] for name in ("tokenizer", "field", "prompt_field")}
+    return lengths(given["data"], max_len=(), packing=(), notify=notify, **named).lengths
 
 
 def _records(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -100,17 +100,25 @@ def token_weights(
     Raises:
         UsageError: the data set is smaller than a step, or none of its tokens has a loss.
     """
-    num = accumulation * ranks
-    batch = micro_batch_size * num
-    if tokens.size < batch:
+    counts = drawn_steps(tokens, micro_batch_size=micro_batch_size, accumulation=accumulation, ranks=ranks, seed=seed)
+    if not counts.size:
+        batch = micro_batch_size * accumulation * ranks
         raise UsageError(
             f"The data has {tokens.size:,} samples and a step takes {batch:,}.", "Give more data, or a smaller step."
         )
-    counts = _drawn(tokens, batch, seed).reshape(-1, num, micro_batch_size).sum(axis=2)
-    counts = counts[counts.sum(axis=1) > 0]
-    if not counts.size:
+    if not counts.any():
         raise UsageError("No token of the data has a loss.", "Check which tokens have a label.")
     return summary(counts)
+
+
+def drawn_steps(tokens: Counts, *, micro_batch_size: int, accumulation: int, ranks: int, seed: int) -> Counts:
+    """Tokens of the micro-batches of steps that are drawn; shape (num_steps, K x R), no steps of too few samples."""
+    num = accumulation * ranks
+    batch = micro_batch_size * num
+    if tokens.size < batch:
+        return np.zeros((0, num), np.int64)
+    counts: Counts = _drawn(tokens, batch, seed).reshape(-1, num, micro_batch_size).sum(axis=2)
+    return counts
 
 
 def _drawn(tokens: Counts, batch: int, seed: int) -> Counts:
@@ -123,7 +131,11 @@ def _drawn(tokens: Counts, batch: int, seed: int) -> Counts:
 
 
 def summary(counts: Counts) -> TokenWeights:
-    """The weights of steps whose n_i are known; shape (num_steps, micro-batches of a step)."""
+    """The weights of steps whose n_i are known; shape (num_steps, micro-batches of a step).
+
+    Steps without a token with a loss are left out; one at least has some.
+    """
+    counts = counts[counts.any(axis=1)]
     weights = step_weights(counts)
     there = counts > 0
     order = np.argsort(weights[there], kind="stable")

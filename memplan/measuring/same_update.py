@@ -14,14 +14,15 @@ from memplan.equivalence.diagnosis import diagnose_loop, diagnose_subject, toler
 from memplan.equivalence.records import parse_loop, parse_subject
 from memplan.equivalence.scaling import accumulation_warning, advise
 from memplan.errors import UsageError
+from memplan.specs.training import check_choice
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from memplan.equivalence.batches import Weighed
     from memplan.equivalence.diagnosis import Diagnosis, Loop, Subject
     from memplan.equivalence.scaling import Advice
-    from memplan.equivalence.weights import TokenWeights
     from memplan.sequences.lengths import Lengths
 
 DEFAULT_MICRO_BATCH, DEFAULT_ACCUMULATION = 2, 4
@@ -33,6 +34,9 @@ SMALL_SEQ_LEN = 32
 """Tokens of a sequence of the measurement."""
 
 OPTIMIZER = "adamw"
+
+DEFAULT_PACKING = ("bfd",)
+"""What TRL does where it is told to pack."""
 
 
 class Cut(NamedTuple):
@@ -70,8 +74,9 @@ class SameUpdate:
     """naive, normalised and, where there is one, own."""
     of_loops: Mapping[str, Diagnosis]
     step: str | None
-    weights: TokenWeights | None
-    """What naive averaging does to the data; None: no data was given, and equal lengths weigh the same."""
+    weights: tuple[Weighed, ...] | None
+    """What naive averaging does to the data, for each way to make batches of it; None: no data was given, and equal
+    lengths weigh the same."""
     advice: Advice | None
     """Where another batch is said to have been used before."""
     optimizer: str
@@ -112,7 +117,7 @@ def find_cut(
     return Cut(size, steps, ranks, seq_len or SMALL_SEQ_LEN)
 
 
-def same_update(
+def same_update(  # noqa: PLR0913 - one keyword for each thing that is asked
     model: str | None = None,
     *,
     micro_batch: int | None = None,
@@ -122,6 +127,8 @@ def same_update(
     seq_len: int | None = None,
     step: str | None = None,
     lengths: Lengths | None = None,
+    truncation: str = "right",
+    packing: Sequence[str] = DEFAULT_PACKING,
     optimizer: str = OPTIMIZER,
     previous_batch: int | None = None,
     learning_rate: float | None = None,
@@ -140,7 +147,10 @@ def same_update(
         seq_len: Tokens of a sequence; data is cut to it, too.
         step: The user's own step function, ``package.module:function``: called with the module and a list of the
             rank's micro-batches, it leaves the gradient in the parameters and does not step the optimizer.
-        lengths: Of the data, for the weights of its tokens.
+        lengths: Of the data, for the weights of its tokens: ``memplan.lengths("train.jsonl").lengths``.
+        truncation: Where sequences longer than `seq_len` are cut: right, left, middle or drop.
+        packing: Strategies to pack, names of `memplan.sequences.analysis.STRATEGIES`; rows of `seq_len` tokens, or as
+            long as the longest sequence.
         optimizer: Key of `memplan.specs.training.OPTIMIZERS`, for the advice.
         previous_batch: Sequences of a step before, where the batch changes.
         learning_rate: With that batch.
@@ -162,7 +172,7 @@ def same_update(
         min(asked.ranks, MOST_RANKS),
         min(asked.seq_len, SMALL_SEQ_LEN) if config is not None else asked.seq_len,
     )
-    weights = None if lengths is None else _weights(lengths, asked, seq_len)
+    weights = None if lengths is None else _weights(lengths, asked, seq_len, truncation, packing)
     if notify is not None:
         notify(f"comparing updates of {name}")
     found = compare_updates(name=name, config=config, shape=measured._asdict(), step=step)
@@ -211,12 +221,15 @@ def _find(model: str | None) -> tuple[str, str, dict[str, Any] | None]:
     return found.name, found.origin, None if values is None else dict(values)
 
 
-def _weights(lengths: Lengths, cut: Cut, seq_len: int | None) -> TokenWeights:
-    from memplan.equivalence.weights import predicted, token_weights
-    from memplan.sequences.truncation import truncate
+def _weights(
+    lengths: Lengths, cut: Cut, seq_len: int | None, truncation: str, packing: Sequence[str]
+) -> tuple[Weighed, ...]:
+    from memplan.equivalence.batches import Step, weigh
+    from memplan.sequences.analysis import STRATEGIES
+    from memplan.sequences.truncation import SIDES
 
-    kept = lengths if seq_len is None else truncate(lengths, seq_len).lengths
-    tokens = predicted(kept)
-    if seq_len is not None and not tokens.any():
-        raise UsageError(f"Cut to {seq_len} tokens, no sequence has a token with a loss left.", "Raise --seq-len.")
-    return token_weights(tokens, micro_batch_size=cut.micro_batch_size, accumulation=cut.accumulation, ranks=cut.ranks)
+    check_choice("truncation", truncation, SIDES)
+    for name in packing:
+        check_choice("packing", name, STRATEGIES)
+    step = Step(cut.micro_batch_size, cut.accumulation, cut.ranks)
+    return weigh(lengths, step, most=seq_len, side=truncation, strategies=packing)

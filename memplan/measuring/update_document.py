@@ -12,9 +12,9 @@ from memplan.report.document import envelope
 
 if TYPE_CHECKING:
     from memplan.catalog.trainers import Trainer
+    from memplan.equivalence.batches import Weighed
     from memplan.equivalence.diagnosis import Diagnosis, Loop
     from memplan.equivalence.scaling import Advice
-    from memplan.equivalence.weights import TokenWeights
     from memplan.measuring.same_update import Cut, SameUpdate
 
     Document = dict[str, Any]
@@ -52,7 +52,7 @@ def _measured(found: SameUpdate) -> Document:
             **_diagnosis(found.of_subject),
         },
         "steps": [_step(name, loop, found) for name, loop in found.loops.items()],
-        "token_weights": None if found.weights is None else _weights(found.weights),
+        "token_weights": None if found.weights is None else [_weights(one) for one in found.weights],
         "advice": None if found.advice is None else _advice(found.advice, found),
         "warning": found.warning,
     }
@@ -99,8 +99,14 @@ def _step(name: str, loop: Loop, found: SameUpdate) -> Document:
     }
 
 
-def _weights(weights: TokenWeights) -> Document:
-    return {**weights._asdict(), "spread": weights.spread}
+def _weights(found: Weighed) -> Document:
+    weights = found.weights
+    return {
+        "batching": found.batching,
+        "row_tokens": found.row_tokens,
+        "why_not": found.why or None,
+        "weights": None if weights is None else {**weights._asdict(), "spread": weights.spread},
+    }
 
 
 def _advice(advice: Advice, found: SameUpdate) -> Document:

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 WINDOWS = {"own": "right", "full": "too small"}
 """By whose number of micro-batches a short last step is divided -> what that makes of it."""
 
+WEIGHT_COLUMNS = ("batches of", "n_i", "least", "5 %", "median", "95 %", "most", "spread", "share")
+LABEL_BY_BATCHING = {"rows": "sequences", "grouped": "sequences, grouped"}
+WORDS_BY_BATCHING = {
+    "rows": "in random order, padded or end to end",
+    "grouped": "those of about the same length come together, as transformers sorts them",
+}
+MANY_TIMES = 100
+"""From here on the weight of a token has no decimals."""
+
 ADVICE = "Learning rate (advice; nothing is applied)"
 EQUATION = (
     "whole batch    gradient of  (sum of all losses) / N,   N tokens with a loss",
@@ -151,30 +160,55 @@ def _weights(document: Document) -> Iterator[Line]:
 
 
 def weight_rows(document: Document) -> list[tuple[str, ...]]:
-    """How much a token weighs, the names of the columns first."""
-    weights = document["token_weights"]
-    numbers = (f"{weights[name]:.2f}" for name in ("smallest", "p5", "p50", "p95", "largest"))
-    return [("weight of a token", "least", "5 %", "median", "95 %", "most"), (_split(document["setup"]), *numbers)]
+    """How much a token weighs for each way to make batches, the names of the columns first."""
+    return [WEIGHT_COLUMNS, *map(_weight_row, document["token_weights"])]
+
+
+def _weight_row(one: Document) -> tuple[str, ...]:
+    weights, label = one["weights"], _label(one["batching"])
+    if weights is None:
+        return (label, *("-" for _ in WEIGHT_COLUMNS[1:]))
+    numbers = (_weight(weights[key]) for key in ("smallest", "p5", "p50", "p95", "largest", "spread"))
+    return (label, f"{weights['mean_tokens']:,.0f}", *numbers, f"{100 * weights['effective_share']:.0f} %")
+
+
+def _weight(number: float) -> str:
+    return f"{number:.2f}" if number < MANY_TIMES else f"{number:,.0f}"
 
 
 def weight_words(document: Document) -> Iterator[str]:
     """The same in sentences."""
-    weights = document["token_weights"]
-    if weights is None:
+    ways = document["token_weights"]
+    if ways is None:
         yield (
-            "No data was given. Where all sequences have as many tokens with a loss, as packed rows nearly have, every "
-            "token weighs 1; --data FILE says what yours do."
+            "No data was given. Where all micro-batches have as many tokens with a loss, as packed rows of text "
+            "without prompts nearly have, every token weighs 1; --data FILE says what yours do."
         )
         return
     yield (
-        f"{weights['mean_tokens']:,.0f} tokens with a loss in a micro-batch, n_i varying by "
-        f"{100 * weights['variation']:.0f} % within a step: the 95th percentile weighs {weights['spread']:.2g} times "
-        f"as much as the 5th, and a step has the noise of one on {100 * weights['effective_share']:.0f} % of its "
-        f"tokens ({plural(weights['num_steps'], 'step')} drawn)."
+        f"With {_split(document['setup'])}. n_i: tokens with a loss in a micro-batch, on average. Spread: how many "
+        "times as much the 95th percentile of the tokens weighs as the 5th. Share: a step has the noise of one on so "
+        "much of its tokens."
     )
-    if weights["empty_share"]:
-        share = f"{100 * weights['empty_share']:.2g} % of the micro-batches have no token with a loss"
-        yield f"{share}: their mean is 0 / 0, and with it the step"
+    yield from (_about_batching(one) for one in ways)
+
+
+def _label(batching: str) -> str:
+    return LABEL_BY_BATCHING.get(batching, f"packed, {batching}")
+
+
+def _about_batching(one: Document) -> str:
+    """What there is to say of one way beside its numbers."""
+    weights = one["weights"]
+    how = WORDS_BY_BATCHING.get(one["batching"]) or f"rows of {one['row_tokens']:,} tokens"
+    said = f"{_label(one['batching'])}: {how}"
+    if weights is None:
+        return f"{said}; {one['why_not']}."
+    said = f"{said} ({plural(weights['num_steps'], 'step')} drawn)"
+    if not weights["empty_share"]:
+        return f"{said}."
+    share = f"{100 * weights['empty_share']:.2g} % of the micro-batches have no token with a loss"
+    return f"{said}. {share}: their mean is 0 / 0, and with it the step."
 
 
 def _advice(advice: Document | None) -> Iterator[Line]:

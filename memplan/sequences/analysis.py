@@ -11,6 +11,7 @@ import numpy as np
 
 from memplan.sequences import padding
 from memplan.sequences.packing import (
+    TRL_GROUP,
     Packing,
     best_fit_decreasing,
     first_fit,
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 
+def best_fit_split(tokens: Integers, most: int) -> Packing:
+    """Each thousand sequences, split where they are longer than a row, by themselves: the longest part first."""
+    there = tokens[tokens > 0]
+    groups = [split(there[at : at + TRL_GROUP], most) for at in range(0, there.size, TRL_GROUP)]
+    parts = [best_fit_decreasing(some, most, group=None) for some in groups]
+    rows = np.concatenate([tokens[:0], *(one.tokens for one in parts)])
+    return Packing(most, rows, sum(one.num_samples for one in parts))
+
+
 class Strategy(NamedTuple):
     """A way to pack."""
 
@@ -42,6 +52,7 @@ class Strategy(NamedTuple):
     splits: bool
     """Whether what is longer than a row is split rather than cut off."""
     pack: Callable[[Integers, int], Packing]
+    """Takes the tokens of each sequence, cut to a row where it does not split, and of a row."""
     joins: bool = False
     """Whether a row has the room of a whole micro-batch, which then is this row alone."""
     pads: bool = False
@@ -52,7 +63,7 @@ STRATEGIES = {
     strategy.name: strategy
     for strategy in (
         Strategy("bfd", "TRL 1.16, its default", False, best_fit_decreasing),
-        Strategy("bfd-split", "TRL 1.16", True, best_fit_decreasing),
+        Strategy("bfd-split", "TRL 1.16", True, best_fit_split),
         Strategy("wrapped", "TRL 1.16", True, wrapped),
         Strategy("first-fit", "axolotl 0.19", False, first_fit, joins=True, pads=True),
         Strategy("ffd", "all together, longest first", False, first_fit_decreasing),
@@ -130,7 +141,7 @@ def candidate(
 def _packed(strategy: Strategy, tokens: Integers, cut: Integers, most: int, micro_batch: int) -> Packing:
     if not strategy.splits:
         return strategy.pack(cut, most * micro_batch if strategy.joins else most)
-    return strategy.pack(tokens if strategy.pack is wrapped else split(tokens, most), most)
+    return strategy.pack(tokens, most)
 
 
 def split(tokens: Integers, most: int) -> Integers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -38,6 +39,20 @@ def records(made, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """Where the first calibration of all records is kept for the tests behind it."""
+    return tmp_path_factory.mktemp("learnt") / "calibration"
+
+
+@pytest.fixture
+def calibrated(run, records, tmp_path, learnt):
+    """A data folder with what the records teach; the records are learned from once."""
+    if not learnt.exists():
+        assert run(f"calibrate --records {records} --folder {learnt}").status == 0
+    shutil.copytree(learnt, tmp_path / "data" / "calibration")
+
+
 def test_calibrate_then_predict(run, records, tmp_path):
     folder = tmp_path / "data" / "calibration"
     ran = run(f"calibrate --records {records} --folder {folder}")
@@ -59,8 +74,8 @@ def test_calibrate_then_predict(run, records, tmp_path):
     assert not run("estimate pythia-14m --gpu h200 --seq-len 256 --confidence 0.9").err
 
 
-def test_a_plan_is_bounded_by_what_was_measured(run, records, tmp_path):
-    run(f"calibrate --records {records} --folder {tmp_path / 'data' / 'calibration'}")
+@pytest.mark.usefixtures("calibrated")
+def test_a_plan_is_bounded_by_what_was_measured(run):
     plan = json.loads(run("suggest gpt2 --gpu h200 --target-batch 512 --confidence 0.95 --json").out)
     assert plan["budget"]["headroom_percent"] == 0
     assert plan["budget"]["bound_ratio"] > 0
@@ -83,8 +98,8 @@ def test_too_few_records_for_the_confidence_are_said_and_the_headroom_stays(run,
     assert plan["budget"]["bound_ratio"] >= 0
 
 
-def test_a_card_that_nobody_measured_gets_the_widest_bound_and_the_headroom(run, records, tmp_path):
-    run(f"calibrate --records {records} --folder {tmp_path / 'data' / 'calibration'}")
+@pytest.mark.usefixtures("calibrated")
+def test_a_card_that_nobody_measured_gets_the_widest_bound_and_the_headroom(run):
     ran = run("suggest gpt2 --gpu rtx4090 --target-batch 32 --confidence 0.9 --json")
     assert "is not calibrated" in ran.err
     plan = json.loads(ran.out)

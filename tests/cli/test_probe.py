@@ -106,6 +106,7 @@ def test_a_measurement_on_the_cpu_and_a_matrix_that_knows_it(run, tiny, tmp_path
     assert all(len(line) <= 80 or str(records) in line for line in text.splitlines())
 
 
+@pytest.mark.slow  # the same process and words as in tests/unit/test_probe_child.py
 def test_without_a_gpu_it_says_so(run, tiny):
     import torch
 

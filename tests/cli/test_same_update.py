@@ -21,6 +21,7 @@ from tests.cli.test_documents import read_schema, refuse, unlisted
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = "tests.support.updates"
+SHOWN = (("mean_tokens", ",.0f"), ("smallest", ".2f"), ("p5", ".2f"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_the_same_update(run, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = run(
         f"same-update {MODULE}:language_model --step {MODULE}:right --micro-batch 2 --target-batch 32 --seq-len 100 "
-        f"--data {data} --previous-batch 8 --lr 1e-4 --warmup-steps 10 --total-steps 1001 --json"
+        f"--data {data} --packing bfd,wrapped --previous-batch 8 --lr 1e-4 --warmup-steps 10 --total-steps 1001 --json"
     )
     document = checked(ran.out)
     assert ran.status == 0
@@ -61,7 +62,14 @@ def test_the_same_update(run, tmp_path: Path) -> None:
     assert document["measured"]["gradient_accumulation_steps"] == 8
     assert [step["is_same"] for step in document["steps"]] == [False, True, True]
     assert max(window["error"] for window in document["steps"][1]["windows"]) < 1e-5
-    weights = document["token_weights"]
+    ways = {one["batching"]: one for one in document["token_weights"]}
+    assert [(name, one["row_tokens"]) for name, one in ways.items()] == [
+        ("rows", None),
+        ("grouped", None),
+        ("bfd", 100),
+        ("wrapped", 100),
+    ]
+    weights = ways["rows"]["weights"]
     assert weights["smallest"] < weights["p5"] < 1 < weights["p95"] < weights["largest"]
     assert document["advice"]["learning_rate"] == pytest.approx(2e-4)
     assert (document["advice"]["warmup_steps"], document["advice"]["total_steps"]) == (3, 251)
@@ -69,6 +77,9 @@ def test_the_same_update(run, tmp_path: Path) -> None:
     assert "The same update: your step is off by" in text
     assert "For adamw the square root rule, x 2: 0.0001 becomes 0.0002." in text
     assert "naive averaging: micro-averaging" in text
+    row = next(line for line in text.splitlines() if line.startswith("  packed, bfd"))
+    assert row.split()[2:5] == [f"{ways['bfd']['weights'][name]:{form}}" for name, form in SHOWN]
+    assert "packed, wrapped: rows of 100 tokens (" in text
 
 
 def test_another_update_over_two_ranks(run) -> None:
@@ -109,6 +120,8 @@ def test_a_module_that_does_not_cut(run) -> None:
         ("gpt2 --data nowhere.jsonl", 2, "no data at"),
         ("gpt2 --data lengths.jsonl --seq-len 4", 2, "no sequence has a token with a loss left"),
         ("gpt2 --data lengths.jsonl --target-batch 64", 2, "The data has 8 samples and a step takes 64"),
+        ("gpt2 --data lengths.jsonl --packing bdf", 2, "Did you mean bfd?"),
+        ("gpt2 --packing bfd", 2, "--packing is about data, and none is named"),
         ("no-such-model", 1, "no-such-model"),
     ],
 )

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from memplan.sequences import padding
 from memplan.sequences.analysis import STRATEGIES, split
-from memplan.sequences.lengths import at_the_end
+from memplan.sequences.lengths import Lengths, Spans, at_the_end
 from memplan.sequences.packing import first_fit_decreasing
+from memplan.sequences.placement import PLACING_BY_STRATEGY
 from memplan.sequences.truncation import SIDES, truncate
 
 TOKENS = st.lists(st.integers(0, 300), max_size=80).map(lambda found: np.array(found, np.int64))
@@ -20,12 +21,47 @@ TOKENS = st.lists(st.integers(0, 300), max_size=80).map(lambda found: np.array(f
 def test_rows_hold_all_tokens_once(tokens: np.ndarray, capacity: int, name: str) -> None:
     strategy = STRATEGIES[name]
     asked = split(tokens, capacity) if strategy.splits else np.minimum(tokens, capacity)
-    found = strategy.pack(tokens if name == "wrapped" else asked, capacity)
+    found = strategy.pack(tokens if strategy.splits else asked, capacity)
     assert found.tokens.sum() == asked.sum()
     assert ((found.tokens > 0) & (found.tokens <= capacity)).all()
     assert 0 < found.efficiency <= 1
     if name != "wrapped":
         assert found.num_samples == (asked > 0).sum()
+
+
+@given(tokens=TOKENS, capacity=st.integers(1, 200), name=st.sampled_from(sorted(STRATEGIES)), seed=st.integers(0, 99))
+def test_placement_is_packing_with_names(tokens: np.ndarray, capacity: int, name: str, seed: int) -> None:
+    """The rows have the tokens of the fast algorithms; each token of each sequence lies in one of them, once."""
+    strategy = STRATEGIES[name]
+    asked = tokens if strategy.splits else np.minimum(tokens, capacity)
+    found = PLACING_BY_STRATEGY[name].place(asked, capacity)
+    fast = strategy.pack(asked, capacity)
+    assert sorted(found.tokens().tolist()) == sorted(fast.tokens.tolist())
+    assert found.row.size == fast.num_samples
+    lies_in: dict[tuple[int, int], int] = {}
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(found.num_rows)]
+    for row, sample, start, stop in zip(*(one.tolist() for one in found[1:]), strict=True):
+        for token in range(start, stop):
+            assert (sample, token) not in lies_in
+            lies_in[sample, token] = row
+            rows[row].append((sample, token))
+    assert lies_in.keys() == {(n, token) for n, size in enumerate(asked.tolist()) for token in range(size)}
+    labels = [np.random.default_rng([seed, n]).integers(0, 2, size) for n, size in enumerate(asked.tolist())]
+    lengths = with_labels(labels)
+    begins = {(sample, start) for sample, start in zip(found.sample.tolist(), found.start.tolist(), strict=True)}
+    for restarts, lost in ((True, begins), (False, {row[0] for row in rows})):
+        learnt = [sum(int(labels[n][at]) for n, at in row if (n, at) not in lost) for row in rows]
+        assert found.predicted(lengths, restarts=restarts).tolist() == learnt
+    if not strategy.splits:
+        firsts = sum(int(one[0]) for one in labels if one.size)
+        assert found.predicted(lengths, restarts=True).sum() == sum(int(one.sum()) for one in labels) - firsts
+
+
+def with_labels(labels: list[np.ndarray]) -> Lengths:
+    """Sequences of which each token is written out: 1 with a label, 0 without."""
+    spans = [(n, at, at + 1) for n, one in enumerate(labels) for at in np.flatnonzero(one).tolist()]
+    columns = np.array(spans, np.int64).reshape(-1, 3).T
+    return Lengths(np.array([one.size for one in labels], np.int64), Spans(*columns))
 
 
 @given(tokens=TOKENS, capacity=st.integers(1, 200))

@@ -1,7 +1,8 @@
-"""A function on several ranks: processes that are spawned, gloo on the CPU."""
+"""A function on several ranks: gloo on the CPU, in processes that share one import of torch where the system can."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,16 @@ import torch.multiprocessing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+IMPORTED_ONCE = ["torch", "torch.distributed.fsdp", "torch.nn.parallel"]
+"""In the server that ranks are forked from; it runs nothing, so that it has no threads."""
+
 
 def on_ranks(work: Callable[..., Any], num: int, *given: Any) -> list[Any]:
     """What ``work(rank, *given)`` returns on each of `num` ranks."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run, (num, folder, work, given), nprocs=num)
+        torch.multiprocessing.start_processes(_run, (num, folder, work, given), nprocs=num, start_method=method)
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(num)]
 
 
