@@ -1,10 +1,11 @@
 """How fast is `memplan lengths`: whole processes that read, cut, pad and pack a million lengths.
 
-    python benchmarks/lengths.py [--records 1000000] [--runs 3] [--core 0]
+    python benchmarks/lengths.py [--records 1000000] [--runs 3] [--core 0] [--micro-batch 4]
 
 Lengths are drawn from a log-normal distribution (median 545 tokens, a hundredth above 4,400), from 10 to 80 % of each
 with a label, and written as JSON lines with num_tokens and num_supervised_tokens.  Prints a Markdown table: the median
-of wall and processor seconds, and the largest resident set, of processes that have one core.
+of wall and processor seconds, and the largest resident set, of processes that have one core.  A row of axolotl's
+first-fit has the room of a micro-batch: the smaller that is, the more rows there are to look for room in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 import numpy as np
 
 CANDIDATES = ("2048", "1024,2048,4096")
-PACKINGS = ("bfd", "first-fit", "ffd", "wrapped")
+PACKINGS = ("bfd", "bfd-split", "wrapped", "first-fit", "ffd", "bfd,bfd-split,wrapped,first-fit,ffd")
 MOST_TOKENS = 32_768
 
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--micro-batch", type=int, default=4)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "counts.jsonl")
@@ -65,7 +67,8 @@ def main() -> None:
         for candidates in CANDIDATES:
             for packing in PACKINGS:
                 command = [sys.executable, "-m", "memplan", "lengths", path, "--max-len", candidates]
-                command += ["--packing", packing, "--micro-batch", "4", "--target-batch", "32"]
+                rows = options.micro_batch
+                command += ["--packing", packing, "--micro-batch", str(rows), "--target-batch", str(8 * rows)]
                 runs = [measured(command, options.core) for _ in range(options.runs)]
                 wall, used, peak = (statistics.median(column) for column in zip(*runs, strict=True))
                 print(f"| {candidates} | {packing} | {wall:.1f} s | {used:.1f} s | {peak:.0f} MiB |")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from memplan.sequences.rows import NO_ROOM, Rows
 from memplan.specs.values import NamedTuple
 
 if TYPE_CHECKING:
@@ -83,29 +84,16 @@ def _best_fit(longest_first: Lengths, capacity: int) -> Lengths:
     Those of more than half a row have one each: none fits beside another, so none finds room.
     """
     alone = int(np.count_nonzero(2 * longest_first > capacity))
-    left, num = np.unique(capacity - longest_first[:alone], return_counts=True)
-    rows: dict[int, int] = dict(zip(left.tolist(), num.tolist(), strict=True))  # how many rows have that room
-    full = rows.pop(0, 0)
-    rooms = list(rows)  # the different rooms there are, ascending
+    full = int(np.count_nonzero(longest_first == capacity))
+    rooms = (capacity - longest_first[full:alone]).tolist()  # ascending, of rows that are not full
     for length in longest_first[alone:].tolist():
         at = bisect_left(rooms, length)
-        room = capacity
-        if at < len(rooms):
-            room = rooms[at]
-            if rows[room] == 1:
-                del rows[room], rooms[at]
-            else:
-                rows[room] -= 1
-        room -= length
-        if room in rows:
-            rows[room] += 1
-        elif room:
+        room = (rooms.pop(at) if at < len(rooms) else capacity) - length
+        if room:
             insort(rooms, room)
-            rows[room] = 1
         else:
             full += 1
-    held = np.repeat(capacity - np.fromiter(rows, np.int64, len(rows)), np.fromiter(rows.values(), np.int64, len(rows)))
-    return np.concatenate([np.full(full, capacity, np.int64), held])
+    return capacity - np.array([0] * full + rooms, np.int64)
 
 
 def first_fit(
@@ -160,35 +148,23 @@ def _rooms_of_runs(longest_first: Lengths, num: Lengths, capacity: int) -> Lengt
 
 
 def _first_fit(lengths: list[int], capacity: int, most: int) -> Lengths:
-    """The rows of one group.  A tree over the rows knows in each node the largest room below it."""
-    width = 1
-    while width < len(lengths):
-        width *= 2
-    room = [capacity] * (2 * width)
-    count = [0] * width
-    opened = 0
+    """The rows of one group.
+
+    Most sequences are longer than any room that earlier rows have left, and go into the last row, which is kept apart.
+    """
+    earlier = Rows(most)
+    largest = NO_ROOM  # that they have
+    room, count = capacity, 0  # of the last row
     for length in lengths:
-        node = 1
-        while node < width:
-            node *= 2
-            if room[node] < length:
-                node += 1
-        row = node - width
-        if row == opened:
-            opened += 1
-        count[row] += 1
-        left = room[node] - length
-        tokens_left = left if count[row] < most else -1 - left  # a row that may take no more has room for nothing
-        room[node] = tokens_left
-        node //= 2
-        while node:
-            largest = room[2 * node] if room[2 * node] >= room[2 * node + 1] else room[2 * node + 1]
-            if room[node] == largest:
-                break
-            room[node] = largest
-            node //= 2
-    rows = np.array(room[width : width + opened], np.int64)
-    return capacity - np.where(rows < 0, -1 - rows, rows)
+        if length <= largest:
+            largest = earlier.put(length)
+        elif length <= room and count < most:
+            room -= length
+            count += 1
+        else:
+            largest = earlier.append(room, count)
+            room, count = capacity - length, 1
+    return capacity - np.array([*earlier.rooms(), room], np.int64)
 
 
 def wrapped(lengths: Lengths, capacity: int, *, group: int | None = TRL_GROUP) -> Packing:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memplan.sequences import padding
 from memplan.sequences.analysis import STRATEGIES, split
 from memplan.sequences.lengths import Lengths, Spans, at_the_end
-from memplan.sequences.packing import first_fit_decreasing
+from memplan.sequences.packing import best_fit_decreasing, first_fit, first_fit_decreasing
 from memplan.sequences.placement import PLACING_BY_STRATEGY
 from memplan.sequences.truncation import SIDES, truncate
 
@@ -62,6 +62,42 @@ def with_labels(labels: list[np.ndarray]) -> Lengths:
     spans = [(n, at, at + 1) for n, one in enumerate(labels) for at in np.flatnonzero(one).tolist()]
     columns = np.array(spans, np.int64).reshape(-1, 3).T
     return Lengths(np.array([one.size for one in labels], np.int64), Spans(*columns))
+
+
+@given(tokens=TOKENS, capacity=st.integers(1, 600), group=st.integers(1, 80), most=st.integers(1, 9))
+def test_first_fit_takes_the_first_row_that_has_room(tokens: np.ndarray, capacity: int, group: int, most: int) -> None:
+    """Row by row, in the order of the rows; each group of sequences has its own."""
+    asked = [one for one in np.minimum(tokens, capacity).tolist() if one]
+    expected: list[int] = []
+    for start in range(0, len(asked), group):
+        rows: list[list[int]] = []
+        for length in asked[start : start + group]:
+            row = next((row for row in rows if len(row) < most and sum(row) + length <= capacity), None)
+            if row is None:
+                rows.append(row := [])
+            row.append(length)
+        expected += map(sum, rows)
+    found = first_fit(np.minimum(tokens, capacity), capacity, group=group, most=most)
+    assert found.tokens.tolist() == expected
+    assert found.num_samples == len(asked)
+
+
+@given(tokens=TOKENS, capacity=st.integers(1, 600), group=st.integers(1, 80))
+def test_best_fit_takes_the_row_with_the_least_room(tokens: np.ndarray, capacity: int, group: int) -> None:
+    asked = [one for one in np.minimum(tokens, capacity).tolist() if one]
+    expected: list[int] = []
+    for start in range(0, len(asked), group):
+        rooms: list[int] = []
+        for length in sorted(asked[start : start + group], reverse=True):
+            room = min((one for one in rooms if one >= length), default=None)
+            if room is None:
+                room = capacity
+            else:
+                rooms.remove(room)
+            rooms.append(room - length)
+        expected += [capacity - room for room in rooms]
+    found = best_fit_decreasing(np.minimum(tokens, capacity), capacity, group=group)
+    assert sorted(found.tokens.tolist()) == sorted(expected)
 
 
 @given(tokens=TOKENS, capacity=st.integers(1, 200))

@@ -11,6 +11,7 @@ from memplan.sequences import packing, padding
 from memplan.sequences.analysis import STRATEGIES, candidate, split, summary
 from memplan.sequences.batching import batchings
 from memplan.sequences.lengths import Lengths, Spans, at_the_end
+from memplan.sequences.rows import Rows
 from memplan.sequences.truncation import SIDES, truncate
 
 
@@ -163,6 +164,36 @@ def test_packing_against_the_definitions(seed: int) -> None:
     assert rows(packing.first_fit(lengths, capacity, most=3)) == first_fit(some, capacity, 3)
     decreasing = first_fit(sorted(some, reverse=True), capacity, len(some))
     assert rows(packing.first_fit_decreasing(lengths, capacity)) == decreasing
+
+
+@pytest.mark.parametrize("most", [4, 200])
+def test_first_fit_into_thousands_of_rows(most: int) -> None:
+    """Lengths as of chats: many rows keep a little room for a long time, and some are closed before they are full."""
+    lengths = np.minimum(np.random.default_rng(most).lognormal(6.3, 0.9, 8000).astype(np.int64) + 1, 4096)
+    rooms: list[int] = []
+    counts: list[int] = []
+    for length in lengths.tolist():
+        row = next((at for at, room in enumerate(rooms) if room >= length and counts[at] < most), len(rooms))
+        if row == len(rooms):
+            rooms.append(4096)
+            counts.append(0)
+        rooms[row] -= length
+        counts[row] += 1
+    assert len(rooms) > 1500
+    assert packing.first_fit(lengths, 4096, most=most).tokens.tolist() == [4096 - room for room in rooms]
+
+
+def test_rows_by_hand() -> None:
+    """Three sequences a row, at most: the first row that has room takes them, and says how much the others have."""
+    some = Rows(3)
+    assert [some.append(2, 1), some.append(7, 2), some.append(5, 1)] == [2, 7, 7]
+    assert some.put(3) == 5  # the second row, which now is closed with room for 4
+    assert some.put(4) == 2  # the third one
+    assert some.put(2) == 1  # the first one
+    assert some.append(9, 3) == 1  # closed from the beginning
+    assert some.rooms() == [0, 4, 1, 9]
+    assert some.put(1) == 0  # the third one, which is full and closed; the first one is full
+    assert some.rooms() == [0, 4, 0, 9]
 
 
 @pytest.mark.parametrize("seed", range(20))
