@@ -320,7 +320,7 @@ def test_more_bytes_than_32_bits_of_blocks_count() -> None:
     ],
 )
 def test_the_command_line_without_what_is_chosen(command: str, with_adapters: bool, expected: str) -> None:
-    assert estimate_command(command, with_adapters=with_adapters) == expected
+    assert estimate_command(command, Setup(), with_adapters=with_adapters) == expected
 
 
 def test_its_script_is_small_and_the_one_that_the_policy_allows() -> None:
