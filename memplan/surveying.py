@@ -71,6 +71,8 @@ def lengths(
     sources = find_sources(os.fspath(data))
     found = _counted(sources, tokenizer, field, prompt_field, drawn, notify or (lambda _: None))
     if not found.lengths.num_tokens:
+        if found.num_records > found.lengths.num_samples:
+            raise UsageError("The sample holds no tokens.", "Give a larger --sample, or none.")
         raise UsageError("The data holds no tokens.", "Name a file with text, or with num_tokens above 0.")
     whole = summary(found.lengths)
     candidates = [as_count("max_len", one) for one in (usual(whole) if max_len is None else max_len)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.planner.feed import GROUPED, PACKED, PADDED, PADDING_FREE, SMALLER
 from memplan.report.ansi import Line
 from memplan.report.layout import plural, wrap
+from memplan.report.lengths import quantile_words, records_words
 from memplan.report.text import gib, paragraph, table, title
 from memplan.sequences.maximum import GIVEN, LONGEST, LOSS, POSITIONS
 from memplan.units import format_count, format_seconds
@@ -65,31 +66,41 @@ def length_lines(data: Document) -> Iterator[Line]:
 
 def data_facts(data: Document) -> Iterator[tuple[str, str]]:
     """The same as labels and texts."""
-    by_share = {one["share"]: one["num_tokens"] for one in data["quantiles"]}
-    yield (
-        "data",
-        f"{data['name']}: {_records(data)}, {format_count(data['num_tokens'])} tokens, half up to {by_share[0.5]:,}, "
-        f"90 % up to {by_share[0.9]:,}, 99 % up to {by_share[0.99]:,}, the longest {by_share[1.0]:,}",
-    )
+    tokens = format_count(data["num_tokens"])
+    yield "data", f"{data['name']}: {records_words(data)}, {tokens} tokens, {quantile_words(data)}"
     if data["is_sample"]:
         yield "sample", sample_words(data)
     yield "length", f"{data['length']['max_len']:,}{_why(data)}: {loss_words(data)}"
     yield "", step_words(data)
 
 
-def _records(data: Document) -> str:
-    if not data["is_sample"]:
-        return plural(data["num_samples"], "record")
-    return f"{data['num_samples']:,} of {plural(data['num_records'], 'record')}, drawn at random"
+def data_words(data: Document) -> str:
+    """What the data is, beside that of other plans."""
+    counted = "as the records say" if data["tokenizer"] is None else f"counted by {data['tokenizer']}"
+    return f"{data['name']}: {records_words(data)}, {format_count(data['num_tokens'])} tokens, {counted}"
+
+
+def length_words(data: Document) -> str:
+    """The maximum length and the records that it cuts, likewise."""
+    return f"{data['length']['max_len']:,}, {percent(data['length']['share_truncated'])} of the records are cut"
+
+
+def epoch_words(data: Document) -> str:
+    """How long an epoch is, likewise; of a plan that does not fit, the steps alone."""
+    plan = next((way for way in data["ways"] if way["is_plan"]), None)
+    if plan is None or plan["plan"] is None:
+        return "not known"
+    steps = plural(plan["steps_per_epoch"], "step")
+    return f"{steps}, at least {format_seconds(plan['epoch_time_s'])}" if plan["fits"] else steps
 
 
 def sample_words(data: Document) -> str:
     """What a sample stands for, and what holds for the rest as well."""
     text = (
-        "Shares, tokens and times are estimates from these records; steps of an epoch are those of all. The memory is "
-        f"enough for the others too, if they are cut at {data['length']['max_len']:,}"
+        "Shares, tokens and times are estimates from the sample; steps of an epoch are those of all records. The "
+        f"memory is enough for the rest too, if it is cut at {data['length']['max_len']:,}"
     )
-    return f"{text}: all of their tokens may have a label." if data["supervised"] is not None else f"{text}."
+    return f"{text}: all of its tokens may have a label." if data["supervised"] is not None else f"{text}."
 
 
 def _why(data: Document) -> str:
