@@ -264,12 +264,18 @@ def uncut_words(data: Document, setup: Document) -> str:
         what += "is longer" if found["num_longer"] <= 1 else "are longer"
     else:
         what = f"{plural(found['fits'], 'token')} fit in a micro-batch"
-        what += "" if found["chance"] is not None else ", and no records of the sample have more together"
+        what += "" if found["chance"] is not None else f", and {_none_of(setup['micro_batch_size'])}"
     if found["chance"] is None:
         chance = f"not known: {_others(data)}"
     else:
         chance = chance_words(found, drawn_from=" from the sample" if data["is_sample"] else "")
     return f"If nothing cuts the records: {what}; the chance to exceed the budget in an epoch is {chance}"
+
+
+def _none_of(micro_batch: int) -> str:
+    if micro_batch == 1:
+        return "no record of the sample has more"
+    return f"no {micro_batch:,} records of the sample have more together"
 
 
 def chance_words(found: Document, drawn_from: str = "") -> str:
@@ -278,7 +284,7 @@ def chance_words(found: Document, drawn_from: str = "") -> str:
     if drawn:
         num = round(chance * drawn)
         of_all = f"of {drawn:,} epochs that were drawn{drawn_from} did (seed 0)"
-        more = "; records that it lacks may add to it" if drawn_from else ""
+        more = "; records that it lacks may add to it" if drawn_from and num < drawn else ""
         if not num:
             return f"small: none {of_all}, so below {percent(3 / drawn)} (95 %){more}"
         return f"about {percent(chance)}: {num:,} {of_all}{more}"
