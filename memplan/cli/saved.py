@@ -96,8 +96,9 @@ def report_of_saved(plan: Document, path: str, notify: Callable[[str], None] | N
     try:
         shown = plan["best"] or plan["nearest"]
         choices = {**choices_of(shown["setup"]), **_asked(plan, shown["setup"])}
-        if plan["data"] is not None:
-            choices = without_data(choices, plan["data"])
+        data = plan.get("data")
+        if data is not None:
+            choices = without_data(choices, data)
         if notify is not None:
             notify(f"planning {path} again")
         found, choices = _again(plan, shown, choices, notify)
@@ -139,11 +140,11 @@ def _again(
         model = api.find_trained(name, choices)
         if isinstance(model, api.UserModule):
             model = model._replace(notify=notify)
-        made = _made(model, gpu, free, plan["data"])
+        made = _made(model, gpu, free, plan.get("data"))
         candidate = made.best or made.nearest
         if candidate is None or setup_document(candidate.setup) != shown["setup"]:
             free = choices
-            made = _made(model, gpu, choices, plan["data"])
+            made = _made(model, gpu, choices, plan.get("data"))
         return studies.study_of(made, model, notify=notify), free
     except MemplanError as fault:
         return _printable(f"Only what the file says is shown, as the plan could not be made again: {fault.cause}"), free
@@ -212,7 +213,8 @@ def _options(plan: Document, choices: Document) -> Options:
     """The command line that asks for `choices`, without what is a default."""
     fields = {name: _hashable(value) for name, value in choices.items()}
     given = {name: value for name, value in fields.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-    of_data = {} if plan["data"] is None else data_options(plan["data"])
+    data = plan.get("data")
+    of_data = {} if data is None else data_options(data)
     return Options(model=plan["model"]["name"], gpu=plan["gpu"]["name"], **given, **of_data)
 
 

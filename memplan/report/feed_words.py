@@ -97,8 +97,8 @@ def epoch_words(data: Document) -> str:
 def sample_words(data: Document) -> str:
     """What a sample stands for, and what holds for the rest as well."""
     text = (
-        "Shares, tokens and times are estimates from the sample; steps of an epoch are those of all records. The "
-        f"memory is enough for the rest too, if it is cut at {data['length']['max_len']:,}"
+        "Shares, tokens and times are estimates from the sample; steps of an epoch are those of all records. What is "
+        f"said of memory holds for the rest too, if it is cut at {data['length']['max_len']:,}"
     )
     return f"{text}: all of its tokens may have a label." if data["supervised"] is not None else f"{text}."
 

@@ -203,7 +203,7 @@ def test_a_sample_says_what_it_stands_for(run) -> None:
     for said in (
         "data.jsonl: 40 of 300 records, drawn at random",
         "estimates from the sample; steps of an epoch are those of all records",
-        "The memory is enough for the rest too, if it is cut at",
+        "What is said of memory holds for the rest too, if it is cut at",
         ", the longest record of the sample: none of the sample is cut, of all records 7.2 % at most are longer",
         "SFTConfig(max_length=",
     ):

@@ -81,7 +81,7 @@ def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tupl
         ("GPU", *(plan["gpu"]["label"] for plan in plans)),
         ("plan", *(split_of(one["setup"]) for one in shown)),
         ("batch", *(_batch(plan, one) for plan, one in pairs)),
-        *_of_data([plan["data"] for plan in plans]),
+        *_of_data([plan.get("data") for plan in plans]),
         ("checkpointing", *(one["setup"]["activation_checkpointing"] for one in shown)),
         ("peak of the process", *(_share(plan, one) for plan, one in pairs)),
         ("usable", *(format_bytes(plan["gpu"]["usable_bytes"]) for plan in plans)),
