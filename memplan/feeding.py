@@ -4,6 +4,9 @@
 
 Counts the data, settles the maximum length and lets `memplan.api` plan on the worst micro-batch that can occur; beside
 the plan stand the other ways to make batches, by the same search.
+
+Of a sample of the data, what is planned holds for all of it as long as something cuts at the maximum length; shares,
+times and tokens are those of the sample, steps of an epoch are counted for all records.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from memplan.planner.goal import Target
 from memplan.planner.search import Search
 from memplan.planner.uncut import uncut
 from memplan.planner.ways import Ways, near_target, rows_of, target_of
-from memplan.planner.worst_batch import LABELS_COUNT, mean_share, worst_batch_goal, worst_share
-from memplan.sequences.maximum import choose
+from memplan.planner.worst_batch import LABELS_COUNT, mean_share, worst_batch_goal
+from memplan.sequences.maximum import choose, losses
 from memplan.specs.choices import as_count
 from memplan.specs.training import PAIRED
 from memplan.specs.values import replace
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
     from memplan.planner.goal import Goal
     from memplan.planner.plan import Plan
     from memplan.sequences.maximum import Maximum
+    from memplan.sequences.survey import Survey
     from memplan.specs.gpu import GpuSpec
+    from memplan.specs.training import Setup
 
 DEFAULT_MAX_LOSS_PERCENT = 0.1
 """Of the tokens with a label: one in a thousand is less than what most data has of wrong labels."""
@@ -52,6 +57,7 @@ def suggest_for_data(
     prompt_field: str | None = None,
     truncation: str = "right",
     max_loss: float | None = None,
+    sample: int | None = None,
     notify: Callable[[str], None] | None = None,
     **choices: Any,
 ) -> Plan:
@@ -66,6 +72,7 @@ def suggest_for_data(
         prompt_field: That of the prompt.
         truncation: Where longer sequences are cut: right, left, middle or drop.
         max_loss: Percent of the tokens with a label that a maximum length may lose (0.1); without ``seq_len``.
+        sample: Count so many records alone, drawn at random.
         notify: Is told what is being done.
         choices: As for `memplan.api.suggest`; ``target_batch`` counts sequences, with ``batching="packed"`` rows,
             ``target_tokens`` tokens of the data, without padding.
@@ -74,17 +81,63 @@ def suggest_for_data(
         UsageError: a value or a combination has no meaning.
         MemplanError: data, tokenizer or model cannot be read or modelled.
     """
-    tell = notify or (lambda _: None)
-    allowed = _check(choices, max_loss)
+    found = checked(model, gpu=gpu, max_loss=max_loss, **choices)
+    survey = lengths(
+        data,
+        max_len=(),
+        tokenizer=tokenizer,
+        field=field,
+        prompt_field=prompt_field,
+        truncation=truncation,
+        packing=(),
+        sample=sample,
+        notify=notify,
+    )
+    return plan_for(survey, found, gpu=gpu, max_loss=max_loss, notify=notify, **choices)
+
+
+def checked(
+    model: str | os.PathLike[str] | api.Model | api.UserModule | None = None,
+    *,
+    gpu: str,
+    max_loss: float | None = None,
+    **choices: Any,
+) -> api.Model | api.UserModule:
+    """The model, where all that is known before data is counted makes sense.
+
+    Raises:
+        UsageError: a value or a combination has no meaning.
+        MemplanError: the model cannot be read or modelled.
+    """
+    _allowed(choices, max_loss)
+    return _set_up(model, gpu, choices)[0]
+
+
+def _set_up(model: Any, gpu: str, choices: Mapping[str, Any]) -> tuple[api.Model | api.UserModule, GpuSpec, int, Setup]:
+    """The model, the card, how many of it, and what was said about the setup."""
     found = api.find_trained(model, choices)
     spec, ranks = api.find_gpu(gpu, choices.get("gpus"))
-    setup = api.make_setup(found, ranks, {name: one for name, one in choices.items() if name not in OF_GOALS})
-    told = {"tokenizer": tokenizer, "field": field, "prompt_field": prompt_field, "truncation": truncation}
-    survey = lengths(data, max_len=(), packing=(), notify=notify, **told)  # type: ignore[arg-type]
+    said = {name: one for name, one in choices.items() if name not in OF_GOALS}
+    return found, spec, ranks, api.make_setup(found, ranks, said)
+
+
+def plan_for(
+    survey: Survey,
+    model: str | os.PathLike[str] | api.Model | api.UserModule | None = None,
+    *,
+    gpu: str,
+    max_loss: float | None = None,
+    notify: Callable[[str], None] | None = None,
+    **choices: Any,
+) -> Plan:
+    """The plan of `suggest_for_data` for data that was counted: some models and GPUs can be planned for the same."""
+    tell = notify or (lambda _: None)
+    allowed = _allowed(choices, max_loss)
+    found, spec, ranks, setup = _set_up(model, gpu, choices)
     positions = found.architecture.max_positions if isinstance(found, api.Model) else None
     given = None if choices.get("seq_len") is None else setup.seq_len
-    maximum = choose(survey.lengths, max_loss=allowed, side=truncation, given=given, positions=positions)
-    cut = _left(maximum)
+    maximum = choose(survey.lengths, max_loss=allowed, side=survey.side, given=given, positions=positions)
+    cut = _left(maximum, survey.num_records / survey.lengths.num_samples)
     tell("packing")
     rows, way = rows_of(cut), WAY_BY_BATCHING[setup.batching]
     samples, target = _target(choices, cut, rows[way], ranks)
@@ -97,8 +150,10 @@ def suggest_for_data(
         survey=survey,
         max_loss=allowed,
         maximum=maximum,
+        candidates=losses(survey.lengths, maximum, survey.side),
         cut=cut,
-        supervised=worst_share(cut, setup.batching) if counts_labels else None,
+        worst=mine.worst,
+        has_mask=goal.setup.padding,
         mean_supervised=mean_share(cut) if counts_labels else None,
         knows_padding=knows_padding,
         way=way,
@@ -121,11 +176,13 @@ def suggest_for_data(
     tell("asking what if nothing is cut")
     longer = None
     if plan.best is not None:
-        longer = uncut(Search(ways.estimator, plan.goal), plan.best, survey.lengths.tokens, positions)
+        all_of_them = survey.num_records if survey.is_sample else None
+        look = Search(ways.estimator, plan.goal)
+        longer = uncut(look, plan.best, survey.lengths.tokens, positions, num_records=all_of_them)
     return replace(plan, feed=replace(feed, ways=compared, uncut=longer))
 
 
-def _check(choices: Mapping[str, Any], max_loss: float | None) -> float:
+def _allowed(choices: Mapping[str, Any], max_loss: float | None) -> float:
     """The share that may be lost.
 
     Raises:
@@ -158,7 +215,7 @@ def _check(choices: Mapping[str, Any], max_loss: float | None) -> float:
     return max_loss / 100
 
 
-def _left(maximum: Maximum) -> Cut:
+def _left(maximum: Maximum, weight: float) -> Cut:
     """What is trained on.
 
     Raises:
@@ -171,7 +228,7 @@ def _left(maximum: Maximum) -> Cut:
             f"At a maximum length of {maximum.most:,} nothing of the data is left.",
             "Give a larger --seq-len, or another --truncation.",
         )
-    return Cut(left.tokens[there], None if left.spans is None else left.supervised()[there], maximum.most)
+    return Cut(left.tokens[there], None if left.spans is None else left.supervised()[there], maximum.most, weight)
 
 
 def _target(choices: Mapping[str, Any], cut: Cut, row: Rows, ranks: int) -> tuple[float, Target]:

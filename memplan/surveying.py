@@ -67,9 +67,12 @@ def lengths(
     """
     _check(truncation, packing)
     rows, target = _batches(micro_batch, target_batch)
+    drawn = None if sample is None else as_count("sample", sample)
     sources = find_sources(os.fspath(data))
-    found = _counted(sources, tokenizer, field, prompt_field, sample, notify or (lambda _: None))
+    found = _counted(sources, tokenizer, field, prompt_field, drawn, notify or (lambda _: None))
     if not found.lengths.num_tokens:
+        if found.num_records > found.lengths.num_samples:
+            raise UsageError("The sample holds no tokens.", "Give a larger --sample, or none.")
         raise UsageError("The data holds no tokens.", "Name a file with text, or with num_tokens above 0.")
     whole = summary(found.lengths)
     candidates = [as_count("max_len", one) for one in (usual(whole) if max_len is None else max_len)]
@@ -78,9 +81,11 @@ def lengths(
         num_files=len(sources),
         layout=found.layout.kind,
         fields=found.layout.fields,
+        field=field,
+        prompt_field=prompt_field,
         tokenizer=None if found.layout.kind == "counts" or tokenizer is None else os.fspath(tokenizer),
         has_template=found.has_template,
-        is_sample=found.is_sample,
+        num_records=found.num_records,
         lengths=found.lengths,
         summary=whole,
         side=truncation,
@@ -147,9 +152,8 @@ def _counted(
         raise MemplanError(f"{fault.filename} cannot be read: {fault.strerror}.", "Name another file.") from None
     known = None if key is None else remembered.get(key)
     if known is not None:
-        found = count(records, model, field=field, prompt=prompt, known=known)
-        return found._replace(is_sample=sample is not None and known.num_samples == sample)
+        return count(records, model, field=field, prompt=prompt, known=known)
     found = count(records, model, field=field, prompt=prompt, sample=sample, notify=told)
     if key is not None:
-        remembered.put(key, found.lengths)
+        remembered.put(key, found.lengths, found.num_records)
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from memplan.cli.values import OUTPUT, SETUP_ROWS, Row, below, one_of, read_text
+from memplan.cli.values import OUTPUT, SETUP_ROWS, Row, below, one_of, read_count, read_text
 from memplan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,13 +32,21 @@ DATA_ROWS = (
         below(100),
         "PERCENT",
     ),
+    Row(("--sample",), DATA, "Count so many records alone, drawn at random.", read_count, "N"),
 )
+COUNTED = ("tokenizer", "field", "prompt_field", "truncation", "sample")
+"""What is said of data before a plan is made for it: arguments of `memplan.surveying.lengths`."""
 
 SUGGEST_ROWS = (
     *(row for row in SETUP_ROWS if row.section != OUTPUT),
     *DATA_ROWS,
     *(row for row in SETUP_ROWS if row.section == OUTPUT),
 )
+
+
+def counted_of(options: Options) -> dict[str, Any]:
+    """Those of them that were given."""
+    return {name: value for name in COUNTED if (value := getattr(options, name)) is not None}
 
 
 def check_data(options: Options) -> None:

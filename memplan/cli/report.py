@@ -11,16 +11,19 @@ import click
 
 from memplan import studies
 from memplan.cli.command_line import command_line
+from memplan.cli.data_rows import SUGGEST_ROWS, check_data, counted_of
 from memplan.cli.options import SetupCommand, options_of
 from memplan.cli.output import DOES_NOT_FIT, say, write_file, write_page
 from memplan.cli.progress import Progress
 from memplan.cli.suggest import check_plannable
-from memplan.cli.values import OUTPUT, SETUP_ROWS, Options, Row, one_of
+from memplan.cli.values import OUTPUT, Options, Row, one_of
 from memplan.errors import MemplanError, UsageError
 from memplan.report.beside import CHART_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from memplan.sequences.survey import Survey
 
     Document = dict[str, Any]
 
@@ -33,7 +36,7 @@ STDOUT = "-"
 REPORT_ROWS = (
     *(
         row._replace(help="A card, a size or auto; several with commas between them.") if row.flag == "--gpu" else row
-        for row in SETUP_ROWS
+        for row in SUGGEST_ROWS
         if row.flag not in OF_ANSWERS
     ),
     Row(("--open",), OUTPUT, "Show the page in a browser."),
@@ -60,10 +63,12 @@ def report(**given: Any) -> int:
     command its own page.
 
     Several models, files or GPUs (--gpu rtx4090,h100), up to 8 plans, are put side by side; the exit status is then 3
-    where none of them fits.
+    where none of them fits. With --data all are planned for the same token counts.
     """
     shown, models, chart = given.pop("open"), given.pop("model"), given.pop("chart")
-    return answer(Options(**given), models, shown=bool(shown), chart=chart)
+    options = Options(**given)
+    check_data(options)
+    return answer(options, models, shown=bool(shown), chart=chart)
 
 
 def answer(options: Options, models: Sequence[str] = (), *, shown: bool, chart: str | None = None) -> int:
@@ -107,7 +112,7 @@ def _check_files(options: Options, models: Sequence[str], files: Document) -> No
     row = next(
         (
             row
-            for row in SETUP_ROWS
+            for row in SUGGEST_ROWS
             if row.section != OUTPUT and not row.hidden and getattr(options, row.field) not in (None, False)
         ),
         None,
@@ -129,7 +134,7 @@ def _of_one(
     from memplan.report.pages.answers import page_of, page_of_foreign
 
     if saved is None:
-        document = _planned(options, notify)
+        document = _planned(options, _counted([options], notify), notify)
         return (page_of if draw is None else draw)(document), _status(document)
     path = str(options.model)
     if saved["kind"] in {"plan", "report"}:
@@ -159,24 +164,44 @@ def _of_several(
             f"{len(asked)} plans are too {'few' if len(asked) < MOST_SIDES else 'many'} to be put side by side.",
             f"Name 2 to {MOST_SIDES} models, files and GPUs.",
         )
+    sides = [options._replace(model=model, gpu=gpu) for model, gpu in asked]
+    survey = _counted([one for one in sides if one.model not in files], notify)
     reports, names = [], []
-    for model, gpu in asked:
-        one = options._replace(model=model, gpu=gpu)
-        saved = None if model is None else files.get(model)
-        document = _planned(one, notify) if saved is None else _read(saved, str(model), one, notify)
+    for one in sides:
+        saved = files.get(str(one.model))
+        document = _planned(one, survey, notify) if saved is None else _read(saved, str(one.model), one, notify)
         reports.append(document)
-        names.append(_name(document) if saved is None else str(model))
+        names.append(_name(document) if saved is None else str(one.model))
     document = comparison_document(reports, names)
     text = page_of_foreign(document, " or ".join(files)) if files else page_of(document)
     return text, min(map(_status, reports))
 
 
-def _planned(options: Options, notify: Callable[[str], None] | None) -> Document:
+def _counted(sides: Sequence[Options], notify: Callable[[str], None] | None) -> Survey | None:
+    """The lengths of the data, once for all that are planned for it, after a look at each; None without data."""
+    data = sides[0].data if sides else None
+    if data is None:
+        return None
+    from memplan.feeding import checked
+    from memplan.surveying import lengths
+
+    for one in sides:
+        checked(one.model, gpu=check_plannable(one), max_loss=one.max_loss, **one.choices())
+    return lengths(data, max_len=(), packing=(), notify=notify, **counted_of(sides[0]))
+
+
+def _planned(options: Options, survey: Survey | None, notify: Callable[[str], None] | None) -> Document:
     from memplan.cli.pages import report_of
 
-    gpu = check_plannable(options)
-    found = studies.study(options.model, gpu=gpu, notify=notify, **options.choices())
-    return report_of(found, command_line("suggest", options))
+    gpu, choices, command = check_plannable(options), options.choices(), command_line("suggest", options)
+    if survey is None:
+        return report_of(studies.study(options.model, gpu=gpu, notify=notify, **choices), command)
+    from memplan import api
+    from memplan.feeding import plan_for
+
+    model = api.find_trained(options.model, choices)
+    plan = plan_for(survey, model, gpu=gpu, max_loss=options.max_loss, notify=notify, **choices)
+    return report_of(studies.study_of(plan, model, notify=notify), command)
 
 
 def _read(saved: Document, path: str, options: Options, notify: Callable[[str], None] | None) -> Document:

@@ -15,17 +15,21 @@ from memplan import api, studies
 from memplan.cli.command_line import command_line
 from memplan.cli.values import Options
 from memplan.errors import MemplanError
+from memplan.feeding import DEFAULT_MAX_LOSS_PERCENT
 from memplan.report.document import SCHEMA_VERSION, envelope, setup_document
 from memplan.report.pages.answers import MISFITS, PAGE_BY_KIND, damaged
 from memplan.report.study import study_document
+from memplan.sequences.maximum import GIVEN
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import FIELD_BY_ARGUMENT, LORA_FIELD_BY_ARGUMENT, choices_of
 from memplan.specs.training import Setup
+from memplan.specs.values import replace
 from memplan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from memplan.planner.plan import Plan
     from memplan.planner.study import Study
 
     Document = dict[str, Any]
@@ -92,6 +96,9 @@ def report_of_saved(plan: Document, path: str, notify: Callable[[str], None] | N
     try:
         shown = plan["best"] or plan["nearest"]
         choices = {**choices_of(shown["setup"]), **_asked(plan, shown["setup"])}
+        data = plan.get("data")
+        if data is not None:
+            choices = without_data(choices, data)
         if notify is not None:
             notify(f"planning {path} again")
         found, choices = _again(plan, shown, choices, notify)
@@ -133,14 +140,49 @@ def _again(
         model = api.find_trained(name, choices)
         if isinstance(model, api.UserModule):
             model = model._replace(notify=notify)
-        made = api.suggest(model, gpu=gpu, **free)
+        made = _made(model, gpu, free, plan.get("data"))
         candidate = made.best or made.nearest
         if candidate is None or setup_document(candidate.setup) != shown["setup"]:
             free = choices
-            made = api.suggest(model, gpu=gpu, **choices)
+            made = _made(model, gpu, choices, plan.get("data"))
         return studies.study_of(made, model, notify=notify), free
     except MemplanError as fault:
         return _printable(f"Only what the file says is shown, as the plan could not be made again: {fault.cause}"), free
+
+
+def _made(model: api.Model | api.UserModule, gpu: str, choices: Document, data: Document | None) -> Plan:
+    """The plan that `choices` ask for; of data on the micro-batches that the file says, as the data is not read."""
+    if data is None:
+        return api.suggest(model, gpu=gpu, **choices)
+    from memplan.planner.worst_batch import goal_on
+    from memplan.report.feed import worst_of_document
+
+    longest = {"seq_len": data["length"]["max_len"], "batching": None}
+    goal, spec = api.goal_of(model, gpu=gpu, **{**choices, **longest})
+    padded = replace(goal, setup=replace(goal.setup, padding=bool(data["worst"]["has_mask"])))
+    return api.plan_of(model, goal_on(padded, worst_of_document(data["worst"]), goal.target), spec, choices)
+
+
+def without_data(choices: Document, data: Document) -> Document:
+    """The choices without what the data says of a setup; the length where it was asked for."""
+    by_data = {"seq_len", "padding", "packed_sequences", *(["supervised"] if data["supervised"] is not None else [])}
+    left = {name: value for name, value in choices.items() if name not in by_data}
+    return left | ({"seq_len": data["length"]["max_len"]} if data["why"] == GIVEN else {})
+
+
+def data_options(data: Document) -> Document:
+    """What the command line said of the data, without what is a default."""
+    percent = round(100 * data["max_loss"], 9)
+    said = {
+        "data": data["name"],
+        "tokenizer": data["tokenizer"],
+        "field": data["field"],
+        "prompt_field": data["prompt_field"],
+        "truncation": None if data["truncation"] == "right" else data["truncation"],
+        "max_loss": None if data["why"] == GIVEN or percent == DEFAULT_MAX_LOSS_PERCENT else percent,
+        "sample": data["num_samples"] if data["is_sample"] else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _printable(text: str) -> str:
@@ -171,7 +213,9 @@ def _options(plan: Document, choices: Document) -> Options:
     """The command line that asks for `choices`, without what is a default."""
     fields = {name: _hashable(value) for name, value in choices.items()}
     given = {name: value for name, value in fields.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-    return Options(model=plan["model"]["name"], gpu=plan["gpu"]["name"], **given)
+    data = plan.get("data")
+    of_data = {} if data is None else data_options(data)
+    return Options(model=plan["model"]["name"], gpu=plan["gpu"]["name"], **given, **of_data)
 
 
 def _hashable(value: Any) -> Any:

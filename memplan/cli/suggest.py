@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan import api
+from memplan.cli.data_rows import counted_of
 from memplan.cli.output import DOES_NOT_FIT, say, say_bound, say_every, write_answer
 from memplan.errors import UsageError
 from memplan.report.document import plan_document
@@ -54,8 +55,7 @@ def _waited_for(model: api.Model | api.UserModule, gpu: str, options: Options) -
             return api.suggest(model, gpu=gpu, **options.choices())
         from memplan.feeding import suggest_for_data
 
-        told = {name: getattr(options, name) for name in ("tokenizer", "field", "prompt_field", "max_loss")}
-        told["truncation"] = options.truncation or "right"
+        told = {**counted_of(options), "max_loss": options.max_loss}
         return suggest_for_data(options.data, model, gpu=gpu, notify=progress.say, **told, **options.choices())
 
 

@@ -100,6 +100,7 @@ class Options(NamedTuple):
     prompt_field: str | None = None
     truncation: str | None = None
     max_loss: float | None = None
+    sample: int | None = None
     format: str = "text"
     output: str | None = None
     quiet: bool = False

@@ -37,7 +37,8 @@ class Counted(NamedTuple):
     layout: Layout
     has_template: bool
     """Whether chats went through a template; without one, what it adds is not counted."""
-    is_sample: bool = False
+    num_records: int
+    """All that there are; more than were counted where some were drawn."""
 
 
 def count(
@@ -47,7 +48,7 @@ def count(
     field: str | None = None,
     prompt: str | None = None,
     sample: int | None = None,
-    known: Lengths | None = None,
+    known: tuple[Lengths, int] | None = None,
     seed: int = 0,
     notify: Callable[[int], None] | None = None,
 ) -> Counted:
@@ -59,7 +60,7 @@ def count(
         field: The field with the text; None: to be found.
         prompt: That of the prompt, where there is one.
         sample: Count so many alone, drawn at random; None: all.
-        known: Their lengths, where they were counted before: then the first record alone is looked at.
+        known: What was counted before, with how many records there are: then the first record alone is looked at.
         seed: Of the draw.
         notify: Is told how many were counted.
 
@@ -73,9 +74,12 @@ def count(
         raise UsageError("The data holds no records.", "Name a file with records.")
     layout = find_layout(first, field, prompt)
     everything = chain((first,), stream)
-    chosen = everything if sample is None else _drawn(everything, sample, seed)
+    num_records = None
+    chosen: Iterable[Record] = everything
+    if sample is not None and known is None:
+        chosen, num_records = _drawn(everything, sample, seed)
     if known is not None:
-        lengths = known
+        lengths, num_records = known
     elif layout.kind == "counts":
         lengths = _said(chosen, layout, numbered=sample is None)
     elif tokenizer is None:
@@ -83,19 +87,23 @@ def count(
     else:
         lengths = _tokenised(chosen, layout, tokenizer, notify or (lambda _: None))
     used = layout.kind == "messages" and tokenizer is not None and tokenizer.template is not None
-    return Counted(lengths, layout, used, sample is not None and lengths.num_samples == sample)
+    return Counted(lengths, layout, used, lengths.num_samples if num_records is None else num_records)
 
 
-def _drawn(records: Iterable[Record], num: int, seed: int) -> list[Record]:
-    """`num` of them, each with the same chance, in the order in which they come (Vitter 1985, algorithm R)."""
+def _drawn(records: Iterable[Record], num: int, seed: int) -> tuple[list[Record], int]:
+    """`num` of them, each with the same chance, in the order in which they come, and how many there are.
+
+    Vitter 1985, algorithm R.
+    """
     draw = random.Random(seed)
     kept: list[tuple[int, Any]] = []
+    at = -1
     for at, record in enumerate(records):
         if at < num:
             kept.append((at, record))
         elif (place := draw.randrange(at + 1)) < num:
             kept[place] = (at, record)
-    return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
+    return [record for _, record in sorted(kept, key=lambda pair: pair[0])], at + 1
 
 
 def _said(records: Iterable[Record], layout: Layout, *, numbered: bool) -> Lengths:

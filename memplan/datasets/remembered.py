@@ -12,13 +12,14 @@ from memplan.datasets.records import STDIN
 from memplan.sequences.lengths import Lengths, Spans
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 FOLDER = "lengths"
-FORMAT = "memplan lengths 1"
+FORMAT = "memplan lengths 2"
 MOST_BYTES = 512 << 20
 """Of all files together; the oldest go first."""
 COLUMNS = ("tokens", "sample", "start", "stop")
+ALL = "num_records"
 
 
 class RememberedLengths:
@@ -28,25 +29,27 @@ class RememberedLengths:
         """`folder`: the cache of memplan."""
         self._folder = os.path.join(folder, FOLDER)
 
-    def get(self, key: str) -> Lengths | None:
-        """What was counted, None where nothing was."""
+    def get(self, key: str) -> tuple[Lengths, int] | None:
+        """What was counted, and of how many records; None where nothing was."""
         try:
             with np.load(self._path(key), allow_pickle=False) as file:
                 columns = {name: file[name].astype(np.int64) for name in COLUMNS if name in file}
-        except (OSError, ValueError, KeyError, EOFError):
+                num_records = int(file[ALL])
+        except (OSError, TypeError, ValueError, KeyError, EOFError):
             return None
         spans = Spans(columns["sample"], columns["start"], columns["stop"]) if len(columns) == len(COLUMNS) else None
-        return Lengths(columns["tokens"], spans)
+        return Lengths(columns["tokens"], spans), num_records
 
-    def put(self, key: str, lengths: Lengths) -> None:
+    def put(self, key: str, lengths: Lengths, num_records: int) -> None:
         """Remember; the file is written under another name and renamed."""
-        columns: Mapping[str, np.ndarray] = {"tokens": lengths.tokens}
+        columns: dict[str, np.ndarray] = {"tokens": lengths.tokens}
         if lengths.spans is not None:
             columns = {**columns, **lengths.spans._asdict()}
         temporary = f"{self._path(key)}.{os.getpid()}.npz"
         try:
             os.makedirs(self._folder, exist_ok=True)
             short: dict[str, Any] = {name: values.astype(np.int32) for name, values in columns.items()}
+            short[ALL] = np.int64(num_records)
             np.savez_compressed(temporary, **short)
             os.replace(temporary, self._path(key))
             self._make_room()

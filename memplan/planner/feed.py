@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.sequences.worst import share_unseen
 from memplan.specs.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memplan.planner.plan import Candidate
-    from memplan.sequences.maximum import Maximum
+    from memplan.planner.worst_batch import Worst
+    from memplan.sequences.maximum import Loss, Maximum
     from memplan.sequences.survey import Survey
     from memplan.sequences.worst import Chance
 
@@ -34,6 +36,13 @@ class Cut(NamedTuple):
     """How many of them have a label; None: all."""
     most: int
     """The maximum length."""
+    weight: float = 1.0
+    """Records of the data for each one of these; above 1 these are a sample, drawn at random."""
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the data has others, of which nothing is known but the maximum length."""
+        return self.weight > 1
 
     @property
     def mean(self) -> float:
@@ -42,8 +51,8 @@ class Cut(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether all are equally long, so that no batch holds padding."""
-        return bool(self.tokens.min() == self.tokens.max())
+        """Whether all are equally long, so that no batch holds padding; of a sample it is not known."""
+        return not self.is_sample and bool(self.tokens.min() == self.tokens.max())
 
 
 class Rows(NamedTuple):
@@ -102,9 +111,10 @@ class Uncut(NamedTuple):
     fits: int
     """Tokens that a row of the plan's micro-batch may have, or the sequences of the micro-batch together."""
     num_longer: int
-    """Sequences that have more alone."""
-    chance: Chance
-    """That an epoch has a micro-batch that does not fit."""
+    """Sequences that have more alone; of a sample those in it."""
+    chance: Chance | None
+    """That an epoch has a micro-batch that does not fit; None: no batch of a sample is too large, and nobody knows of
+    the rest (`Feed.unseen`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +125,15 @@ class Feed:
     max_loss: float
     """Share of the tokens with a label that may be lost where the maximum length is chosen."""
     maximum: Maximum
+    candidates: tuple[Loss, ...]
+    """The maximum length and others from the median on, ascending."""
     cut: Cut
-    supervised: float | None
-    """Share of the tokens with a label that the plan's worst micro-batch was given; None: not by the data."""
+    worst: Worst
+    """The micro-batches that the plan is made for."""
+    has_mask: bool
+    """Whether padded rows are planned with a mask."""
     mean_supervised: float | None
-    """The same of all that is trained on."""
+    """Share of the tokens with a label of all that is trained on; None: that of the setup counts."""
     knows_padding: bool
     """Whether the mask of padded batches is counted, where there is one."""
     way: str
@@ -132,3 +146,8 @@ class Feed:
     """All that were compared, that of the plan among them; none where the model is known by traces alone."""
     uncut: Uncut | None = None
     """None: no sequence is longer than what was planned with, or nothing fits."""
+
+    @property
+    def unseen(self) -> float | None:
+        """Share of the data that may be longer than all of a sample (95 % confidence); None where all was counted."""
+        return share_unseen(self.survey.lengths.num_samples) if self.survey.is_sample else None

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from memplan.planner.search import Search
 
 
-def uncut(look: Search, plan: Candidate, tokens: Integers, positions: int | None) -> Uncut | None:
+def uncut(
+    look: Search, plan: Candidate, tokens: Integers, positions: int | None, *, num_records: int | None = None
+) -> Uncut | None:
     """The chance that an epoch of a plan has a micro-batch that does not fit, were nothing cut.
 
     Args:
@@ -26,23 +28,31 @@ def uncut(look: Search, plan: Candidate, tokens: Integers, positions: int | None
         plan: What fits.
         tokens: Of each sequence, as long as it is.
         positions: How many tokens the model takes: none is longer.
+        num_records: Sequences of an epoch, where `tokens` are a sample of them; None: these are all.
 
     Returns:
         None where no micro-batch can be larger than that of the plan, or rows are packed to one length.
     """
     setup = plan.setup
-    if setup.batching == "packed":
+    if setup.batching == "packed" or (positions is not None and setup.seq_len >= positions):
         return None
     tokens = tokens[tokens > 0] if positions is None else np.minimum(tokens[tokens > 0], positions)
     micro = setup.micro_batch_size
     ends_to_end = setup.batching == "padding-free"
-    most = -(-int(largest_sums(tokens, micro)[-1]) // micro) if ends_to_end else int(tokens.max())
-    if most <= setup.seq_len:
+    is_sample, most = num_records is not None, int(tokens.max())
+    if is_sample:  # others may be as long as the model takes
+        most = positions or max(most, setup.seq_len)
+    elif ends_to_end:
+        most = -(-int(largest_sums(tokens, micro)[-1]) // micro)
+    if most <= setup.seq_len and not is_sample:
         return None
     length = longest_that_fits(lambda at: _fits(look, plan, at), setup.seq_len, most)
+    if length == positions:
+        return None
     fits = length * micro if ends_to_end else length
-    chance = (chance_of_long_sum if ends_to_end else chance_of_long_row)(tokens, micro, fits)
-    return Uncut(fits, int((tokens > fits).sum()), chance)
+    chance = (chance_of_long_sum if ends_to_end else chance_of_long_row)(tokens, micro, fits, num_records=num_records)
+    is_known = chance.value or chance.num_epochs or not is_sample
+    return Uncut(fits, int((tokens > fits).sum()), chance if is_known else None)
 
 
 def longest_that_fits(fits: Callable[[int], bool], known: int, most: int) -> int:

@@ -10,6 +10,8 @@ so that the mean length gives no more than the mean time: a lower bound, as all 
     packed         the mean of the rows that TRL's strategy makes (`best_fit_decreasing`)
 
 A packed row holds several sequences; an optimizer step of as many sequences has that many fewer rows.
+
+Of a sample, rows are counted for the whole data, as many of them for each sequence as the sample has.
 """
 
 from __future__ import annotations
@@ -20,10 +22,9 @@ from memplan.errors import MemplanError
 from memplan.planner.feed import BATCHING_BY_WAY, GROUPED, PACKED, PADDED, PADDING_FREE, SMALLER, Rows, Way
 from memplan.planner.goal import Target
 from memplan.planner.search import Search
-from memplan.planner.worst_batch import mean_share, worst_batch_goal
+from memplan.planner.worst_batch import mean_share, most_packed, worst_batch_goal
 from memplan.sequences import padding
 from memplan.sequences.packing import best_fit_decreasing
-from memplan.sequences.worst import most_in_row
 from memplan.specs.training import LEAST_PACKED, divisors
 from memplan.specs.values import replace
 
@@ -44,9 +45,10 @@ NEAR = 0.02
 def rows_of(cut: Cut) -> dict[str, Rows]:
     """What an epoch hands over in each way."""
     size, tokens = int(cut.tokens.size), int(cut.tokens.sum())
-    each = Rows(size, 1.0, tokens / size)
+    each = Rows(round(size * cut.weight), 1.0, tokens / size)
     num = best_fit_decreasing(cut.tokens, cut.most).num_rows
-    return {PADDED: each, GROUPED: each, PADDING_FREE: each, PACKED: Rows(num, size / num, tokens / num)}
+    packed = Rows(round(num * cut.weight), size / num, tokens / num)
+    return {PADDED: each, GROUPED: each, PADDING_FREE: each, PACKED: packed}
 
 
 def target_of(rows: Rows, samples: float, ranks: int) -> Target:
@@ -113,7 +115,7 @@ class Ways:
 
     def _plan(self, batching: str, target: Target) -> Candidate | str:
         """The fastest plan with such batches, or what lacks least; or why there is none."""
-        if batching == "packed" and most_in_row(self.cut.tokens, self.cut.most) < LEAST_PACKED:
+        if batching == "packed" and most_packed(self.cut) < LEAST_PACKED:
             return "no two records fit in a row"
         try:
             goal = self._with_flash() if batching != "rows" and self.chooses_attention else self.goal

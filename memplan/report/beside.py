@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Document = dict[str, Any]
 
 
-CHART_NAMES = ("breakdown", "timeline", "map", "length", "micro-batch", "frontier", "levers", "schedule")
+CHART_NAMES = ("breakdown", "timeline", "map", "length", "micro-batch", "frontier", "levers", "schedule", "lengths")
 """The charts of a report (`memplan.report.charts.named` draws them)."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.planner.feed import GROUPED, SMALLER
+from memplan.planner.worst_batch import Sum, Worst
+from memplan.report.spread import cumulative, histogram
 
 if TYPE_CHECKING:
     from memplan.planner.feed import Feed, Uncut, Way
@@ -16,23 +18,34 @@ if TYPE_CHECKING:
 def feed_document(feed: Feed) -> Document:
     """Everything about the data of a plan, without the lengths themselves."""
     survey, whole = feed.survey, feed.survey.summary
+    marked = [one.most for one in feed.candidates]
     return {
         "name": survey.data,
         "layout": {"kind": survey.layout, "fields": list(survey.fields)},
+        "field": survey.field,
+        "prompt_field": survey.prompt_field,
         "tokenizer": survey.tokenizer,
+        "is_sample": survey.is_sample,
+        "num_records": survey.num_records,
+        "unseen": feed.unseen,
         "num_samples": whole.num_samples,
         "num_tokens": whole.num_tokens,
         "num_supervised_tokens": whole.num_supervised,
         "median_length": whole.quantiles[0.5],
         "longest": whole.quantiles[1.0],
+        "quantiles": [{"share": share, "num_tokens": value} for share, value in whole.quantiles.items()],
+        "histogram": histogram(survey.lengths.tokens, marked),
+        "cumulative": cumulative(survey.lengths.tokens, marked),
+        "candidates": [_loss(one) for one in feed.candidates],
         "truncation": survey.side,
         "max_loss": feed.max_loss,
         "why": feed.maximum.why,
         "length": _loss(feed.maximum.loss),
         "shorter": None if feed.maximum.shorter is None else _loss(feed.maximum.shorter),
         "mean_length": feed.cut.mean,
-        "supervised": feed.supervised,
+        "supervised": feed.worst.supervised,
         "mean_supervised": feed.mean_supervised,
+        "worst": worst_document(feed.worst, has_mask=feed.has_mask),
         "knows_padding": feed.knows_padding,
         "way": feed.way,
         "target_tokens": feed.target_tokens,
@@ -104,10 +117,34 @@ def options_of_way(way: Way, feed: Feed) -> str:
 
 
 def _uncut(found: Uncut) -> Document:
+    chance = found.chance
     return {
         "fits": found.fits,
         "num_longer": found.num_longer,
-        "chance": found.chance.value,
-        "num_epochs_drawn": found.chance.num_epochs,
-        "is_exact": found.chance.is_exact,
+        "chance": None if chance is None else chance.value,
+        "num_epochs_drawn": 0 if chance is None else chance.num_epochs,
+        "is_exact": chance is not None and chance.is_exact,
     }
+
+
+def worst_document(worst: Worst, *, has_mask: bool) -> Document:
+    """The micro-batches that a plan is made for; `has_mask`: whether those of several padded rows have one."""
+    return {
+        "seq_len": worst.seq_len,
+        "has_mask": has_mask,
+        "batching": worst.batching,
+        "supervised": worst.supervised,
+        "packed_sequences": worst.packed_sequences,
+        "sums": [one._asdict() for one in worst.sums],
+    }
+
+
+def worst_of_document(document: Document) -> Worst:
+    """The same read again.
+
+    Raises:
+        LookupError, TypeError: something is missing.
+    """
+    sums = tuple(Sum(one["micro_batch_size"], one["num_tokens"], one["num_labelled"]) for one in document["sums"])
+    fields = {name: document[name] for name in ("seq_len", "batching", "supervised", "packed_sequences")}
+    return Worst(**fields, sums=sums)

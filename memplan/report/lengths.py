@@ -55,6 +55,7 @@ def lengths_document(survey: Survey) -> Document:
         "tokenizer": survey.tokenizer,
         "has_template": survey.has_template,
         "is_sample": survey.is_sample,
+        "num_records": survey.num_records,
         "num_samples": whole.num_samples,
         "num_tokens": whole.num_tokens,
         "num_supervised_tokens": whole.num_supervised,
@@ -122,17 +123,26 @@ def facts_of(document: Document) -> Iterator[tuple[str, str]]:
     """What was counted, and how it is spread, as labels and texts."""
     files = "" if document["num_files"] == 1 else f", {plural(document['num_files'], 'file')}"
     fields = ", ".join(document["layout"]["fields"])
-    some = ", drawn at random" if document["is_sample"] else ""
-    records = plural(document["num_samples"], "record")
-    yield "data", f"{document['data']}{files}: {records}{some}, {document['layout']['kind']} ({fields})"
+    yield "data", f"{document['data']}{files}: {records_words(document)}, {document['layout']['kind']} ({fields})"
     yield "tokens", _tokens(document)
-    by_share = {one["share"]: one["num_tokens"] for one in document["quantiles"]}
-    yield (
-        "lengths",
-        f"{document['mean_length']:,.0f} on average, half up to {by_share[0.5]:,}, 90 % up to {by_share[0.9]:,}, "
-        f"99 % up to {by_share[0.99]:,}, the longest {by_share[1.0]:,}",
-    )
+    yield "lengths", f"{document['mean_length']:,.0f} on average, {quantile_words(document)}"
     yield "cut", SIDE_WORDS[document["truncation"]]
+
+
+def records_words(document: Document) -> str:
+    """How many were counted, and of how many."""
+    if not document["is_sample"]:
+        return plural(document["num_samples"], "record")
+    return f"{document['num_samples']:,} of {plural(document['num_records'], 'record')}, drawn at random"
+
+
+def quantile_words(document: Document) -> str:
+    """How many tokens so many of the records have at most."""
+    by_share = {one["share"]: one["num_tokens"] for one in document["quantiles"]}
+    return (
+        f"half up to {by_share[0.5]:,}, 90 % up to {by_share[0.9]:,}, 99 % up to {by_share[0.99]:,}, the longest "
+        f"{by_share[1.0]:,}"
+    )
 
 
 def _tokens(document: Document) -> str:

@@ -22,7 +22,7 @@ from memplan.report.beside import frontier_document, growth_document, maps_docum
 from memplan.report.charts.drawing import DOTS_PER_INCH, Chart, svg_of
 from memplan.report.charts.lengths import spread as spread_of_lengths
 from memplan.report.charts.maps import map_of_sizes
-from memplan.report.charts.named import CHARTS, breakdown, chart_of, parts_of, timeline
+from memplan.report.charts.named import CHARTS, OF_PLAN, breakdown, chart_of, parts_of, timeline
 from memplan.report.document import plan_document, row_document, setup_document
 from memplan.report.layout import plural
 from memplan.report.lengths import lengths_document, percent
@@ -65,7 +65,7 @@ def chart(answer: Any, name: str) -> Chart:
         "schedule": schedule_document(schedule(answer.estimate.setup)),
     }
     needed, _ = CHARTS[name]
-    if needed not in {*document, "levers"}:
+    if needed not in {*document, *OF_PLAN}:
         document[needed] = _worked_out(answer, needed, answer.estimate.behind.estimator(name))
     return chart_of(document, name)
 

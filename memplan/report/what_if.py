@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from memplan.planner.what_if import WhatIf
+    from memplan.specs.training import Setup
 
     Document = dict[str, Any]
 
@@ -54,7 +55,8 @@ FLAG_BY_AXIS = {
 }
 CHOSEN = ("--target-batch", "--target-tokens", *FLAG_BY_AXIS.values())
 OF_ADAPTERS = ("--lora-targets", "--lora-dropout", "--lora-dtype", "--modules-to-save", "--lora-layers", "--lora-ranks")
-"""Options with a value that what is chosen replaces, and those that have no meaning without adapters."""
+OF_DATA = ("--data", "--tokenizer", "--field", "--prompt-field", "--truncation", "--max-loss", "--sample")
+"""Options with a value that what is chosen replaces, those that have no meaning without adapters, and those of data."""
 
 
 def what_if_document(what_if: WhatIf, command: str) -> Document:
@@ -72,7 +74,7 @@ def what_if_document(what_if: WhatIf, command: str) -> Document:
         "segment_bytes": SEGMENT_BYTES,
         "tokens_per_length": what_if.setup.tokens_per_example // what_if.setup.seq_len,
         "flags": FLAG_BY_AXIS,
-        "commands": [estimate_command(command, with_adapters=one) for one in (False, True)],
+        "commands": [estimate_command(command, what_if.setup, with_adapters=one) for one in (False, True)],
     }
 
 
@@ -105,16 +107,29 @@ def _table(values: Any, over: Sequence[str]) -> Document:
     return {"over": list(over), "type": kind, "unit": unit, "data": data}
 
 
-def estimate_command(command: str, *, with_adapters: bool) -> str:
+def estimate_command(command: str, setup: Setup, *, with_adapters: bool) -> str:
     """The command line for one configuration, as far as it is not chosen: what `suggest` was asked, without the choice.
 
-    >>> estimate_command("memplan suggest gpt2 --gpu 2xh100 --target-batch 32 --dora", with_adapters=False)
+    >>> estimate_command("memplan suggest gpt2 --gpu 2xh100 --target-batch 32 --dora", Setup(), with_adapters=False)
     'memplan estimate gpt2 --gpu h100'
+
+    Of a plan for data it has what the data says of the `setup` instead of the data.
     """
-    dropped = CHOSEN if with_adapters else (*CHOSEN, *OF_ADAPTERS)
+    dropped = (*CHOSEN, *OF_DATA) if with_adapters else (*CHOSEN, *OF_DATA, *OF_ADAPTERS)
     program, _, *words = shlex.split(command)
     switch = None if with_adapters else "--dora"
-    return shlex.join([program, "estimate", *_kept(iter(words), dropped, switch)])
+    by_data = list(_by_data(setup, words)) if "--data" in words else []
+    return shlex.join([program, "estimate", *_kept(iter(words), dropped, switch), *by_data])
+
+
+def _by_data(setup: Setup, words: Sequence[str]) -> Iterator[str]:
+    """Options in place of data, where they were not given."""
+    if setup.padding and "--padding" not in words:
+        yield "--padding"
+    if setup.supervised != 1 and "--supervised" not in words:
+        yield from ("--supervised", repr(setup.supervised))
+    if setup.packed_sequences is not None:
+        yield from ("--packed-sequences", str(setup.packed_sequences))
 
 
 def _kept(words: Iterator[str], dropped: Sequence[str], switch: str | None) -> Iterator[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from memplan.sequences.survey import share
 from memplan.sequences.truncation import Truncation, truncate
 from memplan.specs.values import NamedTuple
@@ -88,6 +90,14 @@ def candidates(longest: int) -> list[int]:
         found.append(power)
         power *= 2
     return [*found, longest]
+
+
+def losses(lengths: Lengths, maximum: Maximum, side: str) -> tuple[Loss, ...]:
+    """What a maximum length costs, beside the candidates from the median on and the one below it; ascending."""
+    half, longest = np.quantile(lengths.tokens, (0.5, 1), method="inverted_cdf")
+    found = {one for one in candidates(int(longest)) if one >= half} | {maximum.most}
+    found |= set() if maximum.shorter is None else {maximum.shorter.most}
+    return tuple(_at(lengths, one, maximum.why, side).loss for one in sorted(found))
 
 
 def _at(lengths: Lengths, most: int, why: str, side: str) -> Maximum:

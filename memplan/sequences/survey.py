@@ -26,12 +26,16 @@ class Survey(Tabular, PicturedLengths):
     """counts, messages, pair or text."""
     fields: tuple[str, ...]
     """Where in a record it is."""
+    field: str | None
+    """The one with the text, the chat or the completion, where it was named."""
+    prompt_field: str | None
+    """That of the prompt, likewise."""
     tokenizer: str | None
     """The file; None where the records say their counts."""
     has_template: bool
     """Whether chats went through a template."""
-    is_sample: bool
-    """Whether some of it alone was counted."""
+    num_records: int
+    """All that there are; more than `lengths` has where some alone were counted, drawn at random."""
     lengths: Lengths
     summary: Summary
     side: str
@@ -41,6 +45,11 @@ class Survey(Tabular, PicturedLengths):
     target_batch: int | None
     """Rows of an optimizer step; None: no steps are told."""
     candidates: tuple[Candidate, ...]
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether some records alone were counted."""
+        return self.num_records > self.lengths.num_samples
 
     def records(self) -> list[dict[str, Any]]:
         """One row a candidate."""

@@ -8,6 +8,11 @@ micro-batch alone, where it has fewer rows, may hold it.  With k of n sequences 
 
 Where sequences lie end to end their sum counts.  It is certain that none is too large where the b longest together are
 not, and that one is where a single sequence is; between the two, epochs are drawn.
+
+Of a sample of the data, drawn at random: the k that are too long come in an epoch of all n, with others that it lacks,
+so that the first is a lower bound; an epoch that is drawn takes n of the sample's, each as often as it is drawn.  Where
+none of m is too long, no more than a share p of the data is, (1 - p)^m = 5 %: 3 / m nearly (Hanley and Lippman-Hand
+1983, the rule of three).
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
+CONFIDENCE = 0.95
 DRAWN_LENGTHS = 20_000_000
 """Lengths that are put in order, all epochs together."""
 LEAST_EPOCHS, MOST_EPOCHS = 20, 1000
@@ -50,15 +56,21 @@ def most_in_row(tokens: Integers, capacity: int) -> int:
     return max(int(np.searchsorted(sums, capacity, side="right")), 1)
 
 
-def chance_of_long_row(tokens: Integers, micro_batch: int, most: int) -> Chance:
+def share_unseen(num: int) -> float:
+    """Share of the data that may be of a kind of which a sample of `num` has none, with 95 % confidence."""
+    return float(1 - (1 - CONFIDENCE) ** (1 / num))
+
+
+def chance_of_long_row(tokens: Integers, micro_batch: int, most: int, *, num_records: int | None = None) -> Chance:
     """That a row of more than `most` tokens comes in a micro-batch that has all of its rows.
 
     Args:
         tokens: Of each sequence.
         micro_batch: Rows of a micro-batch.
         most: Tokens that all of them may have.
+        num_records: Sequences of an epoch, where `tokens` are a sample of them; None: these are all.
     """
-    size, longer = int(tokens.size), int((tokens > most).sum())
+    size, longer = num_records or int(tokens.size), int((tokens > most).sum())
     if not longer:
         return Chance(0.0)
     last = size % micro_batch
@@ -66,21 +78,30 @@ def chance_of_long_row(tokens: Integers, micro_batch: int, most: int) -> Chance:
     return Chance(1 - missed, is_exact=not missed)
 
 
-def chance_of_long_sum(tokens: Integers, micro_batch: int, most: int, *, seed: int = 0) -> Chance:
+def chance_of_long_sum(
+    tokens: Integers, micro_batch: int, most: int, *, num_records: int | None = None, seed: int = 0
+) -> Chance:
     """That some `micro_batch` sequences which come together have more than `most` tokens.
 
     Args:
         tokens: Of each sequence.
         micro_batch: Sequences of a micro-batch.
         most: Tokens that they may have together.
+        num_records: Sequences of an epoch, where `tokens` are a sample of them; None: these are all.
         seed: Of the epochs that are drawn.
     """
-    if int(largest_sums(tokens, micro_batch)[-1]) <= most:
+    longest = int(tokens.max())
+    if (int(largest_sums(tokens, micro_batch)[-1]) if num_records is None else micro_batch * longest) <= most:
         return Chance(0.0)
-    if int(tokens.max()) > most:
+    if longest > most:
         return Chance(1.0)
-    num = min(max(DRAWN_LENGTHS // int(tokens.size), LEAST_EPOCHS), MOST_EPOCHS)
+    size = num_records or int(tokens.size)
+    num = min(max(DRAWN_LENGTHS // size, LEAST_EPOCHS), MOST_EPOCHS)
     draw = np.random.default_rng(seed)
-    starts = np.arange(0, tokens.size, micro_batch)
-    exceeded = sum(int(np.add.reduceat(draw.permutation(tokens), starts).max()) > most for _ in range(num))
+    starts = np.arange(0, size, micro_batch)
+
+    def epoch() -> Integers:
+        return draw.permutation(tokens) if num_records is None else draw.choice(tokens, size)
+
+    exceeded = sum(int(np.add.reduceat(epoch(), starts).max()) > most for _ in range(num))
     return Chance(exceeded / num, num, is_exact=False)

@@ -121,6 +121,14 @@ class PicturedPlan(PicturedBytes):
         """Which samples go to which GPU in which micro-step."""
         return self._plot("schedule")
 
+    def plot_lengths(self) -> Figure:
+        """How long the records of the data are, with the maximum length marked.
+
+        Raises:
+            MemplanError: the plan was made without data.
+        """
+        return self._plot("lengths")
+
 
 class PicturedMap(Pictured):
     """A map of sizes."""

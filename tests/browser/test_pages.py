@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import memplan
-from memplan import studies
+from memplan import api, studies
 from memplan.report.document import plan_document
 from memplan.report.lengths import lengths_document
 from memplan.report.pages.answers import page_of
@@ -90,8 +90,20 @@ def lengths(folder: Path) -> str:
     return page_of(lengths_document(found))
 
 
+def of_data(folder: Path) -> str:
+    """A plan for a sample of such data, with a maximum close to other candidates."""
+    data = folder / "a$_{1}$<b>.jsonl"
+    rows = ({"num_tokens": 1 + n * n % 30011, "num_supervised_tokens": n % 2} for n in range(3000))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"gpu": "rtx4090", "target_batch": 8, "seq_len": 16_500}
+    plan = memplan.suggest_for_data(data, "qwen2.5-0.5b", sample=1000, **given)
+    found = studies.study_of(plan, api.find_model("qwen2.5-0.5b"))
+    command = f"memplan suggest qwen2.5-0.5b --gpu rtx4090 --target-batch 8 --data {data.name!r}"
+    return render_plan_page(study_document(found, plan_document(plan, origin=found.origin), command))
+
+
 PAGES: dict[str, Callable[[Path], str]] = {
-    one.__name__: one for one in (fits, does_not_fit, of_a_hostile_name, traced, accuracy, lengths)
+    one.__name__: one for one in (fits, does_not_fit, of_a_hostile_name, of_data, traced, accuracy, lengths)
 }
 
 

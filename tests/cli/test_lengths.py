@@ -194,7 +194,18 @@ def test_a_sample(run, counts: str) -> None:
     assert "drawn at random" in ran.out
     assert "a sample of 2 records" in ran.err
     assert run(f"lengths {counts} --sample 2 --quiet").err == ""
-    assert not document_of(run, f"lengths {counts} --sample 9")["is_sample"]
+    assert document["num_records"] == len(COUNTS)
+    assert f"2 of {document['num_records']} records, drawn at random" in ran.out
+    whole = document_of(run, f"lengths {counts} --sample 9")
+    assert not whole["is_sample"]
+    assert whole["num_records"] == whole["num_samples"]
+
+
+def test_a_sample_is_remembered_with_all_that_it_is_drawn_from(run, model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n' * 5)
+    first, again = (document_of(run, f"lengths a.jsonl --tokenizer {model} --sample 2") for _ in range(2))
+    assert (first["is_sample"], first["num_samples"], first["num_records"]) == (True, 2, 5)
+    assert again == first
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

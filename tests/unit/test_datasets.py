@@ -224,10 +224,11 @@ def test_a_sample_is_drawn_at_random(words: Path) -> None:
     records = [{"text": "a " * (number % 50)} for number in range(5000)]
     tokenizer = read_tokenizer(str(words))
     whole, some = count(records, tokenizer), count(records, tokenizer, sample=500)
-    assert (some.lengths.num_samples, some.is_sample, whole.is_sample) == (500, True, False)
+    assert (some.lengths.num_samples, some.num_records, whole.num_records) == (500, 5000, 5000)
     assert some.lengths.tokens.mean() == pytest.approx(whole.lengths.tokens.mean(), rel=0.1)
     assert count(records, tokenizer, sample=500).lengths.tokens.tolist() == some.lengths.tokens.tolist()
-    assert not count(records[:20], tokenizer, sample=500).is_sample
+    assert count(records[:20], tokenizer, sample=500).lengths.num_samples == 20
+    assert count(records[:20], tokenizer, sample=500).num_records == 20
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

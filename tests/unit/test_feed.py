@@ -18,7 +18,7 @@ from memplan.planner.ways import near_target, rows_of, target_of
 from memplan.planner.worst_batch import mean_share, worst_batch_goal
 from memplan.sequences.lengths import Lengths, at_the_end
 from memplan.sequences.maximum import GIVEN, LONGEST, LOSS, POSITIONS, candidates, choose
-from memplan.sequences.worst import chance_of_long_row, chance_of_long_sum, largest_sums, most_in_row
+from memplan.sequences.worst import chance_of_long_row, chance_of_long_sum, largest_sums, most_in_row, share_unseen
 from memplan.specs.training import Setup
 
 GIB = 2**30
@@ -157,6 +157,57 @@ def test_packed_rows_hold_the_shortest() -> None:
     assert mean_share(CUT) == pytest.approx(43 / 96)
 
 
+# -- a sample ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_sample_has() -> None:
+    """Of 10 that have none of it, (1 - p)^10 = 5 %; of 1,000 about 3 in 1,000."""
+    assert (1 - share_unseen(10)) ** 10 == pytest.approx(0.05)
+    assert share_unseen(1) == pytest.approx(0.95)
+    assert share_unseen(1000) == pytest.approx(3 / 1000, rel=0.01)
+
+
+def test_a_long_row_of_a_sample_comes_with_all_others() -> None:
+    """One of two is too long: of 5 records 2 at a time it is alone in the last micro-batch with probability 1/5."""
+    found = chance_of_long_row(numbers(1, 9), 2, 8, num_records=5)
+    assert (found.value, found.is_exact) == (pytest.approx(4 / 5), False)
+    assert chance_of_long_row(numbers(1, 9), 2, 8, num_records=6) == (1.0, 0, True)
+
+
+def test_epochs_of_a_sample_take_its_records_again() -> None:
+    """Of 1 and 3 a pair has 6 with probability 1/4, and one of two pairs does with 1 - (3/4)^2."""
+    found = chance_of_long_sum(numbers(1, 3), 2, 5, num_records=4)
+    assert found.num_epochs == 1000
+    assert abs(found.value - 7 / 16) < 4 * (7 / 16 * 9 / 16 / 1000) ** 0.5
+    assert chance_of_long_sum(numbers(1, 3), 2, 6, num_records=4) == (0.0, 0, True)
+    assert chance_of_long_sum(numbers(1, 3), 2, 2, num_records=4) == (1.0, 0, True)
+
+
+SAMPLE = CUT._replace(weight=2.5)
+
+
+def test_a_sample_is_planned_with_what_it_may_lack() -> None:
+    """Every record as long as the maximum, with a label on each token; in a row of 40 four as short as the shortest."""
+    rows = worst_batch_goal(goal(padding=True), SAMPLE, "rows", Target(4), counts_labels=True).at(2, 2, "none")
+    assert (rows.seq_len, rows.padding, rows.supervised) == (40, True, 1.0)
+    flat = worst_batch_goal(goal(), SAMPLE, "padding-free", Target(4), counts_labels=True)
+    assert [(one.seq_len, one.supervised) for one in (flat.at(b, 4 // b, "none") for b in (1, 2, 4))] == [(40, 1.0)] * 3
+    packed = worst_batch_goal(goal(), SAMPLE, "packed", Target(4), counts_labels=True).at(2, 2, "none")
+    assert (packed.seq_len, packed.packed_sequences, packed.supervised) == (40, 4, 1.0)
+
+
+def test_a_sample_of_equal_records_may_lack_others() -> None:
+    assert Cut(numbers(5, 5), None, 5).is_even
+    assert not Cut(numbers(5, 5), None, 5, weight=2.0).is_even
+
+
+def test_the_rows_of_an_epoch_are_those_of_all_records() -> None:
+    """4 records stand for 10; packed, 3 rows of them for 7.5."""
+    found = rows_of(SAMPLE)
+    assert found["padded"] == (10, 1.0, 25.0)
+    assert found["packed"] == (8, 4 / 3, 100 / 3)
+
+
 # -- keeping the tokens of a step --------------------------------------------------------------------------------------
 
 
@@ -205,7 +256,7 @@ def test_a_plan_of_rows_is_that_of_its_length(data: str) -> None:
     assert found.best is not None
     assert found.best.setup.micro_batch_size > 1
     # at 512 a record of 510 tokens keeps all of its 255 labels; longer ones lose some, as they are at the end
-    assert found.feed.supervised == pytest.approx(255 / 511)
+    assert found.feed.worst.supervised == pytest.approx(255 / 511)
     same = memplan.suggest(
         "gpt2", gpu="t4", target_batch=32, seq_len=512, loss="tiled", padding=True, supervised=255 / 511
     )
@@ -268,3 +319,62 @@ def test_what_does_not_go_with_data(data: str, given: dict[str, object], said: s
 def test_nothing_is_left(data: str) -> None:
     with pytest.raises(UsageError, match="nothing of the data is left"):
         suggest_for_data(data, "gpt2", gpu="t4", target_batch=8, seq_len=9, truncation="drop")
+
+
+def test_a_sample_says_so_and_counts_the_steps_of_all(data: str) -> None:
+    """20 of 101 records: 51 steps of 2, and none that is longer than what is cut at by more than 1 in 7 (95 %)."""
+    feed = suggest_for_data(data, "gpt2", gpu="t4", target_batch=2, sample=20).feed
+    assert feed is not None
+    assert (feed.survey.num_records, feed.survey.lengths.num_samples, feed.survey.is_sample) == (101, 20, True)
+    assert feed.cut.is_sample
+    assert feed.unseen == pytest.approx(1 - 0.05 ** (1 / 20))
+    assert {way.steps_per_epoch for way in feed.ways if way.name in {"padded", "padding-free"}} == {51}
+    assert feed.uncut is None or feed.uncut.chance is None or feed.uncut.chance.value > 0
+
+
+def test_a_sample_as_large_as_the_data_is_none(data: str) -> None:
+    whole = suggest_for_data(data, "gpt2", gpu="t4", target_batch=2)
+    for num in (101, 5000):
+        found = suggest_for_data(data, "gpt2", gpu="t4", target_batch=2, sample=num)
+        assert found.feed is not None
+        assert not found.feed.survey.is_sample
+        assert found.feed.unseen is None
+        assert found.best == whole.best
+
+
+@pytest.mark.parametrize("batching", ["rows", "padding-free", "packed"])
+def test_a_plan_of_a_sample_takes_no_less_than_that_of_all(data: str, batching: str) -> None:
+    """Cut at the same length, with the same micro-batch: what the sample lacks is thought of."""
+    given = {"gpu": "rtx4090", "target_batch": 8, "seq_len": 512, "micro_batch": 4, "loss": "tiled"}
+    given |= {"batching": batching, "checkpointing": "none", "attention": "flash" if batching != "rows" else None}
+    whole = suggest_for_data(data, "qwen2.5-0.5b", **given).best
+    some = suggest_for_data(data, "qwen2.5-0.5b", **given, sample=5).best
+    assert whole is not None
+    assert some is not None
+    assert some.memory.peak_allocated_bytes >= whole.memory.peak_allocated_bytes
+
+
+@pytest.mark.parametrize("num", [0, -1, True, 1.5, "3"])
+def test_a_sample_is_a_whole_number(data: str, num: object) -> None:
+    with pytest.raises(UsageError, match="sample"):
+        suggest_for_data(data, "gpt2", gpu="t4", target_batch=2, sample=num)  # type: ignore[arg-type]
+
+
+def test_a_sample_without_a_token(tmp_path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"num_tokens": 0}\n' * 50)
+    with pytest.raises(UsageError, match="The sample holds no tokens"):
+        suggest_for_data(str(path), "gpt2", gpu="t4", target_batch=2, sample=1)
+
+
+def test_candidates_are_told_with_their_losses(data: str) -> None:
+    """From the median (510) on, the last of those that lose too much among them.
+
+    At 512 the records of 10 n tokens with n from 52 to 101 lose 10 n - 512 labels each: 12,650 of 25,755.
+    """
+    feed = suggest_for_data(data, "gpt2", gpu="t4", target_batch=2, max_loss=30).feed
+    assert feed is not None
+    assert [one.most for one in feed.candidates] == [512, 1010]
+    assert feed.candidates[0] == feed.maximum.shorter
+    assert feed.candidates[0].of_supervised == pytest.approx(12_650 / 25_755)
+    assert feed.candidates[1] == feed.maximum.loss

@@ -26,14 +26,25 @@ from memplan.specs.pictured import Behind
 from memplan.specs.values import replace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memplan.planner.plan import Plan
 
-PLOTS = ("breakdown", "timeline", "map", "length", "micro_batch", "frontier", "levers", "schedule")
+PLOTS = ("breakdown", "timeline", "map", "length", "micro_batch", "frontier", "levers", "schedule", "lengths")
 
 
 @cache
 def planned() -> Plan:
     return memplan.suggest("gpt2", gpu="12GB", target_batch=8)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Plan]:
+    """The plan that has a chart: that of lengths is of data."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(f'{{"num_tokens": {1 + n * n % 1013}}}\n' for n in range(500)))
+    of_data = cache(lambda: memplan.suggest_for_data(path, "gpt2", gpu="12GB", target_batch=8, seq_len=600))
+    return lambda name: of_data() if name == "lengths" else planned()
 
 
 def test_every_chart_has_a_name_and_a_method() -> None:
@@ -42,19 +53,24 @@ def test_every_chart_has_a_name_and_a_method() -> None:
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_a_plan_draws(name: str) -> None:
-    assert isinstance(getattr(planned(), f"plot_{name}")(), Figure)
+def test_a_plan_draws(drawn, name: str) -> None:
+    assert isinstance(getattr(drawn(name), f"plot_{name}")(), Figure)
+
+
+def test_a_plan_without_data_has_no_lengths() -> None:
+    with pytest.raises(MemplanError, match="no lengths chart of this plan: it was made without data"):
+        planned().plot_lengths()
 
 
 @pytest.mark.parametrize("name", CHART_NAMES)
-def test_the_same_chart_gives_the_same_bytes(name: str) -> None:
-    assert picture_of(chart(planned(), name), "svg") == picture_of(chart(planned(), name), "svg")
+def test_the_same_chart_gives_the_same_bytes(drawn, name: str) -> None:
+    assert picture_of(chart(drawn(name), name), "svg") == picture_of(chart(drawn(name), name), "svg")
 
 
 @pytest.mark.parametrize("name", CHART_NAMES)
-def test_no_text_is_cut_and_no_two_overlap(name: str) -> None:
+def test_no_text_is_cut_and_no_two_overlap(drawn, name: str) -> None:
     """Every text lies within the figure; names of ticks, cells and entries keep apart."""
-    figure = chart(planned(), name).figure
+    figure = chart(drawn(name), name).figure
     FigureCanvasAgg(figure).draw()
     texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
     texts = [text for text in texts if text not in beyond_the_axes(figure)]

@@ -24,13 +24,13 @@ from memplan.report.pages.plan import render_plan_page
 from memplan.report.study import study_document
 from memplan.report.what_if import OVER_BY_TABLE, controls, estimate_command, what_if_document
 from memplan.specs.adapter import Lora
+from memplan.specs.training import Setup
 from memplan.specs.values import replace
 from tests.laws.models import LLAMA
 
 if TYPE_CHECKING:
     from memplan.estimation.estimate import Estimator
     from memplan.planner.what_if import WhatIf
-    from memplan.specs.training import Setup
 
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 512}
 GPT2 = {"model_type": "gpt2", "n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 1024, "vocab_size": 1000}
@@ -320,7 +320,26 @@ def test_more_bytes_than_32_bits_of_blocks_count() -> None:
     ],
 )
 def test_the_command_line_without_what_is_chosen(command: str, with_adapters: bool, expected: str) -> None:
-    assert estimate_command(command, with_adapters=with_adapters) == expected
+    assert estimate_command(command, Setup(), with_adapters=with_adapters) == expected
+
+
+@pytest.mark.parametrize(
+    ("setup", "given", "expected"),
+    [
+        (Setup(padding=True, supervised=0.25), "", " --padding --supervised 0.25"),
+        (Setup(padding=True), "--padding", " --padding"),
+        (Setup(supervised=0.25), "--supervised 0.25", " --supervised 0.25"),
+        (
+            Setup(batching="packed", packed_sequences=7),
+            "--batching packed",
+            " --batching packed --packed-sequences 7",
+        ),
+    ],
+)
+def test_in_place_of_data_stands_what_it_says(setup: Setup, given: str, expected: str) -> None:
+    of_data = "--data d --tokenizer t --field f --prompt-field p --truncation left --max-loss 1 --sample 9"
+    command = f"memplan suggest gpt2 --gpu t4 --target-batch 8 {given} {of_data}"
+    assert estimate_command(command, setup, with_adapters=True) == f"memplan estimate gpt2 --gpu t4{expected}"
 
 
 def test_its_script_is_small_and_the_one_that_the_policy_allows() -> None:

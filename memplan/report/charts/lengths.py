@@ -32,12 +32,21 @@ NAME_WIDTH = 62
 LINES = 6
 """Of names, at most; what finds no room on them is a line without a name, and stands in the table."""
 
+CANDIDATE: dict[str, Any] = {"linewidth": 1.2, "dashes": (3, 2)}
+CHOSEN: dict[str, Any] = {"linewidth": 2.2}
+
 MOST_SAID = 9
 """Candidates whose shares are said in words; of more, some."""
 
 
-def spread(document: Mapping[str, Any], palette: Palette = SCREEN) -> Chart:
-    """The chart of a document of `memplan.report.lengths`."""
+def spread(document: Mapping[str, Any], palette: Palette = SCREEN, *, chosen: int | None = None) -> Chart:
+    """The chart of a document of `memplan.report.lengths`, or of the data of a plan.
+
+    Args:
+        document: Histogram, cumulative curve, candidates and quantiles.
+        palette: What it is drawn for.
+        chosen: The candidate that a plan cuts at.
+    """
     bins, candidates = document["histogram"], [one["max_len"] for one in document["candidates"]]
     places = [_place(one, bins) for one in candidates]
     across = 0.82 * WIDTH / len(bins)
@@ -50,17 +59,17 @@ def spread(document: Mapping[str, Any], palette: Palette = SCREEN) -> Chart:
         axes = figure.add_axes(box)
         _bars(axes, bins, palette)
         _curve(figure.add_axes(box), document, palette)
-        for place in places:
-            axes.axvline(place, color=palette.ink, linewidth=1.2, dashes=(3, 2), zorder=3)
         for line, place, one in zip(lines, places, candidates, strict=True):
+            axes.axvline(place, color=palette.ink, zorder=3, clip_on=False, **(CHOSEN if one == chosen else CANDIDATE))
             if line is None:
                 continue
             beyond = " →" if one > bins[-1]["to"] else ""
             y = 1 + (5 + line * LINE) / AXES_HEIGHT
             where: Any = {"transform": axes.get_xaxis_transform(), "ha": "center", "parse_math": False}
+            where |= {"fontweight": "bold"} if one == chosen else {}
             axes.text(place, y, f"{one:,}{beyond}", fontsize=9, color=palette.ink, **where)
-        _legend(figure, palette)
-        return Chart("lengths", "How long the records are", said_of(document), figure)
+        _legend(figure, palette, is_chosen=chosen is not None)
+        return Chart("lengths", "How long the records are", said_of(document, chosen=chosen), figure)
 
 
 def _bars(axes: Axes, bins: Sequence[Mapping[str, Any]], palette: Palette) -> None:
@@ -127,16 +136,19 @@ def _lines(places: Sequence[float]) -> list[int | None]:
     return found
 
 
-def _legend(figure: Figure, palette: Palette) -> None:
+def _legend(figure: Figure, palette: Palette, *, is_chosen: bool) -> None:
+    plan = [Line2D([], [], color=palette.ink, label="the plan's maximum", **CHOSEN)] if is_chosen else []
+    others = "others" if is_chosen else "candidates for the maximum"
     entries = [
         Patch(label="records", facecolor=palette.shades[4]),
         Line2D([], [], color=palette.cpu, linewidth=2, label="share up to here"),
-        Line2D([], [], color=palette.ink, linewidth=1.2, dashes=(3, 2), label="candidates for the maximum"),
+        *plan,
+        Line2D([], [], color=palette.ink, label=others, **CANDIDATE),
     ]
     figure.legend(
         handles=entries,
         loc="upper center",
-        ncols=3,
+        ncols=len(entries),
         frameon=False,
         fontsize=9,
         labelcolor=palette.ink,
@@ -144,7 +156,7 @@ def _legend(figure: Figure, palette: Palette) -> None:
     )
 
 
-def said_of(document: Mapping[str, Any]) -> str:
+def said_of(document: Mapping[str, Any], *, chosen: int | None = None) -> str:
     """The middle, the longest, and what each candidate leaves whole."""
     by_share = {one["share"]: one["num_tokens"] for one in document["quantiles"]}
     share = {one["num_tokens"]: one["share"] for one in document["cumulative"]}
@@ -153,5 +165,5 @@ def said_of(document: Mapping[str, Any]) -> str:
     whole = ", ".join(f"{candidates[n]:,}: {100 * share[candidates[n]]:.1f} %" for n in places)
     return (
         f"Half of the records have up to {by_share[0.5]:,} tokens, the longest {by_share[1.0]:,}. "
-        f"Share that a maximum leaves whole: {whole}."
+        f"Share that a maximum leaves whole: {whole}.{'' if chosen is None else f' The plan cuts at {chosen:,}.'}"
     )

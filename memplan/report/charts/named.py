@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import MemplanError, UsageError, did_you_mean
 from memplan.report.charts import frontier, growth, legend, maps, plans, schedule
+from memplan.report.charts import lengths as spreads
 from memplan.report.charts import timeline as timelines
 from memplan.report.charts.drawing import PAGE, SCREEN, Chart, Palette
 from memplan.specs.pictured import TRACED
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
     Document = Mapping[str, Any]
     Drawing = Callable[[Document, Palette], Chart]
+
+REASONS = {
+    "levers": "there is no single change that memplan prices",
+    "data": "it was made without data, --data",
+}
+"""Part of a plan -> why one has none."""
+OF_PLAN = frozenset(REASONS)
 
 
 def parts_of(ledger: Sequence[Document]) -> list[tuple[str, int]]:
@@ -99,6 +107,11 @@ def _schedule(document: Document, palette: Palette) -> Chart:
     return schedule.schedule(document["schedule"], palette)
 
 
+def _lengths(document: Document, palette: Palette) -> Chart:
+    data = document["plan"]["data"]
+    return spreads.spread(data, palette, chosen=data["length"]["max_len"])
+
+
 CHARTS: dict[str, tuple[str, Drawing]] = {
     "breakdown": ("ledger", _breakdown),
     "timeline": ("profile", _timeline),
@@ -108,6 +121,7 @@ CHARTS: dict[str, tuple[str, Drawing]] = {
     "frontier": ("frontier", _frontier),
     "levers": ("levers", _levers),
     "schedule": ("schedule", _schedule),
+    "lengths": ("data", _lengths),
 }
 """Name -> what of the document it draws, and how."""
 
@@ -132,9 +146,8 @@ def chart_of(document: Document, name: str, palette: Palette = SCREEN) -> Chart:
         MemplanError: there is none for this plan, and why.
     """
     needed, draw = CHARTS[check_chart(name)]
-    source = document["plan"]["levers"] if needed == "levers" else document[needed]
-    if not source:
-        reason = "there is no single change that memplan prices" if needed == "levers" else TRACED
+    if not _source(document, needed):
+        reason = REASONS.get(needed, TRACED)
         raise MemplanError(f"There is no {name} chart of this plan: {reason}.", f"Others: {_others(document)}.")
     return draw(document, palette)
 
@@ -142,7 +155,12 @@ def chart_of(document: Document, name: str, palette: Palette = SCREEN) -> Chart:
 def has_chart(document: Document, name: str) -> bool:
     """Whether there is one for this plan."""
     needed, _ = CHARTS[name]
-    return bool(document["plan"]["levers"] if needed == "levers" else document.get(needed))
+    return bool(_source(document, needed))
+
+
+def _source(document: Document, needed: str) -> Any:
+    """What of a document a chart draws; nothing where it has none."""
+    return (document["plan"] if needed in OF_PLAN else document).get(needed)
 
 
 def _others(document: Document) -> str:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.report.charts.compare import WHOLE, comparison
 from memplan.report.charts.drawing import PAGE
+from memplan.report.feed_words import data_words, epoch_words, length_words
 from memplan.report.pages.page import render
 from memplan.report.pages.tables import Table
-from memplan.report.plan import is_timed
-from memplan.report.text import choices, equation, signed, split_of
+from memplan.report.plan import equation_of, is_timed
+from memplan.report.text import choices, signed, split_of
 from memplan.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Document = dict[str, Any]
 
@@ -80,6 +81,7 @@ def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tupl
         ("GPU", *(plan["gpu"]["label"] for plan in plans)),
         ("plan", *(split_of(one["setup"]) for one in shown)),
         ("batch", *(_batch(plan, one) for plan, one in pairs)),
+        *_of_data([plan.get("data") for plan in plans]),
         ("checkpointing", *(one["setup"]["activation_checkpointing"] for one in shown)),
         ("peak of the process", *(_share(plan, one) for plan, one in pairs)),
         ("usable", *(format_bytes(plan["gpu"]["usable_bytes"]) for plan in plans)),
@@ -92,7 +94,19 @@ def _overview(sides: Sequence[Document], shown: Sequence[Document]) -> list[tupl
 
 def _batch(plan: Document, shown: Document) -> str:
     setup = shown["setup"]
-    return equation(setup, plan["model"]["unit"]).removeprefix(f"{split_of(setup)} = ").removesuffix(" per step")
+    return equation_of(plan, setup).removeprefix(f"{split_of(setup)} = ").removesuffix(" per step")
+
+
+def _of_data(data: Sequence[Document | None]) -> list[tuple[str, ...]]:
+    """What the data of the plans is, where one has some."""
+    if not any(data):
+        return []
+    words: tuple[tuple[str, Callable[[Document], str]], ...] = (
+        ("data", data_words),
+        ("maximum length", length_words),
+        ("an epoch", epoch_words),
+    )
+    return [(label, *("none" if one is None else said(one) for one in data)) for label, said in words]
 
 
 def _share(plan: Document, shown: Document) -> str:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 def lengths_page(document: Document) -> Page:
     """The page of a document of `memplan.report.lengths`."""
     names, *candidates = text.candidate_rows(document)
-    bins = [(tokens, num, share, marked) for tokens, num, _, share, marked in text.histogram_rows(document)]
-    columns = ("tokens", "records", "up to here", "maximum")
     return Page(
         f"lengths of {document['data']}",
         verdict(document),
@@ -27,7 +25,7 @@ def lengths_page(document: Document) -> Page:
             Section(
                 "How long the records are",
                 [said_of(document)],
-                [Table("Records by length", columns, bins, (3,), plural(len(bins), "bin"))],
+                [histogram_table(document)],
                 [spread(document, PAGE)],
             ),
             Section(
@@ -43,6 +41,13 @@ def lengths_page(document: Document) -> Page:
             *_needs(document),
         ],
     )
+
+
+def histogram_table(document: Document) -> Table:
+    """The numbers of the chart, folded away."""
+    bins = [(tokens, num, share, marked) for tokens, num, _, share, marked in text.histogram_rows(document)]
+    columns = ("tokens", "records", "up to here", "maximum")
+    return Table("Records by length", columns, bins, (3,), plural(len(bins), "bin"))
 
 
 def verdict(document: Document) -> list[str]:

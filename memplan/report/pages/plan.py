@@ -10,22 +10,26 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import MemplanError
 from memplan.export.torch_loop import torch_loop
 from memplan.export.trainer_code import trainer_code
+from memplan.planner.feed import PADDED
 from memplan.report import accuracy
 from memplan.report.charts import plans as charts
 from memplan.report.charts.accuracy import errors_of
 from memplan.report.charts.drawing import PAGE, Chart
+from memplan.report.charts.lengths import spread
 from memplan.report.charts.named import parts_of, phases_of
 from memplan.report.charts.timeline import timeline
-from memplan.report.feed_words import data_facts, risk_facts, way_facts, way_rows
+from memplan.report.feed_words import COLUMNS, candidate_rows, data_facts, risk_facts, way_facts, way_rows
 from memplan.report.long_accumulation import shorter_rows, why_words
 from memplan.report.pages.beside import beside_values
+from memplan.report.pages.lengths import histogram_table
 from memplan.report.pages.page import render
+from memplan.report.pages.tables import grouped
 from memplan.report.plan import equation_of, is_timed, kept_words, margin_words, roomier, time_words, trainer_line
 from memplan.report.text import calibration_words, choices, exactly, signed, signed_seconds, split_of, vouched
 from memplan.report.what_if import controls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     Document = dict[str, Any]
 
@@ -99,11 +103,26 @@ def data_values(data: Document | None, best: Document | None) -> Document | None
     if data is None:
         return None
     return {
-        "facts": [text for _, text in data_facts(data)],
+        "facts": grouped(data_facts(data)),
+        "chart": spread(data, PAGE, chosen=data["length"]["max_len"]),
+        "bins": histogram_table(data),
+        "candidates": candidate_rows(data),
+        "chosen": f"{data['length']['max_len']:,}",
         "rows": way_rows(data),
         "ways": list(way_facts(data)) if any(way["fits"] for way in data["ways"]) else [],
-        "risks": [text for _, text in risk_facts(data, best)],
+        "columns": COLUMNS,
+        "risks": grouped([*risk_facts(data, best), *_around(data, best)]),
     }
+
+
+def _around(data: Document, best: Document | None) -> Iterator[tuple[str, str]]:
+    """What the rest of the page leaves out of the data."""
+    if best is not None and data["worst"]["has_mask"] and not best["setup"]["padding"] and data["way"] == PADDED:
+        yield (
+            "around it",
+            "A row alone in its micro-batch has no padding. The map, the growth and the sliders below are without it, "
+            "and so without its mask, for larger micro-batches too; the frontier has it.",
+        )
 
 
 def timeline_of(
