@@ -22,7 +22,13 @@ def data(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("".join(f'{{"num_tokens": {n}}}\n' for n in range(1, 400)))
 
 
-@pytest.mark.parametrize("name", CHART_NAMES)
+AT_ONCE = ("timeline", "lengths")
+"""The other charts are drawn where nothing fits, and by themselves among the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow) for name in CHART_NAMES]
+)
 def test_a_chart_as_a_file(run, tmp_path: Path, name: str) -> None:
     """A PNG or an SVG by its suffix, and nothing on stdout."""
     ran = run(f"{ASKED}{OF_DATA if name == 'lengths' else ''} --chart {name} -o chart.svg")

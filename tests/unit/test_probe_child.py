@@ -433,7 +433,7 @@ PEAK_BELOW = {"bf16-mixed, eager, full": 7_168}
 """The formula's peak is in the backward pass of eager attention, where CUDA's softmax_backward_data holds a product as
 large as the scores (`kernels.SCRATCH_BY_OPERATOR`), which a CPU does not: there another instant is the highest."""
 
-LATER = {"fp32, sdpa", "bf16-mixed, eager, full, short", "every-2", "sgd with momentum"}
+LATER = {"fp32, sdpa", "bf16-mixed, eager, full, short", "every-2", "sgd with momentum", "bf16, sdpa", "padding"}
 LATER |= {"rmsprop", "adagrad", "muon", "adafactor", "lion"}
 """Left out by default: each takes a second."""
 
