@@ -82,6 +82,7 @@ def test_the_same_update(run, tmp_path: Path) -> None:
     assert "packed, wrapped: rows of 100 tokens (" in text
 
 
+@pytest.mark.slow  # the ranks themselves are in tests/unit/test_updates.py
 def test_another_update_over_two_ranks(run) -> None:
     """By torchrun: the mean of the means of micro-batches, of all ranks."""
     ran = run(

@@ -143,7 +143,7 @@ OPTIONS = {
     "packed": "--batching packed --attention flash --seq-len 2048",
     "sample": "--sample 40 --loss tiled",
 }
-SLOW = ("rows", "chosen", "padding-free", "nothing fits")
+SLOW = ("rows", "chosen", "padding-free", "nothing fits", "packed")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in OPTIONS]
 
 
@@ -260,6 +260,7 @@ def test_quiet_says_that_it_is_of_a_sample(run) -> None:
 # -- several -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_plans_for_the_same_data(run, tmp_path) -> None:
     """Counted once, and planned for as each would be by itself."""
     ran = run(

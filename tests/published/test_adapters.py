@@ -188,7 +188,10 @@ def test_short_sequences_beside_4_bits(quantize: str, checkpointing: str, precis
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("checkpointing", ["none", "full", "every-2", "save-attention"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    ["none", "full", *(pytest.param(one, marks=pytest.mark.slow) for one in ("every-2", "save-attention"))],
+)
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
 def test_a_base_in_int8(precision: str, checkpointing: str, dora: bool) -> None:
     """GIVEN layers that hold on to their inputs THEN formula and trace agree to the byte, whatever checkpointing."""

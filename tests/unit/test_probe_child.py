@@ -596,7 +596,8 @@ print("done", flush=True)
 
 @needs_torch
 # Once: only a fork looks whether its parent is still there; without one the trial runs on to its end.
-@pytest.mark.parametrize("kind", ["fork", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fork", "own"])
 def test_a_parent_that_is_killed_leaves_nothing_running(kind):
     """No handler runs on SIGKILL: whatever the parent started sees by itself that nobody gives orders any more."""
     trial = {

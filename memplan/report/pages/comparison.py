@@ -39,7 +39,7 @@ def render_comparison_page(document: Document) -> str:
         names=names,
         verdict=_verdict(sides, names),
         fits=any(side["plan"]["fits"] for side in sides),
-        overview=Table("The plans", ("", *names), _overview(sides, shown), range(1, len(sides) + 1)),
+        overview=Table("The plans", ("what", *names), _overview(sides, shown), range(1, len(sides) + 1)),
         chart=comparison(names, parts, usable, PAGE),
         parts=Table("Memory at the peak by kind", ("kind", *names), _kinds(parts)),
         differing=_table("Where the setups differ", names, _differing(shown)),
@@ -49,7 +49,7 @@ def render_comparison_page(document: Document) -> str:
 
 
 def _table(label: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | None:
-    return Table(label, ("", *names), rows, range(1, len(names) + 1)) if rows else None
+    return Table(label, ("what", *names), rows, range(1, len(names) + 1)) if rows else None
 
 
 def _verdict(sides: Sequence[Document], names: Sequence[str]) -> list[str]:
