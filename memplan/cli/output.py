@@ -87,9 +87,10 @@ def say_bound(options: Options) -> None:
         say("--confidence has no effect without --gpu", quiet=options.quiet)
         return
     from memplan import api
+    from memplan.safety import find_safety
 
     gpu, _ = api.find_gpu(options.gpu, options.gpus)
-    said = api.find_safety(gpu, options.headroom, options.confidence).said
+    said = find_safety(gpu, options.headroom, options.confidence).said
     if said:
         say(f"--confidence: {said}", quiet=options.quiet)
 

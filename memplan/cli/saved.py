@@ -19,6 +19,7 @@ from memplan.feeding import DEFAULT_MAX_LOSS_PERCENT
 from memplan.report.document import SCHEMA_VERSION, envelope, setup_document
 from memplan.report.pages.answers import MISFITS, PAGE_BY_KIND, damaged
 from memplan.report.study import study_document
+from memplan.safety import DEFAULT_HEADROOM_PERCENT
 from memplan.sequences.maximum import GIVEN
 from memplan.specs.adapter import Lora
 from memplan.specs.choices import FIELD_BY_ARGUMENT, LORA_FIELD_BY_ARGUMENT, choices_of
@@ -43,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     **{name: getattr(Setup(), field) for name, field in FIELD_BY_ARGUMENT.items() if name not in {"seq_len", *CHOSEN}},
     **{name: getattr(Lora(rank=1), field) for name, field in LORA_FIELD_BY_ARGUMENT.items() if name != "lora_rank"},
     "gpus": 1,
-    "headroom": api.DEFAULT_HEADROOM_PERCENT,
+    "headroom": DEFAULT_HEADROOM_PERCENT,
 }
 """What a command line need not say."""
 NAME_ONE = "Name an answer that was written by --json, or a model's config.json."

@@ -15,6 +15,7 @@ from memplan.catalog.measurements import file_of
 from memplan.catalog.models import find_default_model, read_config
 from memplan.errors import MemplanError, UsageError
 from memplan.estimation.estimate import Estimator
+from memplan.safety import DEFAULT_HEADROOM_PERCENT
 from memplan.specs.gpu import GpuSpec
 from memplan.specs.measurement import Card, Measurement, Trial
 from memplan.specs.training import divisors
@@ -185,7 +186,7 @@ def plan_of(trial: Trial, gpu: GpuSpec, target_batch: int, *, checkpointing: str
         setup=trial.setup,
         target=Target(target_batch),
         usable_bytes=gpu.usable_bytes,
-        headroom_percent=api.DEFAULT_HEADROOM_PERCENT,
+        headroom_percent=DEFAULT_HEADROOM_PERCENT,
         activation_checkpointing=checkpointing,
     )
     speed = api.find_speed(gpu)

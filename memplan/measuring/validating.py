@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from memplan import api
 from memplan.calibration.accuracy import GROUPS, Accuracy, compare, distinct
 from memplan.calibration.decisions import VERDICTS, Decision, Question, decide, questions
 from memplan.catalog.measurements import Records, read_all_measurements, read_measurements
@@ -17,6 +16,7 @@ from memplan.measuring.trials import estimator_of, gpu_of, plan_of, prediction_f
 from memplan.probes.faults import require
 from memplan.report.document import envelope
 from memplan.report.probe import stack_of
+from memplan.safety import DEFAULT_HEADROOM_PERCENT
 from memplan.specs.margin import Margin
 from memplan.specs.measurement import describe
 from memplan.specs.values import NamedTuple, replace
@@ -111,7 +111,7 @@ def recommended(question: Question) -> int | None:
         return None if plan is None else plan.setup.micro_batch_size
     estimator = estimator_of(trial, gpu)
     estimator.check(trial.setup)
-    budget = Margin(int(gpu.usable_bytes * api.DEFAULT_HEADROOM_PERCENT / 100)).budget(gpu.usable_bytes)
+    budget = Margin(int(gpu.usable_bytes * DEFAULT_HEADROOM_PERCENT / 100)).budget(gpu.usable_bytes)
     best = None
     for option in question.options():
         setup = replace(trial.setup, micro_batch_size=option)
