@@ -79,6 +79,7 @@ def test_searches_are_for_one_rank(run, monkeypatch):
     assert (ran.status, "--find-max is for one rank" in ran.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_measurement_on_the_cpu_and_a_matrix_that_knows_it(run, tiny, tmp_path):
     """One start of PyTorch for all of it: the JSON, the record, the schema, resuming, and no GPU."""
     records = tmp_path / "records"

@@ -81,6 +81,7 @@ def test_faults(run, tmp_path: Path, asked: str, said: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_there_are_charts_too(run, tmp_path: Path) -> None:
     for name in CHART_NAMES:
         more = f"{OF_DATA} --seq-len 1024" if name == "lengths" else ""

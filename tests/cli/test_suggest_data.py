@@ -176,6 +176,7 @@ def test_the_command_of_a_saved_plan_makes_it_again(run, tmp_path, name: str) ->
     assert made["data"] == plan["data"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [one for one in NAMES if one.values[0] not in {"chosen", "nothing fits"}])
 def test_what_the_sliders_say_is_an_estimate(run, name: str) -> None:
     """The command of the page with the plan's own choices takes as much as the plan."""

@@ -247,6 +247,7 @@ def test_formula_against_trace(run) -> None:
     assert "Kept by only one" in run("trace config.json --diff --sdpa-kernel math").out
 
 
+@pytest.mark.slow
 def test_what_is_not_described_can_be_traced(run, tmp_path) -> None:
     """GIVEN a family without a description, THEN a trace answers, whoever asks."""
     pytest.importorskip("transformers")

@@ -335,6 +335,7 @@ def test_the_terms_of_a_step_add_up_to_its_time():
         assert whole == pytest.approx(estimator.step_time(one.setup).total_s, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_calibration_of_real_records_times_their_steps(tmp_path, monkeypatch):
     """End to end: records on disk, `calibrate`, and a prediction with what was learnt."""
     from memplan.catalog.calibrations import write_calibration

@@ -390,6 +390,7 @@ def test_upper_bounds_hold(name: str) -> None:
     assert of_length(question, 768) >= question.measured_bytes
 
 
+@pytest.mark.slow
 def test_one_length_explains_all_ranks_and_targets() -> None:
     """The batches are the same in each run: at one length all are within 1 %, whichever layers have adapters."""
     one_of_each = [CEILINGS[name, "reserved"] for name in ("M0119", "M0124", "M0126")]

@@ -10,6 +10,7 @@ from memplan import UsageError, api
 from memplan.cli.axes import MOST_NUMBERS, read_axis
 from memplan.estimation.estimate import Estimator
 from memplan.estimation.sweep import MOST_LENGTHS_REPLAYED, MOST_POINTS, _Boundary, spread
+from memplan.specs.margin import Margin
 from memplan.specs.values import replace
 
 # -- axes --------------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def boundary_of(monkeypatch, fits) -> _Boundary:
     monkeypatch.setattr(_Boundary, "_fits", lambda self, n, length, conf: fits(self.batches[n], length, conf))
     described = api.find_model("gpt2")
     setup = api.make_setup(described, 1, {})
-    return _Boundary(Estimator(described.architecture, described.name), setup, range(1, 101), api.Margin(), None)
+    return _Boundary(Estimator(described.architecture, described.name), setup, range(1, 101), Margin(), None)
 
 
 @pytest.mark.parametrize("most", [1, 2, 37, 99, 100, 0])
